@@ -1,0 +1,129 @@
+"""Argument checks of the public functions: once, complete, both sides printed. Below them code trusts its arguments."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.head import OPTIONAL_OUTPUTS, Transform
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a finite number > 0")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap}; expected None or a finite number > 0")
+    return Transform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
+
+
+def outputs(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(f"outputs is the string {names!r}; expected a sequence of names, such as ({names!r},)")
+    known = ("log_probs", *OPTIONAL_OUTPUTS)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"outputs has {unknown}; expected names from {known}")
+    return tuple(name for name in OPTIONAL_OUTPUTS if name in names)
+
+
+def memory_budget(value: int | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"memory_budget is {value!r}; expected None or a whole number of bytes")
+    if value <= 0:
+        raise ValueError(f"memory_budget is {value}; expected None or a number of bytes > 0")
+    return value
+
+
+def logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+    _tensor("logits", logits)
+    _floating("logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits are {_shape(logits)}; expected (..., V) with V >= 1")
+    _labels("logits", logits, labels)
+
+
+def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """hidden (..., D), weight (V, D), labels (...), bias (V,) or None; one device, and one dtype unless autocast is on."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if name != "bias" or tensor is not None:
+            _tensor(name, tensor)
+            _floating(name, tensor)
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight is {_shape(weight)}; expected (V, D) with V >= 1")
+    if hidden.ndim < 1:
+        raise ValueError("hidden is a scalar; expected (..., D)")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has {hidden.shape[-1]} features, weight {weight.shape[1]}: {_shape(hidden)} x {_shape(weight)}"
+        )
+    _labels("hidden", hidden, labels)
+    _same_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias is {_shape(bias)}, weight {_shape(weight)}; expected a bias of ({weight.shape[0]},)")
+        _same_device("bias", bias, "hidden", hidden)
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None or tensor.dtype == hidden.dtype:
+            continue
+        if not autocast or torch.float64 in (tensor.dtype, hidden.dtype):
+            raise TypeError(
+                f"{name} is {tensor.dtype}, hidden {hidden.dtype}; cast one to the other, or run under torch.autocast"
+            )
+
+
+def labels_in_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """On the CPU, and on any device under DPO_KERNELS_VALIDATE=1, a bad label raises; else its row becomes NaN.
+
+    Raises:
+        IndexError: a label that is neither ignore_index nor in [0, vocab_size); names the first and its position.
+    """
+    if labels.device.type != "cpu" and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
+        return
+    flat = labels.reshape(-1)
+    bad = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+    if bool(bad.any()):
+        first = int(bad.int().argmax())
+        position = [int(i) for i in torch.unravel_index(torch.tensor(first), labels.shape)]
+        raise IndexError(
+            f"labels{position} is {int(flat[first])}; expected a token in [0, {vocab_size}) or ignore_index {ignore_index}"
+        )
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+
+
+def _labels(name: str, rows: Tensor, labels: Tensor) -> None:
+    _tensor("labels", labels)
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels are {labels.dtype}; expected an integer dtype, such as torch.int64")
+    if labels.shape != rows.shape[:-1]:
+        raise ValueError(f"labels are {_shape(labels)}, {name} {_shape(rows)}; expected labels of {tuple(rows.shape[:-1])}")
+    _same_device("labels", labels, name, rows)
+
+
+def _same_device(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, {other} on {like.device}; move both to one device")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,152 @@
+"""The public functions: check once, then one torch.library op each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import (
+    checks,
+    ops,  # noqa: F401  (registers the ops)
+)
+from dpo_kernels.head import TokenStats, compute_dtype
+
+
+def logits_to_log_probs(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Log-probabilities of the labels from logits: log softmax(z)[label], without ever holding the softmax.
+
+    z = cap(logit_scale * logits) / temperature with cap(u) = softcap * tanh(u / softcap). Where you still have the
+    hidden states, `hidden_to_log_probs` saves the logits too.
+
+    Args:
+        logits: (..., V), float16, bfloat16, float32 or float64, any strides.
+        labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
+        ignore_index: rows with this label are 0 and have no gradient.
+        temperature: > 0.
+        logit_scale: finite.
+        softcap: None, or > 0.
+        inplace_backward: backward overwrites the logits with their gradient instead of allocating one. A later use of
+            the logits' values in backward, a second backward among them, raises. torch.compile ignores it.
+        impl: "triton", "cpp", "torch", or None for the fastest that can run.
+
+    Returns:
+        (...), float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, device or range.
+        IndexError: on the CPU, or anywhere with DPO_KERNELS_VALIDATE=1, a label outside [0, V). On a GPU the row is NaN.
+        RuntimeError: `impl` cannot run here; double backward.
+    """
+    checks.logits_and_labels(logits, labels)
+    transform = checks.transform(temperature, logit_scale, softcap)
+    log_probs, *_ = torch.ops.dpo_kernels.logits_log_probs(
+        logits, labels, ignore_index, transform.temperature, transform.logit_scale, transform.softcap,
+        inplace_backward and not torch.compiler.is_compiling(), impl,
+    )  # fmt: skip
+    return log_probs
+
+
+def hidden_to_log_probs(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Log-probabilities of the labels straight from hidden states and the head's weight; logits are never held.
+
+    log softmax(z)[label] with z = cap(logit_scale * (h W^T + b)) / temperature, cap(u) = softcap * tanh(u / softcap).
+    Logits, statistics and gradient sums are float32 whatever the inputs' dtype; gradients are cast once. Rows whose
+    label is ignored never enter a product. `plan` tells what a call will do and what it will hold.
+
+    Args:
+        hidden: (..., D), float16, bfloat16, float32 or float64, any strides.
+        weight: (V, D) of the same dtype (under autocast of any; products then take autocast's dtype). Never written.
+        labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
+        bias: (V,), or None.
+        ignore_index: rows with this label are 0 and have no gradient.
+        temperature: > 0.
+        logit_scale: finite.
+        softcap: None, or > 0.
+        memory_budget: bytes that forward and backward together may hold beyond inputs, outputs and the gradients
+            returned. None: 1 GiB, or twice the bytes of hidden and weight where that is more. More budget, fewer GEMMs.
+        impl: "triton", "cpp", "torch", or None for the fastest that can run.
+
+    Returns:
+        (...), float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range, or the memory budget is
+            too small to run at all (says the least that works).
+        IndexError: on the CPU, or anywhere with DPO_KERNELS_VALIDATE=1, a label outside [0, V). On a GPU the row is NaN.
+        RuntimeError: `impl` cannot run here; double backward.
+    """
+    return token_stats(
+        hidden, weight, labels, bias, outputs=(), ignore_index=ignore_index, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, memory_budget=memory_budget, impl=impl,
+    ).log_probs  # fmt: skip
+
+
+def token_stats(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    outputs: Sequence[str] = ("entropy",),
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int | None = None,
+    impl: str | None = None,
+) -> TokenStats:
+    """Log-probs of the labels and, in the same pass, the statistics named in `outputs`.
+
+    Args:
+        outputs: names from "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1" ("log_probs" always comes).
+            The entropy is differentiable; asking for it in a call with gradients rules out the modes frozen and keep.
+        The others: as for `hidden_to_log_probs`.
+
+    Returns:
+        `TokenStats`; each field of the labels' shape, 0 (False) where the label is ignored, None where not asked for.
+
+    Raises:
+        As `hidden_to_log_probs`; ValueError or TypeError also for names in `outputs` that do not exist.
+    """
+    checks.head(hidden, weight, labels, bias)
+    transform = checks.transform(temperature, logit_scale, softcap)
+    names = checks.outputs(outputs)
+    wanted = [
+        name
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    ]
+    made = torch.ops.dpo_kernels.token_stats(
+        hidden, weight, bias, labels, ignore_index, transform.temperature, transform.logit_scale, transform.softcap,
+        ",".join(names), ",".join(wanted), compute_dtype(hidden.dtype, hidden.device),
+        checks.memory_budget(memory_budget), impl,
+    )  # fmt: skip
+    log_probs, *optional = made[: len(TokenStats._fields)]
+    return TokenStats(
+        log_probs,
+        *(value if name in names else None for name, value in zip(TokenStats._fields[1:], optional, strict=True)),
+    )

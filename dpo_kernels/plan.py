@@ -1,0 +1,280 @@
+"""Pure: shapes, dtypes, wanted gradients, device facts and a memory budget in; mode, tiles, GEMMs and bytes out.
+
+Nothing here touches a device or a tensor. The driver (`tiled.py`) does what the plan says and no more, so the plan's
+bytes are a promise: they bound what a call, forward and backward together, holds beyond its inputs, its outputs and
+the gradients that it returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from dpo_kernels.head import OPTIONAL_OUTPUTS, Grads, accumulate_dtype
+
+MIB = 2**20
+DEFAULT_BUDGET = 1024 * MIB
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the plan has to know of a device.
+
+    tiles: (tokens, vocabulary) of a tile, best first; small ones are for small budgets.
+    converts: products need their operands in the accumulation dtype (no GEMM from bf16 into float32 on the CPU).
+    scratch: bytes that the GEMM library may hold inside a call.
+    """
+
+    tiles: tuple[tuple[int, int], ...]
+    converts: bool
+    scratch: int
+
+
+DEVICES = {
+    "cpu": DeviceFacts(((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), True, 4 * MIB),
+    "cuda": DeviceFacts(
+        ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), False, 32 * MIB
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One backward pass over all tiles. outer: the axis of the outer loop, whose gradient is finished tile by tile;
+    the other axis' gradient, where wanted too, needs an accumulator of its full size."""
+
+    outer: str
+    hidden: bool
+    weight: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will do. Print it.
+
+    mode: "score" (no gradient), "frozen" (only the hidden states want one), "keep", "mixed" or "recompute".
+    kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
+    gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together.
+    memory: what is held at the peak, in bytes, by name; `bytes` is the sum.
+    """
+
+    mode: str
+    tokens: int
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype
+    tile_tokens: int
+    tile_vocab: int
+    kept_tokens: int
+    hold_hidden: bool
+    sweeps: tuple[Sweep, ...]
+    gemms: float
+    memory_budget: int
+    memory: dict[str, int] = field(hash=False)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def vocab_tiles(self) -> int:
+        return -(-self.vocab_size // self.tile_vocab)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.mode}: {self.tokens:,} tokens x {self.hidden_size:,} features x {self.vocab_size:,} vocabulary, {name}",
+            f"  GEMMs   {self.gemms:.3g} (of {2e-9 * self.tokens * self.hidden_size * self.vocab_size:,.0f} GFLOP each)",
+            f"  tiles   {self.tile_tokens:,} tokens x {self.tile_vocab:,} vocabulary",
+        ]
+        if self.mode in ("keep", "mixed", "recompute"):
+            lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
+        for sweep in self.sweeps:
+            wanted = " and ".join(n for n, on in (("hidden", sweep.hidden), ("weight", sweep.weight)) if on) or "bias"
+            lines.append(f"  sweep   {sweep.outer} outside, gradient of {wanted}")
+        lines.append(f"  memory  {_mib(self.bytes)} of a budget of {_mib(self.memory_budget)}")
+        lines += [f"          {_mib(size):>11}  {what}" for what, size in self.memory.items() if size]
+        return "\n".join(lines)
+
+
+def plan(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    grads: tuple[str, ...] = ("hidden", "weight"),
+    outputs: tuple[str, ...] = (),
+    softcap: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """What `hidden_to_log_probs` or `token_stats` will do with `tokens` rows whose label counts.
+
+    Args:
+        tokens, hidden_size, vocab_size: N, D and V.
+        dtype: of hidden states and weight.
+        grads: which inputs want a gradient, of "hidden", "weight" and "bias".
+        outputs: the statistics asked for; a gradient through "entropy" rules out the modes frozen and keep.
+        softcap: whether (any number) or not (None) logits are capped.
+        compute_dtype: autocast's dtype, where it differs from `dtype`.
+        memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: the budget is too small to run at all (names the least that works), a negative size, or an unknown
+            device, output or gradient.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device is {device!r}; expected one of {sorted(DEVICES)}")
+    for name, given, known in (
+        ("outputs", outputs, ("log_probs", *OPTIONAL_OUTPUTS)),
+        ("grads", grads, ("hidden", "weight", "bias")),
+    ):
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"{name} has {unknown}; expected names from {known}")
+    if min(tokens, hidden_size) < 0 or vocab_size < 1:
+        raise ValueError(f"tokens {tokens} and hidden_size {hidden_size} must be >= 0, vocab_size {vocab_size} >= 1")
+    wanted = Grads(**dict.fromkeys(grads, True))
+    shape = _Shape(
+        tokens, hidden_size, vocab_size, dtype, compute_dtype or dtype, wanted, "entropy" in outputs,
+        softcap is not None, DEVICES[device],
+    )  # fmt: skip
+    return _plan(shape, memory_budget)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The arguments of a plan and the sizes that follow from them, in bytes."""
+
+    tokens: int
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype
+    compute: torch.dtype
+    grads: Grads
+    entropy: bool
+    softcap: bool
+    facts: DeviceFacts
+
+    @property
+    def wide(self) -> int:  # bytes of a number in the accumulation dtype
+        return accumulate_dtype(self.dtype).itemsize
+
+    @property
+    def in_place(self) -> bool:  # a returned gradient can serve as its own accumulator
+        return self.dtype == accumulate_dtype(self.dtype)
+
+    @property
+    def operand(self) -> int:  # bytes of a converted operand, 0 where the input itself is one
+        if self.facts.converts:
+            if self.dtype == self.compute:
+                return 0 if self.in_place else self.wide
+            return self.wide + self.compute.itemsize
+        return 0 if self.dtype == self.compute else self.compute.itemsize
+
+    @property
+    def frozen(self) -> bool:
+        return self.grads.hidden and not self.grads.weight and not self.grads.bias and not self.entropy
+
+    def default_budget(self) -> int:
+        return max(DEFAULT_BUDGET, 2 * self.dtype.itemsize * self.hidden_size * (self.tokens + self.vocab_size))
+
+    def rows(self) -> int:  # vectors of one number a token: index, label, maximum, sums, gradients
+        return self.tokens * (3 * 8 + 12 * self.wide) + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
+
+    def tile(self, n: int, v: int) -> int:
+        """The logits tile, what stands beside it while it is folded, and both operands."""
+        backward_copy = bool(self.grads) and not self.facts.converts  # dz rounded to the compute dtype
+        beside = self.wide * (self.softcap + self.entropy) + self.compute.itemsize * backward_copy
+        gathered = n * self.hidden_size * (self.dtype.itemsize + self.operand)
+        return n * v * (self.wide + beside) + v * self.hidden_size * self.operand + gathered
+
+    def accumulators(self, n: int, v: int, sweeps: tuple[Sweep, ...]) -> int:
+        """The largest that the sweeps need: a tile's worth on the outer axis, a whole gradient on the inner one."""
+
+        def one(sweep: Sweep) -> int:
+            rows = n if sweep.outer == "tokens" or self.in_place else self.tokens
+            columns = 0 if self.in_place else v if sweep.outer == "vocab" else self.vocab_size
+            return self.wide * self.hidden_size * (rows * sweep.hidden + columns * sweep.weight)
+
+        return max((one(sweep) for sweep in sweeps), default=0)
+
+    def kept_row(self, v: int) -> int:
+        return self.vocab_size * self.compute.itemsize + -(-self.vocab_size // v) * self.wide
+
+    def sweep_choices(self) -> list[tuple[Sweep, ...]]:
+        """The ways to order the backward loops, fewest GEMMs first."""
+        g = self.grads
+        if not g or self.frozen:
+            return [()]
+        if not (g.hidden and g.weight):
+            return [(Sweep("tokens" if g.hidden else "vocab", g.hidden, g.weight),)]
+        smaller = "vocab" if self.tokens <= self.vocab_size else "tokens"
+        return [(Sweep(smaller, True, True),), (Sweep("tokens", True, False), Sweep("vocab", False, True))]
+
+
+@lru_cache(maxsize=4096)
+def _plan(s: _Shape, budget: int | None) -> Plan:
+    budget = s.default_budget() if budget is None else budget
+    useful = [(n, v) for n, v in s.facts.tiles if n // 2 < max(s.tokens, 1) or v // 2 < s.vocab_size] or [s.facts.tiles[-1]]
+    sizes = [(min(n, max(s.tokens, 1)), min(v, s.vocab_size)) for n, v in useful]
+    # Full GEMM efficiency needs a tile of some size, so small tiles come after the order that needs no accumulator.
+    half = -(-len(sizes) // 2)
+    choices = s.sweep_choices()
+    candidates = [(t, c) for group in (sizes[:half], sizes[half:]) for c in choices for t in group]
+    jacobian = s.wide * s.tokens * s.hidden_size * s.frozen
+    least = None
+    if s.frozen:  # the Jacobian may not fit: then the logits come again in backward, three GEMMs instead of two
+        candidates += [(t, (Sweep("tokens", True, False),)) for t in sizes]
+    for (n, v), sweeps in candidates:
+        memory = {
+            "GEMM library": s.facts.scratch,
+            "vectors, one number a token": s.rows(),
+            "tile and operands": s.tile(n, v),
+            "gradient accumulators": s.accumulators(n, v, sweeps),
+            "d log_prob / d hidden": jacobian if not sweeps else 0,
+        }
+        needed = sum(memory.values())
+        least = needed if least is None else min(least, needed)
+        if needed <= budget:
+            return _spend(s, budget, (n, v), sweeps, memory)
+    raise ValueError(
+        f"memory_budget is {budget:,} bytes ({_mib(budget)}), but {s.tokens:,} tokens x {s.hidden_size:,} features x "
+        f"{s.vocab_size:,} vocabulary in {s.dtype} need at least {least:,} ({_mib(least or 0)})"
+    )
+
+
+def _spend(
+    s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, ...], memory: dict[str, int]
+) -> Plan:
+    """Spends what is left of the budget: first on hidden states at hand in the compute dtype, then on kept tokens."""
+    n, v = tile
+    left = budget - sum(memory.values())
+    at_hand = s.tokens * s.hidden_size * (s.wide if s.facts.converts else s.compute.itemsize)
+    hold = s.operand > 0 and at_hand <= left // 4
+    memory["hidden states, converted once"] = at_hand * hold
+    left -= at_hand * hold
+    kept = 0
+    if sweeps and not s.entropy:
+        fits = left // s.kept_row(v)
+        kept = s.tokens if fits >= s.tokens else fits // n * n
+        memory["kept probabilities"] = kept * s.kept_row(v)
+    if not s.grads:
+        mode, gemms = "score", 1.0
+    elif not sweeps:
+        mode, gemms = "frozen", 2.0
+    else:
+        mode = "recompute" if not kept else "keep" if kept == s.tokens else "mixed"
+        again = 1 - kept / s.tokens if s.tokens else 0
+        gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
+    return Plan(
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, sweeps, gemms, budget, memory
+    )  # fmt: skip
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.1f} MiB"

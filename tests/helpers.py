@@ -1,0 +1,115 @@
+"""Inputs like a trained model's, the exact answer in float64, and tolerances that NaN cannot pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import TokenStats, reference, token_stats
+
+
+class Head(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+
+
+def make_head(
+    tokens: int | tuple[int, ...],
+    features: int,
+    vocab: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    ignored: float = 0.3,
+    grads: str = "hidden,weight,bias",
+) -> Head:
+    """Hidden states that point at their label, so that the softmax is peaked in places, as a trained model's is."""
+    shape = (tokens,) if isinstance(tokens, int) else tokens
+    weight = torch.randn(vocab, features, dtype=torch.float64)
+    labels = torch.randint(vocab, shape)
+    sharpness = torch.rand(shape, dtype=torch.float64).unsqueeze(-1) * 12 / features
+    hidden = torch.randn(*shape, features, dtype=torch.float64) * 2 / features**0.5 + sharpness * weight[labels]
+    labels[torch.rand(shape) < ignored] = -100
+    wanted = grads.split(",")
+    head = Head(
+        hidden.to(dtype).requires_grad_("hidden" in wanted),
+        weight.to(dtype).requires_grad_("weight" in wanted),
+        labels,
+        torch.randn(vocab, dtype=torch.float64).to(dtype).requires_grad_("bias" in wanted) if bias else None,
+    )
+    return head
+
+
+def detached(head: Head, dtype: torch.dtype | None = None) -> Head:
+    """The same numbers as leaves of their own, in another dtype if given."""
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_(tensor.requires_grad)
+
+    hidden, weight, bias = leaf(head.hidden), leaf(head.weight), leaf(head.bias)
+    assert hidden is not None
+    assert weight is not None
+    return Head(hidden, weight, head.labels, bias)
+
+
+def loss_of(stats: TokenStats, seed: int = 1) -> Tensor:
+    """A weighted sum of the differentiable outputs, with weights of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    total = (stats.log_probs * torch.randn(stats.log_probs.shape, generator=generator)).sum()
+    if stats.entropy is not None:
+        total = total + (stats.entropy * torch.randn(stats.entropy.shape, generator=generator)).sum()
+    return total
+
+
+def run(module_or_function, head: Head, **options) -> tuple[TokenStats, list[Tensor | None]]:
+    """Statistics and the gradients of hidden, weight and bias."""
+    stats = module_or_function(head.hidden, head.weight, head.labels, head.bias, **options)
+    inputs = (head.hidden, head.weight, head.bias)
+    if any(t is not None and t.requires_grad for t in inputs):
+        loss_of(stats).backward()
+    return stats, [None if t is None else t.grad for t in inputs]
+
+
+def assert_close(got: Tensor, exact: Tensor, tolerance: float, what: str = "") -> None:
+    """Largest absolute error at most `tolerance`; NaN fails."""
+    assert got.shape == exact.shape
+    error = (got.double() - exact.double()).abs().max().item() if got.numel() else 0.0
+    assert error <= tolerance, f"{what}: error {error:.2e}, allowed {tolerance:.2e}"
+
+
+def assert_as_good(got: Tensor, same_dtype: Tensor, exact: Tensor, factor: float = 2.0, what: str = "") -> None:
+    """At most `factor` times the error of plain PyTorch in the same dtype, with a floor of a few ulp; NaN fails."""
+    assert got.dtype == same_dtype.dtype
+    assert got.shape == exact.shape
+    ulps = 256 if got.dtype == exact.dtype else 4  # in float64 plain PyTorch is the truth itself, with an error of 0
+    floor = ulps * torch.finfo(got.dtype).eps * exact.abs().max().item()
+    error, baseline = ((t.double() - exact).abs().max().item() for t in (got, same_dtype))
+    assert error <= factor * baseline + floor, f"{what}: error {error:.2e}, plain PyTorch {baseline:.2e}, floor {floor:.2e}"
+
+
+LOG_PROB_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+
+
+def check_against_reference(head: Head, log_prob_tolerance: float | None = None, **options) -> None:
+    """Statistics against float64, gradients against float64 and relative to plain PyTorch in the same dtype."""
+    reference_options = {k: v for k, v in options.items() if k not in ("memory_budget", "impl")}
+    exact, exact_grads = run(reference.token_stats, detached(head, torch.float64), **reference_options)
+    _, plain_grads = run(reference.token_stats, detached(head), **reference_options)
+    got, grads = run(token_stats, detached(head), **options)
+    tolerance = log_prob_tolerance or LOG_PROB_TOLERANCE[head.hidden.dtype]
+    for name, value, truth in zip(got._fields, got, exact, strict=True):
+        assert (value is None) == (truth is None), name
+        if name == "is_top1" and value is not None:
+            assert torch.equal(value, truth), name
+        elif value is not None:
+            assert_close(value, truth, tolerance * max(1.0, truth.abs().max().item() / 10), name)
+    for name, value, plain, truth in zip(("hidden", "weight", "bias"), grads, plain_grads, exact_grads, strict=True):
+        assert (value is None) == (truth is None), name
+        if value is not None:
+            assert_as_good(value, plain, truth, what=f"gradient of {name}")
