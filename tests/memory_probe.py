@@ -1,0 +1,53 @@
+"""One forward and backward in a process of its own; prints what it held beyond inputs and gradients, as JSON.
+
+Usage: python memory_probe.py TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS, with GRADS such as hidden,weight or none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dpo_kernels import hidden_to_log_probs, plan
+
+
+def status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def step(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, budget: int | None) -> None:
+    log_probs = hidden_to_log_probs(hidden, weight, labels, memory_budget=budget)
+    if log_probs.requires_grad:
+        log_probs.sum().backward()
+
+
+def main() -> None:
+    tokens, features, vocab = map(int, sys.argv[1:4])
+    dtype, budget, grads = getattr(torch, sys.argv[4]), int(sys.argv[5]), sys.argv[6].split(",")
+    hidden = torch.randn(tokens, features, dtype=dtype).requires_grad_("hidden" in grads)
+    weight = torch.randn(vocab, features, dtype=dtype).mul_(0.05).requires_grad_("weight" in grads)
+    labels = torch.randint(vocab, (tokens,))
+    # The first call loads libraries; a small one before the measurement keeps them out of it.
+    small = [t.detach()[:64].clone().requires_grad_(t.requires_grad) for t in (hidden, weight)]
+    step(small[0], small[1], labels[:64] % 64, None)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = status("VmRSS")
+    start = time.perf_counter()
+    step(hidden, weight, labels, budget)
+    seconds = time.perf_counter() - start
+    returned = sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None)
+    wanted = tuple(name for name in grads if name != "none")
+    planned = plan(tokens, features, vocab, dtype, grads=wanted, memory_budget=budget)
+    print(json.dumps({
+        "mode": planned.mode, "gemms": planned.gemms, "budget": budget, "planned": planned.bytes,
+        "held": status("VmHWM") - before - returned, "seconds": seconds,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

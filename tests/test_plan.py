@@ -1,0 +1,121 @@
+"""The plan: pure, exhaustive, printable."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dpo_kernels import plan
+from dpo_kernels.plan import DEFAULT_BUDGET, DEVICES
+
+MIB = 2**20
+SIZES = list(itertools.product((0, 1, 511, 8192, 131_072), (1, 64, 4096), (1, 2049, 151_936)))
+GRADS = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden", "weight", "bias")]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("budget", [None, 8 * MIB, 40 * MIB, 64 * MIB, 256 * MIB, 4096 * MIB, 2**50])
+def test_every_plan_keeps_its_budget_or_says_the_least(device, dtype, budget):
+    for (tokens, features, vocab), grads, outputs, softcap in itertools.product(
+        SIZES, GRADS, [(), ("entropy",)], [None, 30.0]
+    ):
+        arguments = (tokens, features, vocab, dtype)
+        options = {"grads": grads, "outputs": outputs, "softcap": softcap, "device": device}
+        try:
+            made = plan(*arguments, memory_budget=budget, **options)
+        except ValueError as error:
+            assert budget is not None
+            least = int(str(error).split("at least ")[1].split(" ")[0].replace(",", ""))
+            assert least > budget
+            assert plan(*arguments, memory_budget=least, **options).bytes <= least
+            with pytest.raises(ValueError, match="need at least"):
+                plan(*arguments, memory_budget=least - 1, **options)
+            continue
+        assert made.bytes <= made.memory_budget
+        assert all(size >= 0 for size in made.memory.values())
+        assert 1 <= made.tile_tokens <= max(tokens, 1)
+        assert 1 <= made.tile_vocab <= vocab
+        assert 0 <= made.kept_tokens <= tokens
+        assert made.kept_tokens == tokens or made.kept_tokens % made.tile_tokens == 0
+        assert 1 <= made.gemms <= 5
+        assert (made.mode == "score") == (not grads)
+        if outputs and grads:
+            assert made.kept_tokens == 0 or tokens == 0
+            assert made.mode != "frozen"
+
+
+@pytest.mark.parametrize(
+    ("grads", "mode", "gemms"),
+    [((), "score", 1), (("hidden",), "frozen", 2), (("weight",), "keep", 2), (("hidden", "weight"), "keep", 3)],
+)
+def test_gemms_of_each_mode(grads, mode, gemms):
+    made = plan(8192, 4096, 151_936, grads=grads, memory_budget=2**40)
+    assert (made.mode, made.gemms) == (mode, gemms)
+
+
+def test_more_budget_never_costs_gemms_and_the_dial_is_smooth():
+    budgets = range(192 * MIB, 3000 * MIB, 64 * MIB)
+    gemms = [plan(8192, 512, 151_936, memory_budget=b).gemms for b in budgets]
+    assert gemms == sorted(gemms, reverse=True)
+    assert gemms[0] > 3.9
+    assert gemms[-1] == 3
+    assert max(a - b for a, b in itertools.pairwise(gemms)) < 0.1
+
+
+def test_a_gradient_through_the_entropy_recomputes():
+    assert plan(100, 64, 5000, outputs=("entropy",)).mode == "recompute"
+    assert plan(100, 64, 5000, outputs=("entropy",), grads=("hidden",)).mode == "recompute"
+    assert plan(100, 64, 5000, outputs=("is_top1",), grads=("hidden",)).mode == "frozen"
+
+
+def test_the_smaller_accumulator_is_the_one_that_is_held():
+    few, many = plan(4096, 1024, 100_000, memory_budget=128 * MIB), plan(100_000, 1024, 4096, memory_budget=128 * MIB)
+    assert [s.outer for s in few.sweeps] == ["vocab"]
+    assert [s.outer for s in many.sweeps] == ["tokens"]
+    assert few.memory["gradient accumulators"] < 4 * 1024 * (4096 + 2049)
+    assert many.memory["gradient accumulators"] < 4 * 1024 * (4096 + 2049)
+
+
+def test_without_room_for_an_accumulator_each_gradient_gets_a_sweep_of_its_own():
+    made = plan(131_072, 4096, 128_256, memory_budget=256 * MIB)
+    assert [(s.outer, s.hidden, s.weight) for s in made.sweeps] == [("tokens", True, False), ("vocab", False, True)]
+    assert made.gemms > 4.9
+
+
+def test_the_default_budget_grows_with_the_inputs():
+    assert plan(100, 64, 1000).memory_budget == DEFAULT_BUDGET
+    assert plan(131_072, 4096, 128_256).memory_budget == 2 * 2 * 4096 * (131_072 + 128_256)
+
+
+def test_autocast_converts_operands_in_tiles():
+    plain = plan(4096, 1024, 32_000, torch.float32, memory_budget=200 * MIB)
+    cast = plan(4096, 1024, 32_000, torch.float32, compute_dtype=torch.bfloat16, memory_budget=200 * MIB)
+    assert cast.memory["tile and operands"] > plain.memory["tile and operands"]
+
+
+def test_it_tells_a_person_what_will_happen():
+    text = str(plan(8192, 512, 151_936, memory_budget=256 * MIB))
+    for part in ("mixed: 8,192 tokens x 512 features x 151,936 vocabulary, bfloat16", "GEMMs", "tiles", "kept", "sweep",
+                 "of a budget of 256.0 MiB", "gradient of hidden and weight"):  # fmt: skip
+        assert part in text
+    assert "kept" not in str(plan(8, 8, 8, grads=()))
+    assert "gradient of bias" in str(plan(8, 8, 8, grads=("bias",)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, r"device is 'tpu'; expected one of \['cpu', 'cuda'\]"),
+        ({"outputs": ("loss",)}, r"outputs has \['loss'\]"),
+        ({"grads": ("labels",)}, r"grads has \['labels'\]; expected names from \('hidden', 'weight', 'bias'\)"),
+        ({"tokens": -1}, "tokens -1"),
+        ({"vocab_size": 0}, "vocab_size 0"),
+        ({"memory_budget": 1}, "need at least"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**({"tokens": 4, "hidden_size": 4, "vocab_size": 4} | arguments))
