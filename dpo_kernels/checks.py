@@ -54,7 +54,7 @@ def logits_and_labels(logits: Tensor, labels: Tensor) -> None:
 
 
 def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """hidden (..., D), weight (V, D), labels (...), bias (V,) or None; one device, and one dtype unless autocast is on."""
+    """hidden (..., D), weight (V, D), labels (...), bias (V,) or None; one device, one dtype unless autocast is on."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name != "bias" or tensor is not None:
             _tensor(name, tensor)
@@ -71,7 +71,9 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) ->
     _same_device("weight", weight, "hidden", hidden)
     if bias is not None:
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias is {_shape(bias)}, weight {_shape(weight)}; expected a bias of ({weight.shape[0]},)")
+            raise ValueError(
+                f"bias is {_shape(bias)}, weight {_shape(weight)}; expected a bias of ({weight.shape[0]},)"
+            )
         _same_device("bias", bias, "hidden", hidden)
     autocast = torch.is_autocast_enabled(hidden.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -97,7 +99,8 @@ def labels_in_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
         first = int(bad.int().argmax())
         position = [int(i) for i in torch.unravel_index(torch.tensor(first), labels.shape)]
         raise IndexError(
-            f"labels{position} is {int(flat[first])}; expected a token in [0, {vocab_size}) or ignore_index {ignore_index}"
+            f"labels{position} is {int(flat[first])}; expected a token in [0, {vocab_size}) "
+            f"or ignore_index {ignore_index}"
         )
 
 
@@ -116,7 +119,9 @@ def _labels(name: str, rows: Tensor, labels: Tensor) -> None:
     if labels.dtype not in INTEGERS:
         raise TypeError(f"labels are {labels.dtype}; expected an integer dtype, such as torch.int64")
     if labels.shape != rows.shape[:-1]:
-        raise ValueError(f"labels are {_shape(labels)}, {name} {_shape(rows)}; expected labels of {tuple(rows.shape[:-1])}")
+        raise ValueError(
+            f"labels are {_shape(labels)}, {name} {_shape(rows)}; expected labels of {tuple(rows.shape[:-1])}"
+        )
     _same_device("labels", labels, name, rows)
 
 

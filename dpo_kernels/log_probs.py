@@ -46,7 +46,7 @@ def logits_to_log_probs(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, device or range.
-        IndexError: on the CPU, or anywhere with DPO_KERNELS_VALIDATE=1, a label outside [0, V). On a GPU the row is NaN.
+        IndexError: a label outside [0, V), on the CPU or with DPO_KERNELS_VALIDATE=1; else, on a GPU, its row is NaN.
         RuntimeError: `impl` cannot run here; double backward.
     """
     checks.logits_and_labels(logits, labels)
@@ -96,7 +96,7 @@ def hidden_to_log_probs(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range, or the memory budget is
             too small to run at all (says the least that works).
-        IndexError: on the CPU, or anywhere with DPO_KERNELS_VALIDATE=1, a label outside [0, V). On a GPU the row is NaN.
+        IndexError: a label outside [0, V), on the CPU or with DPO_KERNELS_VALIDATE=1; else, on a GPU, its row is NaN.
         RuntimeError: `impl` cannot run here; double backward.
     """
     return token_stats(

@@ -1,4 +1,4 @@
-"""Sequence sums and preference losses: ordinary PyTorch on top of per-token log-probs. A loss never sees a vocabulary."""
+"""Sequence sums and preference losses: ordinary PyTorch on per-token log-probs. A loss never sees a vocabulary."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def pair_logratios(
     """
     if len(policy_log_probs) == 0 or len(policy_log_probs) % 2:
         raise ValueError(
-            f"the batch has {len(policy_log_probs)} sequences: {tuple(policy_log_probs.shape)}; expected an even number, "
-            "first the chosen, then as many rejected"
+            f"the batch has {len(policy_log_probs)} sequences: {tuple(policy_log_probs.shape)}; "
+            "expected an even number, first the chosen, then as many rejected"
         )
     logratios = aggregate_log_probs(policy_log_probs - ref_log_probs.detach(), mask, aggregate)
     chosen, rejected = logratios.chunk(2)

@@ -35,7 +35,8 @@ def token_stats_op(
     memory_budget: int | None,
     impl: str | None,
 ) -> Saved:
-    """log_probs, the four optional statistics (empty where not asked for); for backward: max, log_sum, kept, tile_max, jacobian."""
+    """log_probs and the four optional statistics (empty where not asked for); then, for backward, max, log_sum, kept,
+    tile_max and jacobian."""
     checks.labels_in_range(labels, ignore_index, weight.shape[0])
     call = _call(
         hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
@@ -121,8 +122,9 @@ def token_stats_backward_op(
 
 @token_stats_backward_op.register_fake
 def _(
-    grad_log_probs, grad_entropy, hidden, weight, bias, labels, log_probs, entropy, maximum, log_sum, kept,
-    tile_max, jacobian, ignore_index, temperature, logit_scale, softcap, outputs, grads, wanted, compute_dtype, memory_budget, impl,
+    grad_log_probs, grad_entropy, hidden, weight, bias, labels, log_probs, entropy, maximum, log_sum, kept, tile_max,
+    jacobian, ignore_index, temperature, logit_scale, softcap, outputs, grads, wanted, compute_dtype, memory_budget,
+    impl,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     names = wanted.split(",")
     return tuple(
@@ -144,6 +146,8 @@ def _token_stats_backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy:
     *transform, outputs, grads, compute_dtype, memory_budget, impl = ctx.options
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
     wanted = ",".join(name for name, need in zip(("hidden", "weight", "bias"), needs, strict=True) if need)
+    if "entropy" not in outputs.split(","):
+        grad_entropy = None  # of the empty placeholder
     if grad_log_probs is None and grad_entropy is None:
         return (None,) * 13
     made = torch.ops.dpo_kernels.token_stats_backward(

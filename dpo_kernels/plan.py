@@ -7,7 +7,7 @@ the gradients that it returns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -84,9 +84,10 @@ class Plan:
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        n, d, v = self.tokens, self.hidden_size, self.vocab_size
         lines = [
-            f"{self.mode}: {self.tokens:,} tokens x {self.hidden_size:,} features x {self.vocab_size:,} vocabulary, {name}",
-            f"  GEMMs   {self.gemms:.3g} (of {2e-9 * self.tokens * self.hidden_size * self.vocab_size:,.0f} GFLOP each)",
+            f"{self.mode}: {n:,} tokens x {d:,} features x {v:,} vocabulary, {name}",
+            f"  GEMMs   {self.gemms:.3g} (of {2e-9 * n * d * v:,.0f} GFLOP each)",
             f"  tiles   {self.tile_tokens:,} tokens x {self.tile_vocab:,} vocabulary",
         ]
         if self.mode in ("keep", "mixed", "recompute"):
@@ -180,6 +181,11 @@ class _Shape:
     def frozen(self) -> bool:
         return self.grads.hidden and not self.grads.weight and not self.grads.bias and not self.entropy
 
+    def tile_sizes(self) -> list[tuple[int, int]]:
+        """The device's tiles that this shape fills at least half, cut to it; best first."""
+        useful = [(n, v) for n, v in self.facts.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size]
+        return [(min(n, max(self.tokens, 1)), min(v, self.vocab_size)) for n, v in useful or [self.facts.tiles[-1]]]
+
     def default_budget(self) -> int:
         return max(DEFAULT_BUDGET, 2 * self.dtype.itemsize * self.hidden_size * (self.tokens + self.vocab_size))
 
@@ -220,12 +226,13 @@ class _Shape:
 @lru_cache(maxsize=4096)
 def _plan(s: _Shape, budget: int | None) -> Plan:
     budget = s.default_budget() if budget is None else budget
-    useful = [(n, v) for n, v in s.facts.tiles if n // 2 < max(s.tokens, 1) or v // 2 < s.vocab_size] or [s.facts.tiles[-1]]
-    sizes = [(min(n, max(s.tokens, 1)), min(v, s.vocab_size)) for n, v in useful]
+    sizes = s.tile_sizes()
     # Full GEMM efficiency needs a tile of some size, so small tiles come after the order that needs no accumulator.
     half = -(-len(sizes) // 2)
     choices = s.sweep_choices()
     candidates = [(t, c) for group in (sizes[:half], sizes[half:]) for c in choices for t in group]
+    if (shared := _tile_of_a_full_step(s, budget)) is not None:
+        candidates = [(shared, c) for c in choices] + candidates
     jacobian = s.wide * s.tokens * s.hidden_size * s.frozen
     least = None
     if s.frozen:  # the Jacobian may not fit: then the logits come again in backward, three GEMMs instead of two
@@ -248,9 +255,20 @@ def _plan(s: _Shape, budget: int | None) -> Plan:
     )
 
 
-def _spend(
-    s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, ...], memory: dict[str, int]
-) -> Plan:
+def _tile_of_a_full_step(s: _Shape, budget: int) -> tuple[int, int] | None:
+    """The tile that a call with all gradients takes under this budget, None if none fits. With the same tiles, policy
+    and frozen reference get the same log-probs to the last bit, whatever gradients either wants."""
+    full = replace(s, grads=Grads(True, True, s.grads.bias), entropy=False)
+    if s == full:
+        return None
+    try:
+        made = _plan(full, budget)
+    except ValueError:
+        return None
+    return made.tile_tokens, made.tile_vocab
+
+
+def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, ...], memory: dict[str, int]) -> Plan:
     """Spends what is left of the budget: first on hidden states at hand in the compute dtype, then on kept tokens."""
     n, v = tile
     left = budget - sum(memory.values())

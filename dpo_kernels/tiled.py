@@ -9,7 +9,6 @@ here, once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,25 +54,26 @@ class Folds(Protocol):
     def keep(
         self, call: Call, stats: RowStats, rows: slice, tile: Tensor, first: int, kept: Tensor, tile_max: Tensor
     ) -> None:
-        """Like score; writes exp(z - tile_max), times the cap's derivative, to kept (n, v) and the maxima to tile_max (n,)."""
+        """Like score; writes exp(z - tile_max), times the cap's derivative, to kept (n, v), the maxima to tile_max."""
 
-    def jacobian(
-        self, call: Call, stats: RowStats, rows: slice, tile: Tensor, first: int, total: Tensor
-    ) -> Tensor:
-        """Like score; rescales total (n, D) to the new maximum; returns the weights (n, v) by which W is added to it."""
+    def jacobian(self, call: Call, stats: RowStats, rows: slice, tile: Tensor, first: int, total: Tensor) -> Tensor:
+        """Like score; rescales total (n, D) to the new maximum; returns the factors (n, v) of W's rows."""
 
     def finish_jacobian(self, call: Call, stats: RowStats, rows: slice, total: Tensor, label_weight: Tensor) -> None:
-        """Turns total (n, D) = sum exp(z - m) W into d log_prob / d hidden, given the weight rows of the labels (n, D)."""
+        """Turns total (n, D) = sum exp(z - m) W into d log_prob / d hidden; label_weight (n, D): W at the labels."""
 
     def dz(self, call: Call, grads: RowGrads, tile: Tensor, first: int) -> Tensor:
         """d loss / d a from the products, as an operand of the next product."""
 
-    def dz_from_kept(self, call: Call, grads: RowGrads, kept: Tensor, tile_max: Tensor, out: Tensor, first: int) -> Tensor:
+    def dz_from_kept(
+        self, call: Call, grads: RowGrads, kept: Tensor, tile_max: Tensor, out: Tensor, first: int
+    ) -> Tensor:
         """d loss / d a from what keep wrote; may use out (n, v) for it."""
 
 
 class Forward(NamedTuple):
-    """For rows that count: stats, max and log_sum (M,), and what the mode holds: kept (K, V), tile_max (K, tiles), jacobian (M, D).
+    """For rows that count: stats, max and log_sum (M,), and what the mode holds: kept (K, V), tile_max (K, tiles),
+    jacobian (M, D).
 
     The maximum and the logarithm of the sum stay apart: their sum would cost digits of every probability in backward.
     """
@@ -123,9 +123,7 @@ class InputGrads(NamedTuple):
     bias: Tensor | None
 
 
-def backward(
-    call: Call, plan: Plan, folds: Folds, index: Tensor | None, grads: RowGrads, saved: Forward
-) -> InputGrads:
+def backward(call: Call, plan: Plan, folds: Folds, index: Tensor | None, grads: RowGrads, saved: Forward) -> InputGrads:
     """call.grads names the gradients wanted now, some of those that the plan was made for."""
     if plan.mode == "frozen":
         return InputGrads(_scale_jacobian(call, plan, index, grads, saved.jacobian), None, None)

@@ -35,13 +35,12 @@ def make_head(
     hidden = torch.randn(*shape, features, dtype=torch.float64) * 2 / features**0.5 + sharpness * weight[labels]
     labels[torch.rand(shape) < ignored] = -100
     wanted = grads.split(",")
-    head = Head(
+    return Head(
         hidden.to(dtype).requires_grad_("hidden" in wanted),
         weight.to(dtype).requires_grad_("weight" in wanted),
         labels,
         torch.randn(vocab, dtype=torch.float64).to(dtype).requires_grad_("bias" in wanted) if bias else None,
     )
-    return head
 
 
 def detached(head: Head, dtype: torch.dtype | None = None) -> Head:
@@ -90,7 +89,9 @@ def assert_as_good(got: Tensor, same_dtype: Tensor, exact: Tensor, factor: float
     ulps = 256 if got.dtype == exact.dtype else 4  # in float64 plain PyTorch is the truth itself, with an error of 0
     floor = ulps * torch.finfo(got.dtype).eps * exact.abs().max().item()
     error, baseline = ((t.double() - exact).abs().max().item() for t in (got, same_dtype))
-    assert error <= factor * baseline + floor, f"{what}: error {error:.2e}, plain PyTorch {baseline:.2e}, floor {floor:.2e}"
+    assert error <= factor * baseline + floor, (
+        f"{what}: error {error:.2e}, plain PyTorch {baseline:.2e}, floor {floor:.2e}"
+    )
 
 
 LOG_PROB_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}

@@ -214,7 +214,7 @@ def test_bad_kinds_of_options():
     hidden, weight, labels, _ = small()
     with pytest.raises(TypeError, match="outputs is the string 'entropy'"):
         token_stats(hidden, weight, labels, outputs="entropy")
-    with pytest.raises(TypeError, match="memory_budget is 1000000.0; expected None or a whole number of bytes"):
+    with pytest.raises(TypeError, match=r"memory_budget is 1000000\.0; expected None or a whole number of bytes"):
         hidden_to_log_probs(hidden, weight, labels, memory_budget=1e6)
     for impl in (name for name, reason in available_impls().items() if reason):
         with pytest.raises(RuntimeError, match=f"impl '{impl}' cannot run on cpu"):
@@ -278,7 +278,9 @@ def test_tied_embeddings_are_never_written():
     assert torch.equal(weight.detach(), before)
     assert weight._version == version
     exact = before.double().requires_grad_()
-    reference.hidden_to_log_probs(torch.nn.functional.embedding(tokens, exact), exact, tokens.roll(-1, 1)).sum().backward()
+    reference.hidden_to_log_probs(
+        torch.nn.functional.embedding(tokens, exact), exact, tokens.roll(-1, 1)
+    ).sum().backward()
     assert_close(weight.grad, exact.grad, 1e-4)
 
 

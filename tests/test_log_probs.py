@@ -89,6 +89,24 @@ def test_the_answer_does_not_depend_on_the_budget():
             assert_close(got, first, 2e-6 * first.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("budget", [None, 14 * MIB, 24 * MIB])
+@pytest.mark.parametrize("options", [TRANSFORMS[0], TRANSFORMS[3]])
+def test_every_mode_gives_the_same_log_probs_to_the_last_bit(options, budget, dtype):
+    """A frozen reference (score) and a policy (any other mode) that start equal: the first loss is exactly log 2."""
+    results, modes = [], set()
+    for grads in ("none", "hidden", "weight", "hidden,weight"):
+        torch.manual_seed(0)
+        head = make_head(1300, 32, 5000, dtype, grads=grads)
+        results.append(hidden_to_log_probs(head.hidden, head.weight, head.labels, memory_budget=budget, **options))
+        wanted = tuple(name for name in grads.split(",") if name != "none")
+        made = plan(int((head.labels != -100).sum()), 32, 5000, dtype, grads=wanted, memory_budget=budget)
+        modes.add(made.mode)
+        assert made.vocab_tiles > 2
+    assert {"score", "frozen"} < modes
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_the_answer_does_not_depend_on_the_batch_order():
     head = make_head(600, 32, 900)
     order = torch.randperm(600)
@@ -153,7 +171,9 @@ def test_logits_level(dtype, options):
     ):  # fmt: skip
         result = function(leaf, labels, **options)
         (result * weights).sum().backward()
-    assert_close(logits_to_log_probs(logits, labels, **options), reference.logits_to_log_probs(exact, labels, **options), 1e-5)
+    assert_close(
+        logits_to_log_probs(logits, labels, **options), reference.logits_to_log_probs(exact, labels, **options), 1e-5
+    )
     assert_as_good(logits.grad, plain.grad, exact.grad)
     assert logits.grad[labels == -100].eq(0).all()
 
@@ -188,12 +208,21 @@ def test_any_stride(level):
     labels = torch.randint(40, (3, 4))
     if level == "logits":
         base = torch.randn(3, 5, 40, dtype=torch.float64, requires_grad=True)
-        variants = [base[:, :-1], base.transpose(0, 1)[:-1].transpose(0, 1), base[:1, :4].expand(3, 4, 40), base[:, 1:].flip(2)]
+        variants = [
+            base[:, :-1],
+            base.transpose(0, 1)[:-1].transpose(0, 1),
+            base[:1, :4].expand(3, 4, 40),
+            base[:, 1:].flip(2),
+        ]
         pairs = [(logits_to_log_probs(v, labels), reference.logits_to_log_probs(v, labels)) for v in variants]
     else:
         base = torch.randn(3, 5, 12, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(6, 40, dtype=torch.float64).t()
-        variants = [base[:, :-1, ::2], base.transpose(0, 1)[:-1, :, :6].transpose(0, 1), base[:1, :4, :6].expand(3, 4, 6)]
+        variants = [
+            base[:, :-1, ::2],
+            base.transpose(0, 1)[:-1, :, :6].transpose(0, 1),
+            base[:1, :4, :6].expand(3, 4, 6),
+        ]
         pairs = [
             (hidden_to_log_probs(v, weight, labels), reference.hidden_to_log_probs(v, weight, labels)) for v in variants
         ]
@@ -206,10 +235,17 @@ def test_any_stride(level):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    tokens=st.integers(0, 40), features=st.integers(1, 33), vocab=st.integers(1, 300), ignored=st.sampled_from([0, 0.5, 1]),
-    dtype=st.sampled_from(DTYPES), bias=st.booleans(), grads=st.sampled_from(GRADS), options=st.sampled_from(TRANSFORMS),
-    entropy=st.booleans(), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    tokens=st.integers(0, 40),
+    features=st.integers(1, 33),
+    vocab=st.integers(1, 300),
+    ignored=st.sampled_from([0, 0.5, 1]),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    grads=st.sampled_from(GRADS),
+    options=st.sampled_from(TRANSFORMS),
+    entropy=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 def test_random_cases(tokens, features, vocab, ignored, dtype, bias, grads, options, entropy, seed):
     torch.manual_seed(seed)
     head = make_head(tokens, features, vocab, dtype, bias=bias, ignored=ignored, grads=grads)

@@ -48,7 +48,9 @@ def test_nothing_of_the_size_of_the_logits_is_saved(level):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         if level == "hidden":
             hidden = torch.randn(600, 8, requires_grad=True)
-            hidden_to_log_probs(hidden, torch.randn(3000, 8, requires_grad=True), torch.randint(3000, (600,)), memory_budget=15 * MIB)
+            hidden_to_log_probs(
+                hidden, torch.randn(3000, 8, requires_grad=True), torch.randint(3000, (600,)), memory_budget=15 * MIB
+            )
             limit = 3000 * 8
         else:
             logits_to_log_probs(torch.randn(600, 3000, requires_grad=True), torch.randint(3000, (600,)))

@@ -1,10 +1,12 @@
-"""The implementation in plain PyTorch: the tiled driver with folds of a few tensor operations each. Any device, any dtype.
+"""The implementation in plain PyTorch: the tiled driver with folds of a few tensor operations each. It runs anywhere.
 
 Mathematics: the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) over vocabulary tiles; the
 gradient at the label is -g * expm1(log p), since 1 - p loses every digit where the model is sure.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,16 @@ def cap_derivative(z: Tensor, transform: Transform) -> Tensor | None:
     return (z * (transform.temperature / transform.softcap)).square_().neg_().add_(1)
 
 
+class Folded(NamedTuple):
+    """exp(z - base) (n, v) in place of z, base (n,) the tile's finite maximum; shrink and grow (n,) bring sums relative
+    to the old maximum and to base to the new maximum."""
+
+    e: Tensor
+    base: Tensor
+    shrink: Tensor
+    grow: Tensor
+
+
 class TorchRowStats:
     """Online statistics of M rows over all columns but the label's, which joins at the end: the maximum m, sums of
     exp(z - m) and, where asked for, of exp(z - m) (z - m), exp(z - m)^2 and z, and the index of the first maximum.
@@ -89,9 +101,9 @@ class TorchRowStats:
         self.sum_logits = vector(0, "mean_logits")
         self.top = torch.zeros_like(labels)
 
-    def fold(self, rows: slice, z: Tensor, first: int, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Folds logits z (n, v), the label's being -inf; returns exp(z - reference) (n, v) in place of z, and the
-        factor (n,) by which sums relative to the old maximum shrink. reference (n,): None is the new maximum."""
+    def fold(self, rows: slice, z: Tensor, first: int) -> Folded:
+        """Folds logits z (n, v), the label's being -inf, relative to the tile's own maximum in every mode, so that all
+        modes give the same log-prob to the last bit."""
         old = self.max[rows].clone()
         if "is_top1" in self.outputs:
             tile_max, at = z.max(1)
@@ -99,7 +111,7 @@ class TorchRowStats:
         else:
             tile_max = z.amax(1)
         new = torch.maximum(old, tile_max)
-        base = _finite(new if reference is None else reference)
+        base = _finite(tile_max)
         shifted = z.sub_(base[:, None])
         if "entropy" in self.outputs:
             e = shifted.exp()
@@ -116,7 +128,7 @@ class TorchRowStats:
             self.sum_squares[rows] = self.sum_squares[rows] * shrink.square() + grow.square() * _row_dot(e, e)
         self.sum[rows] = self.sum[rows] * shrink + grow * tile_sum
         self.max[rows] = new
-        return e, shrink
+        return Folded(e, base, shrink, grow)
 
     def transform(self, call: Call, rows: slice, tile: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
         """Logits from products, in place, and the cap's derivative; takes the label's logit out (-inf stays)."""
@@ -183,17 +195,18 @@ class TorchFolds:
         self, call: Call, stats: TorchRowStats, rows: slice, tile: Tensor, first: int, kept: Tensor, tile_max: Tensor
     ) -> None:
         z, derivative = stats.transform(call, rows, tile, first)
-        torch.amax(z, 1, out=tile_max).clamp_(min=FLOOR)
-        e, _ = stats.fold(rows, z, first, tile_max)
-        kept.copy_(e if derivative is None else e.mul_(derivative))
+        folded = stats.fold(rows, z, first)
+        tile_max.copy_(folded.base)
+        kept.copy_(folded.e if derivative is None else folded.e.mul_(derivative))
 
     def jacobian(
         self, call: Call, stats: TorchRowStats, rows: slice, tile: Tensor, first: int, total: Tensor
     ) -> Tensor:
         z, derivative = stats.transform(call, rows, tile, first)
-        e, shrink = stats.fold(rows, z, first)
+        e, _, shrink, grow = stats.fold(rows, z, first)
         if total.device.type != "cpu" or bool((shrink != 1).any()):  # asking would stall an accelerator
             total.mul_(shrink[:, None])
+        e.mul_(grow[:, None])
         return self._operand(call, e if derivative is None else e.mul_(derivative))
 
     def finish_jacobian(
@@ -258,7 +271,7 @@ def logits_gradient(
 def logits_forward(
     logits: Tensor, labels: Tensor, transform: Transform, index: Tensor | None, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probs, maximum and log sum exp(z - maximum), (M,) each, of the rows that count of logits (..., V), a block of rows at a time."""
+    """log-probs, maximum and log sum exp(z - maximum), (M,) each, of the rows that count of logits (..., V)."""
     wide = accumulate_dtype(logits.dtype)
     log_probs, maximum, log_sum = (torch.empty(tokens, dtype=wide, device=logits.device) for _ in range(3))
     for rows in _row_blocks(logits, tokens):
