@@ -55,10 +55,9 @@ def logits_and_labels(logits: Tensor, labels: Tensor) -> None:
 
 def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     """hidden (..., D), weight (V, D), labels (...), bias (V,) or None; one device, one dtype unless autocast is on."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if name != "bias" or tensor is not None:
-            _tensor(name, tensor)
-            _floating(name, tensor)
+    for name, tensor in (("hidden", hidden), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
+        _tensor(name, tensor)
+        _floating(name, tensor)
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight is {_shape(weight)}; expected (V, D) with V >= 1")
     if hidden.ndim < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ class FusedLinearDPOLoss(nn.Module):
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate is {aggregate!r}; expected one of {AGGREGATES}")
         self.beta, self.aggregate, self.loss_type, self.ignore_index = beta, aggregate, loss_type, ignore_index
-        self.head_options = {
+        self.head_options: dict[str, Any] = {
             "ignore_index": ignore_index, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
             "memory_budget": memory_budget, "impl": impl,
         }  # fmt: skip

@@ -50,14 +50,14 @@ def token_stats_op(
         for value, dtype in zip(made.stats, dtypes, strict=True)
     )
     vectors = (_spread(value, labels, index) for value in (made.max, made.log_sum))
-    return (*stats, *vectors, made.kept, made.tile_max, made.jacobian)  # type: ignore[return-value]
+    return (*stats, *vectors, made.kept, made.tile_max, made.jacobian)
 
 
 @token_stats_op.register_fake
 def _(
     hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
     memory_budget, impl,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     wide = accumulate_dtype(hidden.dtype)
     names = outputs.split(",")
     stats = [hidden.new_empty(labels.shape, dtype=wide)]
@@ -65,7 +65,9 @@ def _(
         dtype = torch.bool if name == "is_top1" else wide
         stats.append(hidden.new_empty(labels.shape if name in names else (0,), dtype=dtype))
     # What is kept depends on how many labels count: sizes that only a run can tell.
-    kept = tiles = rows = 0
+    kept: Any = 0
+    tiles: Any = 0
+    rows: Any = 0
     if grads == "hidden" and "entropy" not in names:
         rows = torch.library.get_ctx().new_dynamic_size()
     if grads and "entropy" not in names:
@@ -125,7 +127,7 @@ def _(
     grad_log_probs, grad_entropy, hidden, weight, bias, labels, log_probs, entropy, maximum, log_sum, kept, tile_max,
     jacobian, ignore_index, temperature, logit_scale, softcap, outputs, grads, wanted, compute_dtype, memory_budget,
     impl,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     names = wanted.split(",")
     return tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if name in names else hidden.new_empty(0)
@@ -178,7 +180,7 @@ def logits_log_probs_op(
 
 
 @logits_log_probs_op.register_fake
-def _(logits, labels, ignore_index, temperature, logit_scale, softcap, inplace_backward, impl):  # type: ignore[no-untyped-def]
+def _(logits, labels, ignore_index, temperature, logit_scale, softcap, inplace_backward, impl):
     wide = accumulate_dtype(logits.dtype)
     return tuple(logits.new_empty(labels.shape, dtype=wide) for _ in range(3))
 
@@ -206,7 +208,7 @@ def logits_log_probs_backward_op(
 @logits_log_probs_backward_op.register_fake
 def _(
     grad, logits, labels, log_probs, maximum, log_sum, ignore_index, temperature, logit_scale, softcap, impl,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 

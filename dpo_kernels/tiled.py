@@ -9,7 +9,7 @@ here, once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,18 +48,18 @@ class Folds(Protocol):
 
     def stats(self, call: Call, labels: Tensor) -> RowStats: ...
 
-    def score(self, call: Call, stats: RowStats, rows: slice, tile: Tensor, first: int) -> None:
+    def score(self, call: Call, stats: Any, rows: slice, tile: Tensor, first: int) -> None:
         """Folds the tile into the statistics."""
 
     def keep(
-        self, call: Call, stats: RowStats, rows: slice, tile: Tensor, first: int, kept: Tensor, tile_max: Tensor
+        self, call: Call, stats: Any, rows: slice, tile: Tensor, first: int, kept: Tensor, tile_max: Tensor
     ) -> None:
         """Like score; writes exp(z - tile_max), times the cap's derivative, to kept (n, v), the maxima to tile_max."""
 
-    def jacobian(self, call: Call, stats: RowStats, rows: slice, tile: Tensor, first: int, total: Tensor) -> Tensor:
+    def jacobian(self, call: Call, stats: Any, rows: slice, tile: Tensor, first: int, total: Tensor) -> Tensor:
         """Like score; rescales total (n, D) to the new maximum; returns the factors (n, v) of W's rows."""
 
-    def finish_jacobian(self, call: Call, stats: RowStats, rows: slice, total: Tensor, label_weight: Tensor) -> None:
+    def finish_jacobian(self, call: Call, stats: Any, rows: slice, total: Tensor, label_weight: Tensor) -> None:
         """Turns total (n, D) = sum exp(z - m) W into d log_prob / d hidden; label_weight (n, D): W at the labels."""
 
     def dz(self, call: Call, grads: RowGrads, tile: Tensor, first: int) -> Tensor:
@@ -134,8 +134,8 @@ def backward(call: Call, plan: Plan, folds: Folds, index: Tensor | None, grads: 
     for i, sweep in enumerate(plan.sweeps):
         _sweep(sweep, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
     return InputGrads(
-        hidden and hidden.out.view(call.hidden.shape),
-        weight and weight.out,
+        None if hidden is None else hidden.out.view(call.hidden.shape),
+        None if weight is None else weight.out,
         bias if bias is None or call.bias is None else bias.to(call.bias.dtype),
     )
 

@@ -1,0 +1,137 @@
+"""What happens around the steps: a progress bar, a log on disk with curves, and orderly ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from dpo_kernels.training import checkpoints
+from dpo_kernels.training.data import write_whole
+from dpo_kernels.training.report import LOG_NAME, save_curves
+
+if TYPE_CHECKING:
+    from dpo_kernels.training.trainer import DPOTrainer
+
+SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "tokens_per_second": "tokens/s"}
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is NaN or infinite; the weights of the last good step are saved."""
+
+
+class Progress(ProgressCallback):
+    """A bar with the latest figures behind it, instead of a line a step."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if logs and self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix({short: f"{logs[name]:.4g}" for name, short in SHOWN.items() if name in logs})
+
+
+class RunLog(TrainerCallback):
+    """Every log entry as a line of JSON in output_dir, and the curves as a picture at each save and at the end."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            checkpoints.clean(str(args.output_dir))
+            # After a resume the history ends at the checkpoint: steps beyond it are done again.
+            write_whole(self._path(args), "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            with self._path(args).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_curves(state.log_history, Path(str(args.output_dir)))
+
+    on_train_end = on_save
+
+    def _path(self, args: TrainingArguments) -> Path:
+        return Path(str(args.output_dir)) / LOG_NAME
+
+
+class StopOnSigterm(TrainerCallback):
+    """A SIGTERM to any process lets the step end, saves a checkpoint and stops all of them."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+        self.received = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._remember)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.received = _anywhere(self.trainer, self.received)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        os.write(2, b"\nSIGTERM: saving a checkpoint after this step\n")
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Before the optimizer would spread a NaN: save the last good step, then raise."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.step_loss = torch.zeros((), device=args.device)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:  # its gradient scaler expects overflows and skips their steps itself
+            return
+        grads = [_local(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
+        norms = torch._foreach_norm(grads) if grads else []
+        bad = [what for what, values in (("loss", [self.trainer.step_loss]), ("gradient", norms))
+               if not all(bool(torch.isfinite(v)) for v in values)]  # fmt: skip
+        if not _anywhere(self.trainer, bool(bad)):
+            return
+        folder = self.trainer.save_checkpoint()
+        raise NonFiniteError(
+            f"step {state.global_step + 1}: {' and '.join(bad) or 'the loss of another process'} not finite (loss "
+            f"{self.trainer.step_loss.item()}); stopped before the update. The last good step is saved in {folder}. "
+            "Look at the data of this step, or lower --learning_rate, then go on with --resume_from_checkpoint"
+        )
+
+
+def _local(grad: torch.Tensor) -> torch.Tensor:
+    return grad.to_local() if hasattr(grad, "to_local") else grad  # a shard of a DTensor
+
+
+def _anywhere(trainer: DPOTrainer, here: bool) -> bool:
+    """Whether it is so on any process; all of them get the same answer."""
+    if trainer.accelerator.num_processes == 1:
+        return here
+    flag = torch.tensor(float(here), device=trainer.args.device)
+    return bool(trainer.accelerator.reduce(flag, reduction="sum") > 0)
