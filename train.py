@@ -29,7 +29,7 @@ EXAMPLE = Path(__file__).parent / "examples" / "dpo.jsonl"
 EXAMPLE_DEFAULTS = {
     "--max_length": "192", "--eval_size": "0.15", "--per_device_train_batch_size": "16", "--num_train_epochs": "4",
     "--learning_rate": "3e-4", "--lr_scheduler_type": "cosine", "--warmup_steps": "5", "--eval_strategy": "epoch",
-    "--eval_on_start": "True", "--save_strategy": "epoch", "--save_total_limit": "1", "--use_cpu": "True",
+    "--save_strategy": "epoch", "--save_total_limit": "1", "--use_cpu": "True",
 }  # fmt: skip
 INTERRUPTED = 128 + 15  # what a shell reports of a process that a SIGTERM ended
 
@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     with config.main_process_first(desc="reading the pairs"):
         train, held_out = load_pairs(script, config, tokenizer)
     say(config, f"training: {train.report}" + (f"; {len(held_out):,} held out" if held_out else ""))
+    config.eval_on_start = held_out is not None and resume_from is None
     trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer)
     del reference
-    before = accuracy(trainer) if held_out and not config.eval_on_start else None
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except NonFiniteError as error:
@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     if trainer.interrupted:
         say(config, f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint")
         return INTERRUPTED
-    after = accuracy(trainer) if held_out else None
     trainer.save_model()
-    if after is not None:
-        before = first_accuracy(trainer) if before is None else before
+    if held_out:
+        trainer.evaluate()
+        before, *_, after = (e["eval_logps/accuracies"] for e in trainer.state.log_history if "eval_loss" in e)
         say(config, f"held-out preference accuracy: {before:.3f} before, {after:.3f} after")
     say(config, f"saved: model, tokenizer, log.jsonl and curves.png in {output_dir}")
     return 0
@@ -169,14 +169,6 @@ def load_pairs(
     if script.eval_data_path:
         return pairs, load(script.eval_data_path, "skipped.eval.jsonl")
     return pairs.split(script.eval_size, config.seed) if script.eval_size else (pairs, None)
-
-
-def accuracy(trainer: DPOTrainer) -> float:
-    return trainer.evaluate()["eval_logps/accuracies"]
-
-
-def first_accuracy(trainer: DPOTrainer) -> float:
-    return next(e["eval_logps/accuracies"] for e in trainer.state.log_history if "eval_logps/accuracies" in e)
 
 
 def say(config: DPOConfig, text: str) -> None:

@@ -191,13 +191,13 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def _tokenize(
         self, content: str, tokenizer: PreTrainedTokenizerBase, assistant_turns: str, num_proc: int | None
     ) -> datasets.Dataset:
+        if next(_lines(str(self.path), content), None) is None:
+            raise DataError(f"{self.path}: the file is empty; expected one pair a line")
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         lines = datasets.Dataset.from_generator(
             _lines, features=LINE, cache_dir=str(self.cache_dir),
             gen_kwargs={"path": str(self.path.resolve()), "content": content},
         )  # fmt: skip
-        if len(lines) == 0:
-            raise DataError(f"{self.path}: the file is empty; expected one pair a line")
         try:
             return lines.map(
                 _encode_line, features=ROW, remove_columns=["text"], num_proc=num_proc,

@@ -36,7 +36,7 @@ class _Request:
 
     labels: Tensor | None = None  # (R, S): compute log-probs
     probe: Tensor | None = None  # (K,): return these instead of logits
-    log_probs: Tensor | None = None
+    output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
 
 
 class FusedHead:
@@ -69,32 +69,24 @@ class FusedHead:
         self.checked = False
         self._request = _Request()
         self._vocab_size = weight.shape[0]
-        own_forward, own_head_forward = model.forward, head.forward
+        own_forward = model.forward
 
         def forward(this: nn.Module, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
             if labels is None:
                 return own_forward(*args, **kwargs)
             with self._asking(_Request(labels=labels)) as request:
                 output = own_forward(*args, **kwargs)
-            if request.log_probs is None:
+            if request.output is None:
                 raise HeadError(f"{type(this).__name__} did not call its output head {type(head).__name__} in forward")
-            result = {"log_probs": request.log_probs}
+            result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
             if getattr(output, "aux_loss", None) is not None:
                 result["aux_loss"] = output.aux_loss
             return result
 
-        def head_forward(this: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            request = self._request
-            if request.probe is not None:
-                return request.probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
-            if request.labels is None:
-                return own_head_forward(hidden, *args, **kwargs)
-            request.log_probs = self.log_probs(hidden, this.weight, request.labels, getattr(this, "bias", None))
-            return request.log_probs.detach().unsqueeze(-1)  # what the model makes of it is not used
-
-        # Methods of the instances, not of the class: other models stay what they are, and wrappers find a method.
+        # A method of the instance, not of the class: other models stay what they are, and wrappers find a method.
         model.forward = types.MethodType(forward, model)
-        head.forward = types.MethodType(head_forward, head)
+        head.fused = self
+        head.__class__ = type(f"Fused{type(head).__name__}", (_OutputHead, type(head)), {})
 
     def log_probs(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         t = self.transform
@@ -176,6 +168,30 @@ class FusedHead:
             yield request
         finally:
             self._request = before
+
+
+class _OutputHead(nn.Module):
+    """What the model's output head becomes: a subclass of its own class, so that it stays what others take it for."""
+
+    fused: FusedHead
+    weight: Tensor
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        request = self.fused._request
+        if request.probe is not None:
+            return request.probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
+        if request.labels is None:
+            return super().forward(hidden, *args, **kwargs)
+        bias = getattr(self, "bias", None)
+        return self.fused.log_probs(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the output as the hooks of FSDP and DeepSpeed leave it: their backward hooks hang on it."""
+        output = super().__call__(*args, **kwargs)
+        if self.fused._request.labels is None:
+            return output
+        self.fused._request.output = output
+        return output.detach().clone()  # what the model makes of it, in place perhaps, is not used
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -152,6 +153,13 @@ class DPOTrainer(Trainer):
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             if self.ref_model is None and dataset is not None and "ref_chosen" not in dataset[0]:
                 raise ValueError(f"no ref_model, and {name} holds no log-probs of one; give a ref_model")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation before training marks the model as prepared, and accelerate would then train it without DDP,
+        # each process on its own (transformers 5.24, accelerate 1.15).
+        if self.model is self.model_wrapped:
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._sums:  # the first since the last log
@@ -310,10 +318,12 @@ class DPOTrainer(Trainer):
     def _freeze(self, ref_model: nn.Module) -> nn.Module:
         ref_model.requires_grad_(False).eval()
         self.ref_head = FusedHead(ref_model, self.args.memory_budget_bytes, self.args.impl)
-        if self.place_model_on_device:
-            ref_model.to(self.args.device)
         self._check_head(self.ref_head, ref_model)
-        return ref_model
+        if not self.is_fsdp_enabled:
+            return ref_model.to(self.args.device)
+        if self.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(self.accelerator, ref_model)
+        return self.accelerator.prepare_model(ref_model)
 
     def _check_head(self, head: FusedHead, model: nn.Module) -> None:
         """On the main process, which may be the only one that has loaded the weights; the others take its word."""

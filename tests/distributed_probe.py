@@ -1,0 +1,76 @@
+"""Run by torchrun on two processes: the gradients of a fused head under DDP and FSDP2 are those of one process.
+
+Usage: torchrun --nproc_per_node 2 distributed_probe.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from helpers import assert_close
+from test_model import make_model
+from test_trainer import Pairs, make_trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dpo_kernels.training import FusedHead
+
+NAMES = [("Llama", {}), ("Qwen3", {"tie_word_embeddings": True}), ("Phi", {"num_key_value_heads": 4})]
+
+
+def shard(model):
+    """Every layer, the embedding and the head a unit of its own, each freed after its forward."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    units = list(model.model.layers)
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        units += [model.model.embed_tokens, model.lm_head]
+    for unit in [*units, model]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def check_that_an_evaluation_before_training_keeps_ddp() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(Path(folder), eval_pairs=Pairs(2), per_device_train_batch_size=1, max_steps=2)
+        trainer.evaluate()
+        trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        others = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, parameter.detach())
+        assert all(torch.equal(other, parameter) for other in others), f"{name} differs between processes"
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    ids = torch.randint(3, 97, (4, 9))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = labels[0, :4] = -100
+    for name, options in NAMES:
+        alone = make_model(name, options)
+        FusedHead(alone)
+        (alone(input_ids=ids, labels=labels)["log_probs"].sum() / world).backward()
+        for wrap in (DistributedDataParallel, shard):
+            model = make_model(name, options)
+            head = FusedHead(model)
+            head.check(model)
+            wrapped = wrap(model)
+            for _ in range(2):  # a second step sees freed weights come back
+                model.zero_grad()
+                wrapped(input_ids=ids[rank::world], labels=labels[rank::world])["log_probs"].sum().backward()
+            for (key, parameter), exact in zip(model.named_parameters(), alone.parameters(), strict=True):
+                grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+                assert_close(grad, exact.grad, 2e-4, f"{name} {wrap.__name__} {key}")
+    check_that_an_evaluation_before_training_keeps_ddp()
+    dist.destroy_process_group()
+    print(f"rank {rank}: as one process")
+
+
+if __name__ == "__main__":
+    main()

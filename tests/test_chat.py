@@ -1,0 +1,151 @@
+"""Which tokens are the assistant's: with every shape of template, its text and its end-of-turn token, nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import templates as t
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from templates import make_tokenizer, say
+
+from dpo_kernels.training import TemplateError
+from dpo_kernels.training.chat import MessageError, check_tokenizer, encode, render
+
+TWO_TURNS = say("Hello?", "I am fine.", "What is 2 + 2?", "It is 4.")
+
+
+def counted(tokenizer, messages, **options):
+    """The texts that the mask counts, a string a run."""
+    encoded = encode(messages, tokenizer, 10_000, **options)
+    runs, before = [], 0
+    for token, counts in zip(encoded.input_ids, encoded.mask, strict=True):
+        if counts:
+            runs = [*runs[:-1], [*runs[-1], token]] if before else [*runs, [token]]
+        before = counts
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        pytest.param(t.CHATML, "<|im_end|>", id="chatml"),
+        pytest.param(t.LLAMA3, "<|eot_id|>", id="llama3"),
+        pytest.param(t.GEMMA, "<end_of_turn>", id="gemma"),
+        pytest.param(t.MARKED, "<|im_end|>", id="generation-markers"),
+        pytest.param(t.STRIPS_THINKING, "<|im_end|>", id="strips-thinking-but-there-is-none"),
+        pytest.param(t.NO_GENERATION_PROMPT, "<|im_end|>", id="no-generation-prompt"),
+    ],
+)
+def test_replies_and_their_end_of_turn_tokens(template, end):
+    tokenizer = make_tokenizer(template)
+    assert counted(tokenizer, TWO_TURNS) == [f"I am fine.{end}", f"It is 4.{end}"]
+    assert counted(tokenizer, TWO_TURNS, assistant_turns="last") == [f"It is 4.{end}"]
+    assert counted(tokenizer, say("你好？", "今天晴天 😀。")) == [f"今天晴天 😀。{end}"]
+
+
+def test_mistral_counts_the_reply_behind_the_instruction():
+    tokenizer = make_tokenizer(t.MISTRAL)
+    assert [text.strip() for text in counted(tokenizer, TWO_TURNS)] == ["I am fine.</s>", "It is 4.</s>"]
+
+
+def test_mistral_moves_the_system_message_and_is_refused():
+    tokenizer = make_tokenizer(t.MISTRAL)
+    messages = say("Hello?", "I am fine.", "What is 2 + 2?", "It is 4.", system="Be brief.")
+    with pytest.raises(TemplateError, match=r"rewrites earlier turns.*message 2 \(assistant: 'I am fine.'\).*last"):
+        encode(messages, tokenizer, 1000)
+    assert [text.strip() for text in counted(tokenizer, messages, assistant_turns="last")] == ["It is 4.</s>"]
+
+
+def test_stripped_thinking_is_refused_unless_only_the_last_turn_counts():
+    tokenizer = make_tokenizer(t.STRIPS_THINKING)
+    messages = say("Hello?", "<think>hm</think>\nI am fine.", "What is 2 + 2?", "<think>2, 3</think>\nIt is 4.")
+    with pytest.raises(TemplateError, match=r"--assistant_turns last.*generation"):
+        encode(messages, tokenizer, 1000)
+    assert counted(tokenizer, messages, assistant_turns="last") == ["<think>2, 3</think>\nIt is 4.<|im_end|>"]
+    assert counted(tokenizer, messages[:2]) == ["<think>hm</think>\nI am fine.<|im_end|>"]
+
+
+def test_a_token_that_crosses_into_the_reply_counts_and_shifts_nothing():
+    """Without special tokens ': I' may be one token; everything else stays where it is."""
+    tokenizer = make_tokenizer(t.PLAIN)
+    text, spans = render(TWO_TURNS, tokenizer)
+    assert [text[a:b] for a, b in spans] == ["I am fine.", "It is 4."]
+    merged = tokenizer.tokenize("assistant: It")
+    assert not any(token == "It" for token in merged), merged  # this tokenizer does merge across the boundary
+    first, second = counted(tokenizer, TWO_TURNS)
+    assert first.endswith("I am fine.") or first.rstrip("\n").endswith("I am fine.")
+    assert second.rstrip("\n").endswith("It is 4.")
+    assert "2 + 2" not in first + second
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    turns=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=2
+    ),
+    template=st.sampled_from([t.CHATML, t.LLAMA3, t.MARKED, t.PLAIN]),
+)
+def test_any_text_is_found(turns, template):
+    """What is counted, decoded, holds each reply, and every token outside holds no character of one."""
+    turns = [" ".join(turn.split()) or "x" for turn in turns[: len(turns) // 2 * 2]]
+    if any(special in turn for turn in turns for special in t.SPECIALS):
+        return
+    messages = say(*turns)
+    tokenizer = TOKENIZERS.setdefault(template, make_tokenizer(template))
+    text, spans = render(messages, tokenizer)
+    assert len(spans) == len(turns) // 2
+    for (a, b), reply in zip(spans, turns[1::2], strict=True):
+        assert text[a:b].startswith(reply)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    encoded = encode(messages, tokenizer, 10_000)
+    inside = {k for a, b in spans for k in range(a, b)}
+    for (a, b), counts in zip(offsets, encoded.mask, strict=False):
+        assert bool(counts) == bool(inside & set(range(a, b)))
+    assert not encoded.truncated
+
+
+TOKENIZERS: dict = {}
+
+
+def test_truncation_is_told_and_cut_after_the_last_token_that_counts():
+    tokenizer = make_tokenizer()
+    whole = encode(TWO_TURNS, tokenizer, 1000)
+    assert whole.mask[-1] == 1
+    assert not whole.truncated
+    short = encode(TWO_TURNS, tokenizer, len(whole.mask) - 2)
+    assert short.truncated
+    assert short.input_ids == whole.input_ids[:-2]
+    none = encode(say("a very long question " * 20, "yes"), tokenizer, 8)
+    assert (none.input_ids, none.mask, none.truncated) == ([], [], True)
+
+
+def test_a_template_that_refuses_the_messages():
+    tokenizer = make_tokenizer(t.GEMMA)
+    with pytest.raises(MessageError, match=r"the chat template refuses the messages: .*No system role here"):
+        encode(say("Hi", "Hello", system="Be kind."), tokenizer, 100)
+
+
+def test_markers_that_miss_a_reply_are_refused():
+    template = t.MARKED.replace("m['role'] == 'assistant' %}{% generation", "m['role'] == 'robot' %}{% generation")
+    with pytest.raises(TemplateError, match=r"marks 0 replies .* the conversation has 2"):
+        encode(TWO_TURNS, make_tokenizer(template), 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chat_template": None}, r"no single chat template \(found none\); give one with --chat_template"),
+        ({"chat_template": {"a": t.CHATML, "b": t.CHATML}}, r"found several: \['a', 'b'\]"),
+        ({"pad_token": None}, r"no pad token; name one with --pad_token TOKEN .*'</s>'"),
+        ({"is_fast": False}, r"gives no character offsets; load a fast tokenizer"),
+    ],
+)
+def test_what_a_tokenizer_must_have(change, message, monkeypatch):
+    tokenizer = make_tokenizer()
+    for name, value in change.items():
+        if name == "is_fast":
+            monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
+        else:
+            setattr(tokenizer, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_tokenizer(tokenizer)

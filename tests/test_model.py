@@ -1,0 +1,179 @@
+"""The fused head on real model classes: what stands before and behind it, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from helpers import assert_close
+from torch import nn
+
+from dpo_kernels import reference
+from dpo_kernels.head import Transform
+from dpo_kernels.training import FusedHead, HeadError
+from dpo_kernels.training.model import disable_dropout, router_aux_loss_coef
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+             "mamba_chunk_size": 8, "lm_head_multiplier": 0.25, "embedding_multiplier": 2.0}  # fmt: skip
+MODELS = [  # class, what its config sets, what shall be measured behind its head
+    pytest.param("Llama", {}, Transform(), id="llama-untied"),
+    pytest.param("Qwen3", {"tie_word_embeddings": True}, Transform(), id="qwen3-tied"),
+    pytest.param("Phi", {"num_key_value_heads": 4}, Transform(), id="phi-bias"),
+    pytest.param("Gemma2", {"final_logit_softcapping": 5.0}, Transform(softcap=5.0), id="gemma2-softcap"),
+    pytest.param("Cohere", {"logit_scale": 0.25}, Transform(logit_scale=0.25), id="cohere-logit_scale"),
+    pytest.param("Granite", {"logits_scaling": 3.0}, Transform(logit_scale=1 / 3), id="granite-divides"),
+    pytest.param("HyperCLOVAX", {"logits_scaling": 0.5}, Transform(logit_scale=0.5), id="hyperclovax-multiplies"),
+    pytest.param("FalconH1", FALCON_H1, Transform(logit_scale=0.25), id="falcon-h1-lm_head_multiplier"),
+    pytest.param("MiniCPM3", {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+                              "v_head_dim": 8, "dim_model_base": 8, "head_dim": 4, "num_key_value_heads": 4},
+                 Transform(), id="minicpm3-scales-before-the-head"),
+    pytest.param("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, Transform(),
+                 id="qwen3-moe"),
+]  # fmt: skip
+
+
+def make_model(name, options=(), dtype=torch.float32):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**(SMALL | dict(options)))
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.get_output_embeddings().parameters():
+        nn.init.normal_(parameter, std=0.5)  # peaked, and a bias that is not 0
+    return model.to(dtype).eval()
+
+
+def batch():
+    ids = torch.randint(3, 97, (3, 9))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = labels[0, :4] = -100
+    return ids, labels
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), MODELS)
+def test_log_probs_and_gradients_are_those_of_the_models_own_logits(name, options, expected):
+    ids, labels = batch()
+    own = make_model(name, options)
+    truth = reference.logits_to_log_probs(own(input_ids=ids).logits, labels)
+    truth.sum().backward()
+    model = make_model(name, options)
+    head = FusedHead(model)
+    head.check(model)
+    assert head.transform.logit_scale == pytest.approx(expected.logit_scale, rel=1e-6)
+    assert head.transform.softcap == (expected.softcap and pytest.approx(expected.softcap, rel=1e-6))
+    log_probs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)["log_probs"]
+    log_probs.sum().backward()
+    assert_close(log_probs, truth, 2e-5)
+    exact = dict(own.named_parameters())
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None or exact[key].grad is not None:
+            assert_close(parameter.grad, exact[key].grad, 1e-4 * max(1, exact[key].grad.abs().max().item()), key)
+    assert model(input_ids=ids).logits.shape == (3, 9, 97)  # without labels the model is its own
+
+
+def test_other_models_of_the_class_stay_what_they_are():
+    ids, labels = batch()
+    fused, plain = make_model("Llama"), make_model("Llama")
+    FusedHead(fused)
+    assert torch.equal(plain(input_ids=ids).logits, fused(input_ids=ids).logits)
+    assert plain(input_ids=ids, labels=labels).loss is not None
+
+
+def test_the_load_balancing_loss_comes_along():
+    ids, labels = batch()
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
+    model = make_model("Qwen3Moe", options)
+    own = model(input_ids=ids, output_router_logits=True).aux_loss
+    FusedHead(model)
+    output = model(input_ids=ids, labels=labels, output_router_logits=True)
+    assert_close(output["aux_loss"], own, 1e-6)
+    assert "aux_loss" not in model(input_ids=ids, labels=labels)
+    assert router_aux_loss_coef(model) == 0.02
+    assert router_aux_loss_coef(make_model("Llama")) is None
+
+
+class Behind(nn.Module):
+    """A head that leaves its logits to something that no scale and no softcap describes."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids, **kwargs):
+        output = self.model(input_ids=input_ids, **kwargs)
+        output.logits = self.change(self, output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _, z: z + 1, "neither a scale nor a softcap"),
+        (lambda _, z: z.clamp(-4, 4), "neither a scale nor a softcap"),
+        (lambda this, z: z * this.scale, "has parameters behind its output head"),
+        (lambda _, z: torch.cat([z, z], -1), r"turns 12 numbers from its head into logits of \(1, 1, 24\)"),
+        (lambda _, z: z if z.shape[-1] < 97 else z.index_fill(-1, torch.arange(5), -9.0), "would train Behind wrong"),
+        (
+            lambda _, z: z if z.shape[-1] < 97 else z[..., :90],
+            r"logits are \(1, 16, 90\), its head's weight has 97 rows",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_that_would_be_trained_wrong_is_refused(change, message, dtype):
+    model = Behind(make_model("Llama", dtype=dtype), change)
+    head = FusedHead(model)
+    with pytest.raises(HeadError, match=message):
+        head.check(model)
+    assert not head.checked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere"])
+def test_the_check_passes_in_every_dtype(name, dtype):
+    model = make_model(name, dtype=dtype)
+    model.train()
+    head = FusedHead(model)
+    head.check(model)
+    assert head.checked
+    assert model.training
+
+
+def test_a_head_that_lost_its_bias_is_refused():
+    model = make_model("Phi")
+    head = FusedHead(model)
+    head.log_probs = lambda hidden, weight, labels, bias: FusedHead.log_probs(head, hidden, weight, labels, None)
+    with pytest.raises(HeadError, match=r"would train PhiForCausalLM wrong: on 16 tokens its log-probs differ"):
+        head.check(model)
+
+
+def test_models_without_a_head():
+    with pytest.raises(HeadError, match=r"Linear has no output head .*found none"):
+        FusedHead(nn.Linear(2, 2))
+    model = make_model("Llama")
+    model.lm_head = nn.Identity()
+    with pytest.raises(HeadError, match=r"found Identity with weight none"):
+        FusedHead(model)
+
+
+def test_a_forward_that_never_reaches_its_head():
+    model = make_model("Llama")
+    FusedHead(model)
+    model.lm_head = nn.Linear(32, 97)  # the head is replaced afterwards
+    with pytest.raises(HeadError, match="did not call its output head"):
+        model(input_ids=torch.tensor([[3, 4]]), labels=torch.tensor([[4, -100]]))
+
+
+def test_dropout_goes():
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    ).train()
+    ids = torch.randint(50, (1, 9))
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)

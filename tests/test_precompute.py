@@ -1,0 +1,111 @@
+"""The reference's log-probs computed ahead: the same training, without the reference in memory, cached on disk."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from test_model import make_model
+
+from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer
+from dpo_kernels.training.small_model import make_small_model
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
+
+
+@pytest.fixture
+def setup(tmp_path, small):
+    """(trainer, dataset) with a policy that differs from the reference, so that rewards are not 0."""
+
+    def make(name, precompute, seed=1, **config):
+        _, tokenizer = small
+        policy, _ = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1, seed=5)
+        ref, _ = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1, seed=seed)
+        dataset = DPODataset(EXAMPLE, tokenizer, 200, cache_dir=tmp_path / "cache").select(range(11))
+        args = DPOConfig(
+            output_dir=str(tmp_path / name), use_cpu=True, disable_tqdm=True, max_steps=3, learning_rate=1e-3,
+            per_device_train_batch_size=4, per_device_eval_batch_size=3, save_strategy="no",
+            precompute_ref_log_probs=precompute, **config,
+        )  # fmt: skip
+        return DPOTrainer(policy, ref, args, dataset, dataset.select(range(2)))
+
+    return make
+
+
+def losses(trainer):
+    trainer.train()
+    path = Path(trainer.args.output_dir) / "log.jsonl"
+    return [entry["loss"] for entry in map(json.loads, path.read_text().splitlines()) if "loss" in entry]
+
+
+def test_training_is_the_same(setup):
+    live, ahead = setup("live", False), setup("ahead", True)
+    assert losses(ahead) == pytest.approx(losses(live), abs=1e-4)
+    assert ahead.ref_model is None
+    assert live.evaluate()["eval_loss"] == pytest.approx(ahead.evaluate()["eval_loss"], abs=1e-4)
+
+
+def test_the_reference_leaves_memory(tmp_path, small):
+    _, tokenizer = small
+    ref, _ = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
+    gone = weakref.ref(ref.model.layers[0])
+    dataset = DPODataset(EXAMPLE, tokenizer, 200, cache_dir=tmp_path / "cache").select(range(5))
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, precompute_ref_log_probs=True)
+    trainer = DPOTrainer(
+        make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)[0], ref, args, dataset
+    )  # fmt: skip
+    del ref
+    gc.collect()
+    assert gone() is None
+    assert "ref_chosen" in trainer.train_dataset[0]
+
+
+def test_the_cache_is_used_and_follows_model_and_data(setup, tmp_path, monkeypatch):
+    passes = []
+    original = DPOTrainer._reference_log_probs
+    monkeypatch.setattr(
+        DPOTrainer, "_reference_log_probs", lambda self, inputs: passes.append(1) or original(self, inputs)
+    )
+    setup("first", True)
+    first = len(passes)
+    assert first == 4 + 1  # 11 training pairs and 2 held out, in batches of 3
+    setup("again", True)
+    assert len(passes) == first
+    setup("other weights", True, seed=2)
+    assert len(passes) == 2 * first
+    setup("other precision", True, bf16=True)
+    assert len(passes) == 3 * first
+    assert len(list((tmp_path / "cache").glob("ref-*.arrow"))) == 6
+
+
+def test_log_probs_stand_beside_their_tokens(setup):
+    trainer = setup("beside", True)
+    item = trainer.train_dataset[3]
+    ref, _ = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1, seed=1)
+    for side in ("chosen", "rejected"):
+        assert item[f"ref_{side}"].shape == item[f"y_{side}"].shape
+        logits = ref(input_ids=item[f"x_{side}"][None]).logits[0].log_softmax(-1)
+        mask = item[f"mask_{side}"]
+        exact = logits.gather(1, item[f"y_{side}"].clamp(min=0)[:, None]).squeeze(1)
+        assert torch.allclose(item[f"ref_{side}"][mask], exact[mask], atol=1e-4)
+        assert item[f"ref_{side}"][~mask].eq(0).all()
+
+
+def test_a_dataset_can_bring_its_own(tmp_path, small):
+    _, tokenizer = small
+    dataset = DPODataset(EXAMPLE, tokenizer, 200, cache_dir=tmp_path / "cache").select(range(4))
+    columns = {f"ref_{s}": [[-1.0] * (len(x) - 1) for x in dataset.rows[f"{s}_ids"]] for s in ("chosen", "rejected")}
+    dataset = dataset.with_reference(datasets.Dataset.from_dict(columns))
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, max_steps=1, save_strategy="no")
+    trainer = DPOTrainer(make_model("Llama", {"vocab_size": 500, "max_position_embeddings": 256}), None, args, dataset)
+    assert losses(trainer)[0] > 0

@@ -1,0 +1,233 @@
+"""`train.py` as a person runs it: in a process of its own, from pairs to a model that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_kernels.training.small_model import make_small_model
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "dpo.jsonl"
+PAIR = {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+        "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    model, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return os.environ | {
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def command(*arguments, launcher=()):
+    return [*(launcher or [sys.executable]), str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def run(environment, *arguments, cwd=None, launcher=()):
+    return subprocess.run(
+        command(*arguments, launcher=launcher), env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def small_run(model_dir, output_dir, **options):
+    options = {"data_path": EXAMPLE, "ref_weight": model_dir, "output_dir": output_dir, "max_length": 160,
+               "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "max_steps": 6,
+               "save_steps": 2, "disable_tqdm": True} | options  # fmt: skip
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def losses(output_dir):
+    entries = map(json.loads, (Path(output_dir) / "log.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+def test_without_arguments_it_trains_the_example(tmp_path, environment):
+    """In a folder of its own; three epochs instead of four to save time."""
+    done = run(environment, "--num_train_epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"held-out preference accuracy: ([\d.]+) before, ([\d.]+) after", done.stdout)
+    before, after = map(float, found.groups())
+    assert 0.3 < before < 0.7
+    assert after >= 0.9
+    (output_dir,) = (tmp_path / "output").iterdir()
+    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    prompt = tokenizer.apply_chat_template(PAIR["chosen"][:1], add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 3
+    assert (output_dir / "curves.png").stat().st_size > 10_000
+    assert (output_dir / "model.safetensors").exists()
+    first = next(iter(losses(output_dir).values()))
+    assert first == torch.tensor(2.0).log().item()
+    assert "it/s" in done.stderr  # the progress bar
+
+
+def test_kill_9_and_resume_gives_the_same_weights_bit_for_bit(tmp_path, model_dir, environment):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = run(environment, *small_run(model_dir, straight, max_steps=30, save_steps=10))
+    assert done.returncode == 0, done.stderr
+    arguments = small_run(model_dir, killed, max_steps=30, save_steps=10)
+    with subprocess.Popen(
+        command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as p:
+        wait_for(lambda: (killed / "log.jsonl").exists() and len(losses(killed)) >= 13, p)
+        p.send_signal(signal.SIGKILL)
+        assert p.wait() == -signal.SIGKILL
+    assert len(losses(killed)) < 30
+    done = run(environment, *arguments, "--resume_from_checkpoint")
+    assert done.returncode == 0, done.stderr
+    weights = [load_file(d / "model.safetensors") for d in (straight, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert losses(killed) == losses(straight)
+
+
+def test_sigterm_saves_and_exits(tmp_path, model_dir, environment):
+    output_dir = tmp_path / "out"
+    arguments = small_run(model_dir, output_dir, max_steps=2000, save_steps=10_000)
+    with subprocess.Popen(
+        command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as p:
+        wait_for(lambda: (output_dir / "log.jsonl").exists() and len(losses(output_dir)) >= 3, p)
+        p.send_signal(signal.SIGTERM)
+        out, err = p.communicate(timeout=60)
+    assert p.returncode == 143, err
+    assert "SIGTERM: saving a checkpoint after this step" in err
+    (folder,) = output_dir.glob("checkpoint-*")
+    step = int(folder.name.removeprefix("checkpoint-"))
+    assert f"stopped after step {step}; go on with --resume_from_checkpoint" in out
+    assert max(losses(output_dir)) == step
+    assert not (output_dir / "model.safetensors").exists()
+    again = small_run(model_dir, output_dir, max_steps=step + 2, save_steps=10_000)
+    done = run(environment, *again, "--resume_from_checkpoint", folder)
+    assert done.returncode == 0, done.stderr
+    assert max(losses(output_dir)) == step + 2
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, "ended too early"
+        try:
+            if condition():
+                return
+        except (OSError, json.JSONDecodeError):
+            pass
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+def test_two_processes_train_like_one(tmp_path, model_dir, environment):
+    """Same pairs a step, on one process or on two: DDP and its gradient mean change nothing but rounding."""
+    options = {"max_grad_norm": 0, "optim": "sgd", "save_strategy": "no", "eval_size": 7, "eval_strategy": "steps",
+               "eval_steps": 3, "per_device_eval_batch_size": 2}  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for output_dir, size, launch in ((one, 4, ()), (two, 2, launcher)):
+        arguments = small_run(model_dir, output_dir, per_device_train_batch_size=size, **options)
+        done = run(environment, *arguments, launcher=launch)
+        assert done.returncode == 0, done.stderr
+    weights = [load_file(d / "model.safetensors") for d in (one, two)]
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=1e-6), name
+    histories = [[json.loads(line) for line in (d / "log.jsonl").read_text().splitlines()] for d in (one, two)]
+    for a, b in zip(*histories, strict=True):
+        assert a.keys() == b.keys()
+        for key in ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=2e-4), key
+
+
+def test_fused_heads_under_ddp_and_fsdp():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tests" / "distributed_probe.py")], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("as one process") == 2
+
+
+def test_results_are_never_overwritten(tmp_path, model_dir, environment):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("mine")
+    done = run(environment, *small_run(model_dir, tmp_path / "out"))
+    assert done.returncode == 1
+    assert (
+        "holds the results of a run already; go on with it with --resume_from_checkpoint, or give another"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_path": "nowhere.jsonl"}, "no preference file nowhere.jsonl"),
+        ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint is 'nowhere', which is no checkpoint"),
+        ({"memory_budget": "much"}, "memory_budget is 'much'; expected a size such as 512MiB"),
+        ({"memory_budget": "1KiB", "max_steps": 1}, r"memory_budget is 1,024 bytes"),
+        ({"pad_token": "<nope>"}, "pad_token is '<nope>', which the tokenizer does not know"),
+        ({"eval_size": 0.1, "eval_data_path": "x"}, "either by --eval_size or by --eval_data_path"),
+        ({"beta": -1}, "beta is -1"),
+        ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_in_one_sentence(tmp_path, model_dir, environment, options, message):
+    done = run(environment, *small_run(model_dir, tmp_path / "out", **options))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_data_without_a_model(tmp_path, environment):
+    done = run(environment, "--data_path", EXAMPLE, "--output_dir", tmp_path)
+    assert done.returncode == 1
+    assert "give both, or neither" in done.stderr
+
+
+def test_everything_from_a_file_with_every_option_at_once(tmp_path, model_dir, environment):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(PAIR) + "\n" for _ in range(6)) + "broken\n")
+    template = tmp_path / "template.jinja"
+    template.write_text((model_dir / "chat_template.jinja").read_text())
+    options = {
+        "data_path": str(data), "ref_weight": str(model_dir), "from_weight": str(model_dir), "dpo_aggregate": "mean",
+        "output_dir": str(tmp_path / "out"), "on_bad_line": "skip", "eval_data_path": str(EXAMPLE),
+        "dtype": "auto", "bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2,
+        "precompute_ref_log_probs": True, "memory_budget": "64MiB", "impl": "torch", "assistant_turns": "last",
+        "chat_template": str(template), "pad_token": "<|im_end|>", "attn_implementation": "eager", "use_cpu": True,
+        "max_steps": 2, "per_device_train_batch_size": 1, "beta": 0.2, "dataset_num_proc": 1, "max_length": 80,
+        "resume_from_checkpoint": "latest",
+    }  # fmt: skip
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
+    done = run(environment, tmp_path / "options.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint in" in done.stdout
+    assert "6 pairs, 1 bad lines skipped" in done.stdout
+    assert "held-out preference accuracy" in done.stdout
+    assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["line"] == 7
+    assert losses(tmp_path / "out")[1] == pytest.approx(0.6931472, abs=1e-4)

@@ -1,0 +1,336 @@
+"""The trainer: what it computes, what it logs, and that nothing is lost when it ends early."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_close
+from test_model import make_model
+
+from dpo_kernels import reference
+from dpo_kernels.training import DPOConfig, DPOTrainer, HeadError, NonFiniteError, PairCollator, checkpoints
+from dpo_kernels.training.callbacks import StopOnSigterm
+from dpo_kernels.training.trainer import PAIR_METRICS, parse_bytes
+
+LOG2 = torch.tensor(2.0).log().item()
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Random pairs: answers of ragged length behind a prompt, as `DPODataset` gives them."""
+
+    def __init__(self, count=8, length=14, vocab=97, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.items = []
+        for _ in range(count):
+            item = {}
+            for side in ("chosen", "rejected"):
+                ids = torch.randint(3, vocab, (length + 1,), generator=generator)
+                first, last = 3, int(torch.randint(6, length + 1, (), generator=generator))
+                mask = torch.zeros(length, dtype=torch.bool)
+                mask[first:last] = True
+                item[f"x_{side}"] = torch.where(torch.arange(length) < last, ids[:-1], 0)
+                item[f"y_{side}"] = torch.where(mask, ids[1:], -100)
+                item[f"mask_{side}"] = mask
+            self.items.append(item)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def make_trainer(tmp_path, name="Llama", options=(), pairs=None, eval_pairs=None, callbacks=None, **config):
+    config = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no",
+              "disable_tqdm": True, "use_cpu": True} | config  # fmt: skip
+    args = DPOConfig(output_dir=str(tmp_path), **config)
+    return DPOTrainer(
+        make_model(name, options), make_model(name, options), args, pairs or Pairs(), eval_pairs, callbacks=callbacks
+    )
+
+
+def logs(tmp_path, key="loss"):
+    entries = [json.loads(line) for line in (Path(tmp_path) / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if key in entry]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_the_first_step_is_log_2_and_everything_is_logged(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    first, *later = logs(tmp_path)
+    assert first["loss"] == LOG2
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0.0
+    for name in (*PAIR_METRICS, "tokens_per_second", "peak_memory_mib", "learning_rate", "grad_norm", "step"):
+        assert math.isfinite(first[name]), name
+    assert len(later) == 2
+    assert later[0]["rewards/margins"] != 0
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert "aux_loss" not in first
+
+
+def test_loss_and_rewards_are_the_references(tmp_path):
+    trainer = make_trainer(tmp_path, beta=0.3, dpo_aggregate="mean", max_steps=2)
+    trainer.train()
+    batch = PairCollator()([trainer.train_dataset[i] for i in range(4)])
+    x, y = (torch.cat([batch[f"{n}_chosen"], batch[f"{n}_rejected"]]) for n in "xy")
+    with torch.no_grad():
+        policy, ref = (
+            reference.logits_to_log_probs(m(input_ids=x).logits, y) for m in (trainer.model, trainer.ref_model)
+        )
+        loss, metrics = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+    exact = reference.dpo_loss(ref, policy, y != -100, 0.3, "mean")
+    got = dict(zip(PAIR_METRICS, metrics.mean(0), strict=True))
+    for value, truth in zip((loss, got["rewards/chosen"], got["rewards/rejected"]), exact, strict=True):
+        assert_close(value, truth, 1e-5)
+    mean = (torch.where(y == -100, 0, policy).sum(1) / (y != -100).sum(1)).chunk(2)
+    assert_close(got["logps/chosen"], mean[0].mean(), 1e-4)
+    assert_close(got["logps/accuracies"], (mean[0] > mean[1]).float().mean(), 0)
+
+
+def test_the_reference_and_only_the_reference_is_frozen(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = {name: p.clone() for name, p in trainer.ref_model.named_parameters()}
+    trainer.train()
+    assert not trainer.ref_model.training
+    for name, parameter in trainer.ref_model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert not parameter.requires_grad
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("count", [8, 7])  # 7: the last micro-batch holds one pair
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path, count):
+    pairs = Pairs(count)
+    results = []
+    for name, size, steps in (("large", count, 1), ("small", 2, -(-count // 2))):
+        trainer = make_trainer(
+            tmp_path / name, pairs=pairs, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            max_steps=2, max_grad_norm=0, optim="sgd",
+        )  # fmt: skip
+        trainer.train()
+        results.append((weights(trainer), [entry["loss"] for entry in logs(tmp_path / name)]))
+    (large, large_loss), (small, small_loss) = results
+    assert small_loss == pytest.approx(large_loss, abs=2e-6)
+    for name, weight in large.items():
+        assert_close(small[name], weight, 1e-6, name)
+
+
+def test_the_load_balancing_loss_of_a_mixture_of_experts(tmp_path):
+    trainer = make_trainer(tmp_path / "moe", "Qwen3Moe", MOE, max_steps=1)
+    trainer.train()
+    (entry,) = logs(tmp_path / "moe")
+    assert entry["aux_loss"] > 0
+    assert entry["loss"] == pytest.approx(LOG2 + 0.02 * entry["aux_loss"], abs=1e-6)
+    trainer = make_trainer(tmp_path / "off", "Qwen3Moe", MOE, max_steps=1, router_aux_loss_coef=0.0)
+    trainer.train()
+    assert logs(tmp_path / "off")[0]["loss"] == LOG2
+
+
+def test_evaluation_sees_every_pair_once(tmp_path):
+    held_out = Pairs(5, seed=1)
+    trainer = make_trainer(tmp_path, eval_pairs=held_out, per_device_eval_batch_size=2)
+    before = trainer.evaluate()
+    assert before["eval_loss"] == pytest.approx(LOG2, abs=1e-7)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.model.eval()
+    batch = PairCollator()([held_out[i] for i in range(5)])
+    with torch.no_grad():
+        loss, values = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for name, value in zip(PAIR_METRICS, values.mean(0), strict=True):
+        assert metrics[f"eval_{name}"] == pytest.approx(value.item(), abs=1e-4), name
+
+
+def test_under_bf16_the_first_step_is_log_2_too(tmp_path):
+    trainer = make_trainer(tmp_path, "Gemma2", {"final_logit_softcapping": 5.0}, bf16=True, memory_budget="64MiB")
+    trainer.train()
+    assert logs(tmp_path)[0]["loss"] == LOG2
+    assert logs(tmp_path)[-1]["rewards/margins"] != 0
+    assert trainer.model.lm_head.weight.dtype == torch.float32
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    results = []
+    for name, on in (("off", False), ("on", True)):
+        trainer = make_trainer(tmp_path / name, gradient_checkpointing=on)
+        trainer.train()
+        results.append(weights(trainer))
+    for name, weight in results[0].items():
+        assert_close(results[1][name], weight, 1e-6, name)
+
+
+def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    straight = make_trainer(tmp_path / "straight", **options)
+    straight.train()
+    stopped = make_trainer(tmp_path / "stopped", callbacks=[StopAfter(4)], **options)
+    stopped.train()
+    assert [p.name for p in checkpoints.all_of(tmp_path / "stopped")] == ["checkpoint-2", "checkpoint-4"]
+    resumed = make_trainer(tmp_path / "stopped", **options)
+    resumed.train(resume_from_checkpoint=str(checkpoints.latest(tmp_path / "stopped")))
+    for name, weight in weights(straight).items():
+        assert torch.equal(weights(resumed)[name], weight), name
+    compared = [[(e["step"], e["loss"]) for e in logs(tmp_path / run)] for run in ("straight", "stopped")]
+    assert compared[0] == compared[1]
+
+
+class StopAfter(StopOnSigterm):
+    """Stops as a SIGTERM during that step would."""
+
+    def __init__(self, step):
+        self.step, self.received, self._before = step, False, None
+
+    def on_train_begin(self, *args, **kwargs):
+        pass
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.received = control.should_save = control.should_training_stop = True
+
+
+class Poison(StopAfter):
+    """Writes a NaN into a weight, as a bad kernel or a bad sector would, or into a gradient."""
+
+    def __init__(self, step, where):
+        super().__init__(step)
+        self.where = where
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step and self.where == "loss":
+            self.clean = model.lm_head.weight.detach().clone()
+            model.lm_head.weight.data[3] = math.nan
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step and self.where == "gradient":
+            model.lm_head.weight.grad[3, 0] = math.inf
+        if state.global_step == self.step and self.where == "loss":
+            model.lm_head.weight.data.copy_(self.clean)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_is_never_taken(tmp_path, where):
+    good = make_trainer(tmp_path / "good", max_steps=2)
+    good.train()
+    trainer = make_trainer(tmp_path / "bad", max_steps=5, callbacks=[Poison(2, where)], lr_scheduler_type="constant")
+    good = make_trainer(tmp_path / "good2", max_steps=2, lr_scheduler_type="constant")
+    good.train()
+    with pytest.raises(NonFiniteError, match=rf"step 3: .*{where}.* not finite .*checkpoint-2.*resume_from_checkpoint"):
+        trainer.train()
+    folder = checkpoints.latest(tmp_path / "bad")
+    assert folder.name == "checkpoint-2"
+    saved = type(trainer.model).from_pretrained(folder)
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, weights(good)[name]), name
+    assert [entry["step"] for entry in logs(tmp_path / "bad")] == [1, 2]
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2)
+    seen = []
+
+    def dies(*args):
+        seen.append(sorted(p.name for p in tmp_path.glob("checkpoint-*")))
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt  # in the middle of writing
+        return original(*args)
+
+    original = trainer._save_rng_state
+    monkeypatch.setattr(trainer, "_save_rng_state", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert seen[2:] == [["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    for folder in checkpoints.all_of(tmp_path):
+        assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= {
+            p.name for p in folder.iterdir()
+        }
+    assert checkpoints.latest(tmp_path).name == "checkpoint-3"
+    assert checkpoints.staging(tmp_path).exists()
+    make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoints.latest(tmp_path)))
+    assert not checkpoints.staging(tmp_path).exists()
+
+
+def test_the_best_checkpoint_is_kept_and_found(tmp_path):
+    trainer = make_trainer(
+        tmp_path, eval_pairs=Pairs(2, seed=1), max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps",
+        eval_steps=1, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert (best / "model.safetensors").exists()
+
+
+def test_publishing_over_a_checkpoint_replaces_it(tmp_path):
+    for text in ("old", "new"):
+        staged = checkpoints.staging(tmp_path) / "checkpoint-1"
+        staged.mkdir(parents=True)
+        (staged / "file").write_text(text)
+        checkpoints.publish(staged, tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "new"
+    assert list(checkpoints.staging(tmp_path).iterdir()) == []
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in (2, 10, 1, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    checkpoints.rotate(tmp_path, 2, "elsewhere/checkpoint-1")
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-1", "checkpoint-30"]
+    checkpoints.rotate(tmp_path, None, None)
+    checkpoints.rotate(tmp_path, 1, None)
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-30"]
+    assert checkpoints.latest(tmp_path / "nowhere") is None
+
+
+def test_the_saved_model_loads_and_drops_no_earlier_file(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    loaded = type(trainer.model).from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, weights(trainer)[name])
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+    assert not (checkpoints.staging(tmp_path) / "model").exists()
+
+
+def test_a_wrong_head_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_kernels.training.model.FusedHead._measure_transform", lambda self, *_: self.transform)
+    with pytest.raises(HeadError, match="would train CohereForCausalLM wrong"):
+        make_trainer(tmp_path, "Cohere", {"logit_scale": 0.25})
+
+
+def test_references_that_are_missing_or_shared(tmp_path):
+    model = make_model("Llama")
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="no ref_model, and train_dataset holds no log-probs of one"):
+        DPOTrainer(model, None, args, Pairs())
+    with pytest.raises(ValueError, match="model and ref_model are one object"):
+        DPOTrainer(model, model, args, Pairs())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("64MB", 64_000_000), ("2k", 2000), ("123", 123), (7, 7), (None, None)],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["a lot", "512 MiBs", "-3MiB", "0"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match=r"memory_budget is .*; expected a size such as 512MiB"):
+        parse_bytes(text)
