@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import assert_close, make_head
 
-from dpo_kernels import available_impls, dpo_loss, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
+from dpo_kernels import (
+    available_impls,
+    checks,
+    dpo_loss,
+    hidden_to_log_probs,
+    logits_to_log_probs,
+    reference,
+    token_stats,
+)
 from dpo_kernels.head import OPTIONAL_OUTPUTS
 
 INF, NAN = float("inf"), float("nan")
@@ -64,6 +73,15 @@ def test_label_out_of_range_without_the_check_is_nan_in_its_row(monkeypatch, gra
     assert torch.isfinite(hidden.grad[[0, 1, 2, 4, 5]]).all()
     level = logits_to_log_probs(torch.randn(6, 9), labels)
     assert level.isnan().tolist() == [False, False, False, True, False, False]
+
+
+def test_validation_can_be_asked_for_on_any_device(monkeypatch):
+    labels = torch.tensor([[1, 2], [9, -100]])
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), reshape=labels.reshape, shape=labels.shape)
+    checks.labels_in_range(elsewhere, -100, 9)
+    monkeypatch.setenv("DPO_KERNELS_VALIDATE", "1")
+    with pytest.raises(IndexError, match=r"labels\[1, 0\] is 9; expected a token in \[0, 9\) or ignore_index -100"):
+        checks.labels_in_range(elsewhere, -100, 9)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
