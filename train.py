@@ -10,7 +10,9 @@ transformers.TrainingArguments work too; `python train.py --help` lists them.
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -83,27 +85,34 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     trainer.save_model()
     if held_out:
-        trainer.evaluate()
-        before, *_, after = (e["eval_logps/accuracies"] for e in trainer.state.log_history if "eval_loss" in e)
-        say(config, f"held-out preference accuracy: {before:.3f} before, {after:.3f} after")
+        evaluated = {e["step"]: e["eval_logps/accuracies"] for e in trainer.state.log_history if "eval_loss" in e}
+        last = trainer.state.global_step
+        after = evaluated[last] if last in evaluated else trainer.evaluate()["eval_logps/accuracies"]
+        before = f"{evaluated[0]:.3f} before, " if 0 in evaluated else ""
+        say(config, f"held-out preference accuracy: {before}{after:.3f} after")
     say(config, f"saved: model, tokenizer, log.jsonl and curves.png in {output_dir}")
     return 0
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, DPOConfig]:
     """Options from the command line or from one .json or .yaml file; the example's defaults where nothing is given."""
-    parser = HfArgumentParser((ScriptArguments, DPOConfig), description=__doc__)  # type: ignore[arg-type]
+    types: Any = (ScriptArguments, DPOConfig)
+    parser = HfArgumentParser(types, description=__doc__, allow_abbrev=False)
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        values = json.loads(Path(argv[0]).read_text()) if argv[0].endswith(".json") else _read_yaml(argv[0])
-        argv = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+        argv = _from_file(Path(argv[0]))
     given = {part.split("=")[0].replace("-", "_").replace("__", "--", 1) for part in argv if part.startswith("--")}
-    if not given & {"--data_path", "--ref_weight", "--from_weight"}:
+    weights = given & {"--ref_weight", "--from_weight"}
+    if ("--data_path" in given) != bool(weights) or weights == {"--from_weight"}:
+        raise ValueError(
+            f"give --data_path and --ref_weight together, or neither for the example; found {sorted(given)}"
+        )
+    if not weights:
         argv = [part for pair in EXAMPLE_DEFAULTS.items() if pair[0] not in given for part in pair] + argv
     if "--output_dir" not in given:
-        argv = ["--output_dir", f"output/{datetime.now():%Y%m%d-%H%M%S}", *argv]
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("give --output_dir: with several processes they have to agree on one")
+        argv = ["--output_dir", f"output/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}", *argv]
     script, config = parser.parse_args_into_dataclasses(args=argv)
-    if (script.data_path is None) != (script.ref_weight is None):
-        raise ValueError(f"data_path is {script.data_path!r}, ref_weight {script.ref_weight!r}; give both, or neither")
     if script.eval_size and script.eval_data_path:
         raise ValueError("give held-out pairs either by --eval_size or by --eval_data_path")
     return script, config
@@ -118,7 +127,7 @@ def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
     found = checkpoints.latest(output_dir)
     wanted = config.resume_from_checkpoint
     if wanted in (None, "False", "false"):
-        if found is not None or (output_dir / "model.safetensors").exists():
+        if found is not None or any(output_dir.glob("*.safetensors*")) or any(output_dir.glob("*.bin*")):
             raise ValueError(
                 f"output_dir {output_dir} holds the results of a run already; go on with it with "
                 "--resume_from_checkpoint, or give another --output_dir"
@@ -137,7 +146,8 @@ def load_models(script: ScriptArguments) -> tuple[PreTrainedTokenizerBase, Any, 
     """Tokenizer, policy and reference; the example's small ones where no weights are named."""
     tokenizer: Any
     if script.ref_weight is None:
-        (policy, tokenizer), (reference, _) = make_small_model(EXAMPLE), make_small_model(EXAMPLE)
+        policy, tokenizer = make_small_model(EXAMPLE)
+        reference = copy.deepcopy(policy)
     else:
         tokenizer = AutoTokenizer.from_pretrained(script.ref_weight)
         policy, reference = (
@@ -182,15 +192,27 @@ def _load(script: ScriptArguments, path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
+def _from_file(path: Path) -> list[str]:
+    """The options of a .json or .yaml file as a command line; null leaves an option at its default."""
+    if path.suffix == ".json":
+        values = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        import yaml
 
-    return yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected options as names and values")
+    argv: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            parts = value if isinstance(value, list) else [value]
+            argv += [f"--{name}", *(json.dumps(part) if isinstance(part, dict) else str(part) for part in parts)]
+    return argv
 
 
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_warning()
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:  # the user's to mend; anything else is a defect and shows its trace
+    except (ValueError, OSError) as error:  # what we and transformers raise for what a user can mend
         sys.exit(f"train.py: {type(error).__name__}: {error}")

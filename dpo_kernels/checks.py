@@ -16,6 +16,9 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        if not isinstance(value, (int, float)) and not (name == "softcap" and value is None):
+            raise TypeError(f"{name} is {value!r}; expected a number")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a finite number > 0")
     if not math.isfinite(logit_scale):
@@ -60,8 +63,8 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) ->
         _floating(name, tensor)
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight is {_shape(weight)}; expected (V, D) with V >= 1")
-    if hidden.ndim < 1:
-        raise ValueError("hidden is a scalar; expected (..., D)")
+    if hidden.ndim < 1 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden is {_shape(hidden)}; expected (..., D) with D >= 1")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has {hidden.shape[-1]} features, weight {weight.shape[1]}: {_shape(hidden)} x {_shape(weight)}"
@@ -92,14 +95,43 @@ def labels_in_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """
     if labels.device.type != "cpu" and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
         return
-    flat = labels.reshape(-1)
-    bad = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+    values = flat(labels)
+    bad = ((values < 0) | (values >= vocab_size)) & (values != ignore_index)
     if bool(bad.any()):
         first = int(bad.int().argmax())
         position = [int(i) for i in torch.unravel_index(torch.tensor(first), labels.shape)]
         raise IndexError(
-            f"labels{position} is {int(flat[first])}; expected a token in [0, {vocab_size}) "
+            f"labels{position or ''} is {int(values[first])}; expected a token in [0, {vocab_size}) "
             f"or ignore_index {ignore_index}"
+        )
+
+
+def flat(labels: Tensor) -> Tensor:
+    """Labels in one dimension, of a dtype in which any vocabulary and ignore_index can be compared with them."""
+    narrow = labels.dtype in (torch.uint8, torch.int8, torch.int16)
+    return labels.reshape(-1).to(torch.int32) if narrow else labels.reshape(-1)
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory, as in an expanded tensor: then it cannot hold a gradient each."""
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach = max(reach, stride * (size - 1) + 1) if size > 1 else reach
+    return False
+
+
+def log_probs_and_mask(ref: Tensor, policy: Tensor, mask: Tensor) -> None:
+    """ref and policy (2B, S) floating, mask (2B, S) of any dtype; one device."""
+    for name, tensor in (("ref_log_probs", ref), ("policy_log_probs", policy), ("mask", mask)):
+        _tensor(name, tensor)
+        if name != "mask":
+            _floating(name, tensor)
+        _same_device(name, tensor, "policy_log_probs", policy)
+    if ref.shape != policy.shape:
+        raise ValueError(
+            f"ref_log_probs are {_shape(ref)}, policy_log_probs {_shape(policy)}; expected two equal shapes (2B, S)"
         )
 
 

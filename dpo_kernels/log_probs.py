@@ -38,7 +38,8 @@ def logits_to_log_probs(
         logit_scale: finite.
         softcap: None, or > 0.
         inplace_backward: backward overwrites the logits with their gradient instead of allocating one. A later use of
-            the logits' values in backward, a second backward among them, raises. torch.compile ignores it.
+            the logits' values in backward, a second backward among them, raises. Without effect under torch.compile
+            and on logits that overlap in memory, such as expanded ones.
         impl: "triton", "cpp", "torch", or None for the fastest that can run.
 
     Returns:
@@ -53,7 +54,7 @@ def logits_to_log_probs(
     transform = checks.transform(temperature, logit_scale, softcap)
     log_probs, *_ = torch.ops.dpo_kernels.logits_log_probs(
         logits, labels, ignore_index, transform.temperature, transform.logit_scale, transform.softcap,
-        inplace_backward and not torch.compiler.is_compiling(), impl,
+        inplace_backward and not torch.compiler.is_compiling() and not checks.overlaps(logits), impl,
     )  # fmt: skip
     return log_probs
 

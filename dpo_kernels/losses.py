@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpo_kernels import checks
 from dpo_kernels.head import accumulate_dtype
 from dpo_kernels.log_probs import hidden_to_log_probs
 
@@ -101,15 +102,12 @@ def dpo_loss(
         DPOLoss(loss, chosen_rewards, rejected_rewards), scalars of float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes differ, the batch is empty or odd, beta is negative, or an unknown aggregate or loss_type.
+        TypeError: something is no tensor, or log-probs are not floating.
+        ValueError: shapes or devices differ, the batch is empty or odd, beta is negative, or an unknown aggregate or
+            loss_type.
     """
-    if ref_log_probs.shape != policy_log_probs.shape:
-        raise ValueError(
-            f"ref_log_probs are {tuple(ref_log_probs.shape)}, policy_log_probs {tuple(policy_log_probs.shape)}; "
-            "expected two equal shapes (2B, S)"
-        )
     chosen, rejected = pair_logratios(ref_log_probs, policy_log_probs, mask, aggregate)
-    _check_loss(beta, loss_type)
+    check_loss(beta, aggregate, loss_type)
     loss = LOSSES[loss_type](Pairs(chosen, rejected, beta)).mean()
     return DPOLoss(loss, (beta * chosen.detach()).mean(), (beta * rejected.detach()).mean())
 
@@ -122,12 +120,14 @@ def pair_logratios(
     Raises:
         ValueError: as `dpo_loss`.
     """
+    checks.log_probs_and_mask(ref_log_probs, policy_log_probs, mask)
     if len(policy_log_probs) == 0 or len(policy_log_probs) % 2:
         raise ValueError(
             f"the batch has {len(policy_log_probs)} sequences: {tuple(policy_log_probs.shape)}; "
             "expected an even number, first the chosen, then as many rejected"
         )
-    logratios = aggregate_log_probs(policy_log_probs - ref_log_probs.detach(), mask, aggregate)
+    wide = accumulate_dtype(torch.promote_types(policy_log_probs.dtype, ref_log_probs.dtype))
+    logratios = aggregate_log_probs(policy_log_probs.to(wide) - ref_log_probs.detach().to(wide), mask, aggregate)
     chosen, rejected = logratios.chunk(2)
     return chosen, rejected
 
@@ -155,9 +155,7 @@ class FusedLinearDPOLoss(nn.Module):
         impl: str | None = None,
     ) -> None:
         super().__init__()
-        _check_loss(beta, loss_type)
-        if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate is {aggregate!r}; expected one of {AGGREGATES}")
+        check_loss(beta, aggregate, loss_type)
         self.beta, self.aggregate, self.loss_type, self.ignore_index = beta, aggregate, loss_type, ignore_index
         self.head_options: dict[str, Any] = {
             "ignore_index": ignore_index, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
@@ -181,7 +179,9 @@ class FusedLinearDPOLoss(nn.Module):
         Raises:
             ValueError: none or both of the two are given; and as `hidden_to_log_probs` and `dpo_loss`.
         """
-        if (ref_log_probs is None) == (ref_hidden is None or ref_weight is None):
+        whole_head = ref_hidden is not None and ref_weight is not None
+        any_head = not (ref_hidden is None and ref_weight is None and ref_bias is None)
+        if (ref_log_probs is None) != whole_head or any_head != whole_head:
             raise ValueError("give the reference either as ref_log_probs, or as ref_hidden and ref_weight")
         if ref_hidden is not None and ref_weight is not None:
             with torch.no_grad():
@@ -192,7 +192,10 @@ class FusedLinearDPOLoss(nn.Module):
         return dpo_loss(ref_log_probs, log_probs, mask, self.beta, self.aggregate, loss_type=self.loss_type)
 
 
-def _check_loss(beta: float, loss_type: str) -> None:
+def check_loss(beta: float, aggregate: str, loss_type: str) -> None:
+    """Raises ValueError for a beta below 0, or an unknown aggregate or loss_type."""
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate is {aggregate!r}; expected one of {AGGREGATES}")
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta is {beta}; expected a finite number >= 0")
     if loss_type not in LOSSES:

@@ -35,22 +35,22 @@ def token_stats_op(
     memory_budget: int | None,
     impl: str | None,
 ) -> Saved:
-    """log_probs and the four optional statistics (empty where not asked for); then, for backward, max, log_sum, kept,
-    tile_max and jacobian."""
+    """log_probs and the four optional statistics (empty where not asked for), of the labels' shape; then, for
+    backward and of the rows that count alone, max, log_sum, kept, tile_max and jacobian."""
     checks.labels_in_range(labels, ignore_index, weight.shape[0])
     call = _call(
         hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
         memory_budget,
     )  # fmt: skip
     index, tokens = _counted(labels, ignore_index)
-    made = impls.choose(impl, hidden.device).hidden_forward(call, _plan(call, tokens), index)
+    with _no_autocast(hidden):
+        made = impls.choose(impl, hidden.device).hidden_forward(call, _plan(call, tokens), index)
     dtypes = (torch.bool if name == "is_top1" else made.max.dtype for name in made.stats._fields)
     stats = (
         labels.new_empty(0, dtype=dtype) if value is None else _spread(value, labels, index)
         for value, dtype in zip(made.stats, dtypes, strict=True)
     )
-    vectors = (_spread(value, labels, index) for value in (made.max, made.log_sum))
-    return (*stats, *vectors, made.kept, made.tile_max, made.jacobian)
+    return (*stats, made.max, made.log_sum, made.kept, made.tile_max, made.jacobian)
 
 
 @token_stats_op.register_fake
@@ -64,7 +64,8 @@ def _(
     for name in OPTIONAL_OUTPUTS:
         dtype = torch.bool if name == "is_top1" else wide
         stats.append(hidden.new_empty(labels.shape if name in names else (0,), dtype=dtype))
-    # What is kept depends on how many labels count: sizes that only a run can tell.
+    # How many labels count, and what is kept of them, are sizes that only a run can tell.
+    counted: Any = torch.library.get_ctx().new_dynamic_size()
     kept: Any = 0
     tiles: Any = 0
     rows: Any = 0
@@ -74,8 +75,8 @@ def _(
         kept, tiles = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     return (
         *stats,
-        hidden.new_empty(labels.shape, dtype=wide),
-        hidden.new_empty(labels.shape, dtype=wide),
+        hidden.new_empty((counted,), dtype=wide),
+        hidden.new_empty((counted,), dtype=wide),
         hidden.new_empty((kept, weight.shape[0]), dtype=compute_dtype),
         hidden.new_empty((kept, tiles), dtype=wide),
         hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
@@ -118,7 +119,8 @@ def token_stats_backward_op(
     call = replace(call, grads=_grads(wanted))
     rows = _row_grads(labels, index, log_probs, maximum, log_sum, grad_log_probs, entropy, grad_entropy)
     saved = tiled.Forward(TokenStats(rows.log_probs), rows.max, rows.log_sum, kept, tile_max, jacobian)
-    made = impls.choose(impl, hidden.device).hidden_backward(call, made_for, index, rows, saved)
+    with _no_autocast(hidden):
+        made = impls.choose(impl, hidden.device).hidden_backward(call, made_for, index, rows, saved)
     return tuple(hidden.new_empty(0) if g is None else g for g in made)  # type: ignore[return-value]
 
 
@@ -175,7 +177,8 @@ def logits_log_probs_op(
     index, tokens = _counted(labels, ignore_index)
     module = impls.choose(impl, logits.device)
     transform = Transform(temperature, logit_scale, softcap)
-    made = module.logits_forward(logits, _rows(labels, index).long(), transform, index, tokens)
+    with _no_autocast(logits):
+        made = module.logits_forward(logits, _rows(labels, index).long(), transform, index, tokens)
     return tuple(_spread(value, labels, index) for value in made)  # type: ignore[return-value]
 
 
@@ -245,8 +248,10 @@ def _write_logits_gradient(
     out: Tensor,
 ) -> None:
     index, _ = _counted(labels, ignore_index)
+    maximum, log_sum = _rows(maximum, index), _rows(log_sum, index)
     rows = _row_grads(labels, index, log_probs, maximum, log_sum, grad, None, None)
-    impls.choose(impl, logits.device).logits_backward(logits, transform, index, rows, out)
+    with _no_autocast(logits):
+        impls.choose(impl, logits.device).logits_backward(logits, transform, index, rows, out)
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -309,13 +314,18 @@ def _plan(call: Call, tokens: int) -> Plan:
     return plan(
         tokens, call.hidden.shape[-1], call.weight.shape[0], call.hidden.dtype, grads=grads, outputs=call.outputs,
         softcap=call.transform.softcap, compute_dtype=call.compute_dtype, memory_budget=call.memory_budget,
-        device=call.hidden.device.type,
+        device=call.hidden.device.type, labels=call.labels.numel(),
     )  # fmt: skip
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Where operands are rounded is the driver's decision: autocast would round statistics too."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _counted(labels: Tensor, ignore_index: int) -> tuple[Tensor | None, int]:
     """Flat positions of the labels that count, None where all do, and how many they are."""
-    index = (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
+    index = (checks.flat(labels) != ignore_index).nonzero().squeeze(1)
     return (None if len(index) == labels.numel() else index), len(index)
 
 
@@ -325,16 +335,19 @@ def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 def _spread(values: Tensor, labels: Tensor, index: Tensor | None) -> Tensor:
     """Values (M,) of the rows that count, in the labels' shape, 0 elsewhere."""
+    out = values.new_zeros(labels.shape)  # no view of anything: FSDP hangs hooks on what a module returns
     if index is None:
-        return values.view(labels.shape)
-    return values.new_zeros(labels.numel()).index_copy_(0, index, values).view(labels.shape)
+        out.view(-1).copy_(values)
+    else:
+        out.view(-1).index_copy_(0, index, values)
+    return out
 
 
 def _row_grads(
     labels: Tensor,
     index: Tensor | None,
     log_probs: Tensor,
-    maximum: Tensor,
+    maximum: Tensor,  # (M,), like log_sum
     log_sum: Tensor,
     grad: Tensor | None,
     entropy: Tensor | None,
@@ -346,5 +359,4 @@ def _row_grads(
         entropy = grad_entropy = None
     else:
         entropy, grad_entropy = _rows(entropy, index), _rows(grad_entropy, index)
-    labels, maximum, log_sum = (_rows(t, index) for t in (labels, maximum, log_sum))
-    return tiled.RowGrads(labels.long(), log_probs, maximum, log_sum, grad, entropy, grad_entropy)
+    return tiled.RowGrads(_rows(labels, index).long(), log_probs, maximum, log_sum, grad, entropy, grad_entropy)

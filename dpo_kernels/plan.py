@@ -7,8 +7,10 @@ the gradients that it returns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 
@@ -72,7 +74,7 @@ class Plan:
     sweeps: tuple[Sweep, ...]
     gemms: float
     memory_budget: int
-    memory: dict[str, int] = field(hash=False)
+    memory: Mapping[str, int] = field(hash=False)
 
     @property
     def bytes(self) -> int:
@@ -112,6 +114,7 @@ def plan(
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     device: str = "cpu",
+    labels: int | None = None,
 ) -> Plan:
     """What `hidden_to_log_probs` or `token_stats` will do with `tokens` rows whose label counts.
 
@@ -123,26 +126,28 @@ def plan(
         softcap: whether (any number) or not (None) logits are capped.
         compute_dtype: autocast's dtype, where it differs from `dtype`.
         memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or another device type.
+        labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
 
     Raises:
-        ValueError: the budget is too small to run at all (names the least that works), a negative size, or an unknown
-            device, output or gradient.
+        TypeError: outputs or grads is a string instead of a sequence of names.
+        ValueError: the budget is too small to run at all (names the least that works), a size below 1 (tokens: below
+            0), or an unknown output or gradient.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device is {device!r}; expected one of {sorted(DEVICES)}")
     for name, given, known in (
         ("outputs", outputs, ("log_probs", *OPTIONAL_OUTPUTS)),
         ("grads", grads, ("hidden", "weight", "bias")),
     ):
+        if isinstance(given, str):
+            raise TypeError(f"{name} is the string {given!r}; expected a sequence of names, such as ({given!r},)")
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"{name} has {unknown}; expected names from {known}")
-    if min(tokens, hidden_size) < 0 or vocab_size < 1:
-        raise ValueError(f"tokens {tokens} and hidden_size {hidden_size} must be >= 0, vocab_size {vocab_size} >= 1")
+    if tokens < 0 or min(hidden_size, vocab_size) < 1:
+        raise ValueError(f"tokens {tokens} must be >= 0, hidden_size {hidden_size} and vocab_size {vocab_size} >= 1")
     wanted = Grads(**dict.fromkeys(grads, True))
     shape = _Shape(
         tokens, hidden_size, vocab_size, dtype, compute_dtype or dtype, wanted, "entropy" in outputs,
-        softcap is not None, DEVICES[device],
+        softcap is not None, DEVICES.get(device, DEVICES["cpu"]), max(tokens, labels or 0),
     )  # fmt: skip
     return _plan(shape, memory_budget)
 
@@ -160,6 +165,7 @@ class _Shape:
     entropy: bool
     softcap: bool
     facts: DeviceFacts
+    labels: int
 
     @property
     def wide(self) -> int:  # bytes of a number in the accumulation dtype
@@ -190,7 +196,10 @@ class _Shape:
         return max(DEFAULT_BUDGET, 2 * self.dtype.itemsize * self.hidden_size * (self.tokens + self.vocab_size))
 
     def rows(self) -> int:  # vectors of one number a token: index, label, maximum, sums, gradients
-        return self.tokens * (3 * 8 + 12 * self.wide) + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
+        found = 4 * self.labels  # which labels count
+        return (
+            found + self.tokens * (3 * 8 + 12 * self.wide) + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
+        )
 
     def tile(self, n: int, v: int) -> int:
         """The logits tile, what stands beside it while it is folded, and both operands."""
@@ -290,7 +299,8 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
     return Plan(
-        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, sweeps, gemms, budget, memory
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, sweeps, gemms, budget,
+        MappingProxyType(memory),
     )  # fmt: skip
 
 

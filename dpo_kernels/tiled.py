@@ -198,11 +198,10 @@ class _Operands:
     def __init__(self, call: Call, plan: Plan, index: Tensor | None) -> None:
         self.call, self.plan, self.index = call, plan, index
         self.wide = torch.empty(0, dtype=accumulate_dtype(call.hidden.dtype), device=call.hidden.device)
-        # No CPU product goes from bfloat16 or float16 into float32, so that operands are widened first.
-        self.dtype = self.wide.dtype if call.hidden.device.type == "cpu" else call.compute_dtype
-        self.labels = call.labels.reshape(-1).to(torch.int64)
-        if index is not None:
-            self.labels = self.labels.index_select(0, index)
+        # Only CUDA multiplies bfloat16 or float16 into float32; elsewhere operands are widened first.
+        self.dtype = call.compute_dtype if call.hidden.device.type == "cuda" else self.wide.dtype
+        flat = call.labels.reshape(-1)
+        self.labels = (flat if index is None else flat.index_select(0, index)).to(torch.int64)
         self._tile: Tensor | None = None
         self._weight = _Slice(self.convert)
         self._hidden = _Slice(self.convert)

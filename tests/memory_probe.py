@@ -1,6 +1,7 @@
 """One forward and backward in a process of its own; prints what it held beyond inputs and gradients, as JSON.
 
-Usage: python memory_probe.py TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS, with GRADS such as hidden,weight or none.
+Usage: python memory_probe.py TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS [COUNTED], with GRADS such as hidden,weight
+or none; COUNTED of the tokens count, default all.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def main() -> None:
     hidden = torch.randn(tokens, features, dtype=dtype).requires_grad_("hidden" in grads)
     weight = torch.randn(vocab, features, dtype=dtype).mul_(0.05).requires_grad_("weight" in grads)
     labels = torch.randint(vocab, (tokens,))
+    counted = int(sys.argv[7]) if len(sys.argv) > 7 else tokens
+    labels[counted:] = -100
     # The first call loads libraries; a small one before the measurement keeps them out of it.
     small = [t.detach()[:64].clone().requires_grad_(t.requires_grad) for t in (hidden, weight)]
     step(small[0], small[1], labels[:64] % 64, None)
@@ -40,9 +43,10 @@ def main() -> None:
     start = time.perf_counter()
     step(hidden, weight, labels, budget)
     seconds = time.perf_counter() - start
-    returned = sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None)
+    # Autograd hands backward a gradient of each log-prob; outputs and gradients are the caller's.
+    returned = sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None) + 4 * tokens
     wanted = tuple(name for name in grads if name != "none")
-    planned = plan(tokens, features, vocab, dtype, grads=wanted, memory_budget=budget)
+    planned = plan(counted, features, vocab, dtype, grads=wanted, memory_budget=budget, labels=tokens)
     print(json.dumps({
         "mode": planned.mode, "gemms": planned.gemms, "budget": budget, "planned": planned.bytes,
         "held": status("VmHWM") - before - returned, "seconds": seconds,

@@ -7,6 +7,7 @@ import templates as t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import make_tokenizer, say
+from tokenizers import processors
 
 from dpo_kernels.training import TemplateError
 from dpo_kernels.training.chat import MessageError, check_tokenizer, encode, render
@@ -123,6 +124,33 @@ def test_a_template_that_refuses_the_messages():
     tokenizer = make_tokenizer(t.GEMMA)
     with pytest.raises(MessageError, match=r"the chat template refuses the messages: .*No system role here"):
         encode(say("Hi", "Hello", system="Be kind."), tokenizer, 100)
+
+
+@pytest.mark.parametrize("reply", ["assistant", "s", "", "<|im"])
+def test_a_reply_that_reads_like_its_header(reply):
+    assert counted(make_tokenizer(t.NO_GENERATION_PROMPT), say("Hello?", reply)) == [f"{reply}<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [t.CHATML, t.PLAIN])
+def test_white_space_counts_with_tokenizers_that_trim_offsets(template):
+    """Such a tokenizer gives a token of white space no width."""
+    messages = say("Code?", "if x:\n        return   1\n  # done", "More?", "  a\n\n\nb")
+    plain, trimming = make_tokenizer(template), make_tokenizer(template)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    offsets = trimming("a   b\n\n  c", return_offsets_mapping=True)["offset_mapping"]
+    assert any(start == end for start, end in offsets)
+    one, other = encode(messages, plain, 1000), encode(messages, trimming, 1000)
+    assert one == other
+
+
+def test_a_reply_marked_in_pieces():
+    template = t.MARKED.replace(
+        "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else",
+        "{{ m['content'] }}{% endgeneration %}!{% generation %}<|im_end|>{% endgeneration %}{% else",
+    )
+    tokenizer = make_tokenizer(template)
+    assert counted(tokenizer, TWO_TURNS, assistant_turns="last") == ["It is 4.", "<|im_end|>"]
+    assert len(counted(tokenizer, TWO_TURNS)) == 4
 
 
 def test_markers_that_miss_a_reply_are_refused():

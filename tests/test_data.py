@@ -27,7 +27,10 @@ def load(tmp_path):
             path.write_bytes(lines)
         else:
             path.write_text(
-                "".join(json.dumps(x, ensure_ascii=False) + "\n" if isinstance(x, dict) else x for x in lines)
+                "".join(
+                    json.dumps(x, ensure_ascii="\\ud" in json.dumps(x)) + "\n" if isinstance(x, dict) else x
+                    for x in lines
+                )
             )
         return DPODataset(path, tokenizer or make_tokenizer(), max_length, cache_dir=tmp_path / "cache", **options)
 
@@ -100,6 +103,10 @@ BAD = [
                  r"rejected\[0\]\['role'\] is null; expected a string", id="role-null"),
     pytest.param(PAIR | {"rejected": [{"role": "", "content": "x"}]}, r"rejected\[0\]\['role'\] is empty",
                  id="role-empty"),
+    pytest.param(PAIR | {"chosen": say("Hi", "\ud83d")}, r"chosen\[1\]\['content'\] is no valid Unicode: surrogates",
+                 id="lone-surrogate"),
+    pytest.param("[" * 100_000 + "\n", "not JSON that can be read: maximum recursion", id="nested"),
+    pytest.param('{"chosen": ' + "9" * 5000 + "}\n", "not JSON that can be read: Exceeds the limit", id="digits"),
     pytest.param(PAIR | {"rejected": say("Hi")}, "the last message of 'rejected' is from 'user'; expected 'assistant'",
                  id="last-is-the-users"),
 ]  # fmt: skip

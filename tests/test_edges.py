@@ -77,7 +77,9 @@ def test_label_out_of_range_without_the_check_is_nan_in_its_row(monkeypatch, gra
 
 def test_validation_can_be_asked_for_on_any_device(monkeypatch):
     labels = torch.tensor([[1, 2], [9, -100]])
-    elsewhere = SimpleNamespace(device=torch.device("cuda"), reshape=labels.reshape, shape=labels.shape)
+    elsewhere = SimpleNamespace(
+        device=torch.device("cuda"), dtype=labels.dtype, reshape=labels.reshape, shape=labels.shape
+    )
     checks.labels_in_range(elsewhere, -100, 9)
     monkeypatch.setenv("DPO_KERNELS_VALIDATE", "1")
     with pytest.raises(IndexError, match=r"labels\[1, 0\] is 9; expected a token in \[0, 9\) or ignore_index -100"):
@@ -128,9 +130,33 @@ def test_nan_or_inf_stays_in_its_row(value, grads):
     assert stats.log_probs[2].isnan()
     assert_close(stats.log_probs[others], clean[others], 1e-12)
     assert all(torch.isfinite(t[others]).all() for t in stats if t is not None)
-    log_probs = hidden_to_log_probs(hidden, weight.detach(), labels, bias.detach())
-    log_probs.sum().backward()
+    stats.log_probs.sum().backward()
     assert torch.isfinite(hidden.grad[others]).all()
+    assert not weight.requires_grad or weight.grad.isnan().any()  # the row's own share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_the_most_negative_numbers_are_uniform(dtype):
+    logits = torch.full((2, 9), torch.finfo(dtype).min, dtype=dtype)
+    logits[1] = -1e35
+    assert_close(logits_to_log_probs(logits, torch.tensor([4, 0])), torch.full((2,), -math.log(9)), 1e-6)
+    weight = torch.eye(9, dtype=dtype)
+    assert_close(hidden_to_log_probs(logits, weight, torch.tensor([4, 0])), torch.full((2,), -math.log(9)), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("vocab", [120, 256, 3000, 70_000])
+def test_labels_of_narrow_dtypes(dtype, vocab):
+    """Compared in a dtype that holds the vocabulary and ignore_index: 156 is not -100, 3 is below 70,000."""
+    logits = torch.randn(3, vocab)
+    label = min(vocab, torch.iinfo(dtype).max) - 1
+    labels = torch.tensor([3, label, 156 if dtype == torch.uint8 and vocab > 156 else 5]).to(dtype)
+    exact = reference.logits_to_log_probs(logits, labels.long())
+    assert_close(logits_to_log_probs(logits, labels), exact, 1e-5)
+    assert_close(hidden_to_log_probs(logits[:, :4], torch.randn(vocab, 4), labels), torch.zeros(3), 100)
+    if dtype != torch.uint8:
+        labels[0] = -100
+        assert logits_to_log_probs(logits, labels)[0] == 0
 
 
 @pytest.mark.parametrize("column", [3, "label"])
@@ -230,6 +256,8 @@ def test_bad_options(argument, value, message):
 
 def test_bad_kinds_of_options():
     hidden, weight, labels, _ = small()
+    with pytest.raises(TypeError, match="softcap is '3'; expected a number"):
+        hidden_to_log_probs(hidden, weight, labels, softcap="3")
     with pytest.raises(TypeError, match="outputs is the string 'entropy'"):
         token_stats(hidden, weight, labels, outputs="entropy")
     with pytest.raises(TypeError, match=r"memory_budget is 1000000\.0; expected None or a whole number of bytes"):
@@ -249,7 +277,8 @@ META = torch.device("meta")
         ((H, torch.randn(9, 5), Y), ValueError, r"hidden has 4 features, weight 5: \(6, 4\) x \(9, 5\)"),
         ((H, torch.randn(9), Y), ValueError, r"weight is \(9,\); expected \(V, D\)"),
         ((H, torch.randn(0, 4), Y), ValueError, r"weight is \(0, 4\); expected \(V, D\) with V >= 1"),
-        ((torch.tensor(1.0), W, Y), ValueError, "hidden is a scalar"),
+        ((torch.tensor(1.0), W, Y), ValueError, r"hidden is \(\); expected \(..., D\) with D >= 1"),
+        ((torch.randn(6, 0), torch.randn(9, 0), Y), ValueError, r"hidden is \(6, 0\); expected"),
         ((H, W, Y[:5]), ValueError, r"labels are \(5,\), hidden \(6, 4\); expected labels of \(6,\)"),
         ((H, W, Y, torch.randn(8)), ValueError, r"bias is \(8,\), weight \(9, 4\); expected a bias of \(9,\)"),
         ((H, W.double(), Y), TypeError, "weight is torch.float64, hidden torch.float32"),

@@ -17,6 +17,7 @@ from dpo_kernels import (
     logits_to_log_probs,
     ops,
     reference,
+    tiled,
     token_stats,
 )
 
@@ -147,6 +148,19 @@ def test_autocast_computes_in_its_dtype_and_returns_the_inputs(dtypes, grads, bu
             assert_close(leaf.grad, correct.grad, 6e-3 * correct.grad.abs().max().item())
 
 
+def test_autocast_does_not_round_statistics():
+    """Its list of functions to cast holds bmm, which folds use: nothing of it may reach inside."""
+    head = make_head(40, 64, 2500, torch.bfloat16, grads="none", ignored=0)
+    outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = token_stats(*head[:3], outputs=outputs)
+        level = logits_to_log_probs(head.hidden, head.labels % 64)
+    exact = reference.token_stats(*detached(head, torch.float64)[:3], outputs=outputs)
+    for name, value, truth in zip(got._fields, got, exact, strict=True):
+        assert_close(value, truth, 1e-4, name)
+    assert_close(level, reference.logits_to_log_probs(head.hidden.double(), head.labels % 64), 1e-5)
+
+
 def test_autocast_leaves_float64_alone():
     head = make_head(9, 8, 30, torch.float64, grads="none")
     with torch.autocast("cpu", torch.bfloat16):
@@ -156,12 +170,23 @@ def test_autocast_leaves_float64_alone():
     assert_close(got, reference.hidden_to_log_probs(head.hidden, head.weight, head.labels), 1e-12)
 
 
-def test_no_grad_takes_one_gemm_and_saves_nothing():
+def test_no_grad_takes_one_gemm_and_saves_nothing(monkeypatch):
     head = make_head(9, 8, 30)
-    with torch.no_grad():
-        assert not hidden_to_log_probs(head.hidden, head.weight, head.labels).requires_grad
-    with torch.inference_mode():
-        assert not token_stats(head.hidden, head.weight, head.labels).entropy.requires_grad
+    products = []
+    original = tiled._Operands.product
+    monkeypatch.setattr(
+        tiled._Operands, "product", lambda self, h, w, at: products.append(len(h) * len(w)) or original(self, h, w, at)
+    )
+    for context in (torch.no_grad, torch.inference_mode):
+        products.clear()
+        with context():
+            stats = token_stats(head.hidden, head.weight, head.labels)
+        assert not stats.log_probs.requires_grad
+        assert sum(products) == int((head.labels != -100).sum()) * 30
+    made = ops.token_stats_op(
+        head.hidden, head.weight, None, head.labels, -100, 1.0, 1.0, None, "", "", torch.float32, None, None
+    )
+    assert sum(t.numel() for t in made[7:]) == 0  # kept, tile_max, jacobian
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

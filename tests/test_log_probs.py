@@ -202,6 +202,27 @@ def test_inplace_backward_writes_the_gradient_over_the_logits():
         log_probs.sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("make", "in_place"),
+    [
+        (lambda z: z[:1].expand(6, 300), False),
+        (lambda z: z.view(-1).unfold(0, 300, 100)[:6], False),
+        (lambda z: z.T.contiguous().T, True),
+        (lambda z: z[:, ::2], True),
+    ],
+    ids=["expanded", "overlapping", "transposed", "sliced"],
+)
+def test_inplace_backward_leaves_overlapping_logits_alone(make, in_place):
+    base = torch.randn(6, 300, requires_grad=True)
+    labels = torch.randint(150, (6,))
+    exact = torch.autograd.grad(reference.logits_to_log_probs(make(base * 1), labels).sum(), base)[0]
+    logits = make(base * 1)
+    before = logits.detach().clone()
+    (got,) = torch.autograd.grad(logits_to_log_probs(logits, labels, inplace_backward=True).sum(), base)
+    assert_close(got, exact, 1e-6)
+    assert torch.equal(before, logits.detach()) != in_place
+
+
 @pytest.mark.parametrize("level", ["logits", "hidden"])
 def test_any_stride(level):
     """Sliced, transposed and expanded inputs, and a gradient that autograd expanded."""

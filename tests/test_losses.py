@@ -117,6 +117,28 @@ def test_bad_arguments(change, message):
         dpo_loss(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mask": torch.ones(6, 7, device="meta")}, ValueError, "mask is on meta, policy_log_probs on cpu"),
+        ({"ref_log_probs": torch.zeros(6, 7, device="meta")}, ValueError, "ref_log_probs is on meta"),
+        ({"ref_log_probs": [0.0]}, TypeError, "ref_log_probs is list; expected a torch.Tensor"),
+        ({"policy_log_probs": torch.zeros(6, 7, dtype=torch.long)}, TypeError, "policy_log_probs is torch.int64"),
+    ],
+)
+def test_bad_kinds_and_devices(change, error, message):
+    ref, policy, mask = batch()
+    arguments = {"ref_log_probs": ref, "policy_log_probs": policy, "mask": mask} | change
+    with pytest.raises(error, match=message):
+        dpo_loss(**arguments)
+
+
+def test_half_precision_is_widened_before_it_is_subtracted():
+    ref, policy = (-torch.rand(2, 400) * 30).bfloat16(), (-torch.rand(2, 400) * 30).bfloat16()
+    exact = dpo_loss(ref.double(), policy.double(), torch.ones(2, 400))
+    assert_close(dpo_loss(ref, policy, torch.ones(2, 400)).chosen_rewards, exact.chosen_rewards, 1e-4)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_an_odd_or_empty_batch_never_broadcasts(rows):
     zeros = torch.zeros(rows, 4)
@@ -166,7 +188,14 @@ def test_fused_linear_loss_starts_at_log_2():
 
 def test_fused_linear_loss_wants_one_reference():
     hidden, weight, labels = fused_inputs()
-    for options in ({}, {"ref_hidden": hidden}, {"ref_log_probs": labels, "ref_hidden": hidden, "ref_weight": weight}):
+    whole = {"ref_log_probs": torch.zeros(4, 6)}
+    for options in (
+        {},
+        {"ref_hidden": hidden},
+        whole | {"ref_hidden": hidden},
+        whole | {"ref_bias": hidden},
+        {"ref_log_probs": labels, "ref_hidden": hidden, "ref_weight": weight},
+    ):
         with pytest.raises(ValueError, match="give the reference either as ref_log_probs, or as"):
             FusedLinearDPOLoss()(hidden, weight, labels, **options)
     with pytest.raises(ValueError, match="aggregate is 'all'"):

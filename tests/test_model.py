@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -18,6 +21,7 @@ SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidd
          "eos_token_id": 2}  # fmt: skip
 FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
              "mamba_chunk_size": 8, "lm_head_multiplier": 0.25, "embedding_multiplier": 2.0}  # fmt: skip
+DROPS = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
 MODELS = [  # class, what its config sets, what shall be measured behind its head
     pytest.param("Llama", {}, Transform(), id="llama-untied"),
     pytest.param("Qwen3", {"tie_word_embeddings": True}, Transform(), id="qwen3-tied"),
@@ -130,7 +134,6 @@ def test_a_head_that_would_be_trained_wrong_is_refused(change, message, dtype):
     head = FusedHead(model)
     with pytest.raises(HeadError, match=message):
         head.check(model)
-    assert not head.checked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -140,7 +143,6 @@ def test_the_check_passes_in_every_dtype(name, dtype):
     model.train()
     head = FusedHead(model)
     head.check(model)
-    assert head.checked
     assert model.training
 
 
@@ -161,19 +163,58 @@ def test_models_without_a_head():
         FusedHead(model)
 
 
-def test_a_forward_that_never_reaches_its_head():
+def test_a_forward_that_does_not_call_its_head():
     model = make_model("Llama")
+    model.forward = lambda *args, **kwargs: SimpleNamespace()
     FusedHead(model)
-    model.lm_head = nn.Linear(32, 97)  # the head is replaced afterwards
     with pytest.raises(HeadError, match="did not call its output head"):
         model(input_ids=torch.tensor([[3, 4]]), labels=torch.tensor([[4, -100]]))
 
 
-def test_dropout_goes():
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)
-    ).train()
-    ids = torch.randint(50, (1, 9))
+def test_a_copy_is_a_model_of_its_own():
+    ids, labels = batch()
+    model = make_model("Llama")
+    FusedHead(model).check(model)
+    before = model(input_ids=ids, labels=labels)["log_probs"].detach().clone()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+    truth = reference.logits_to_log_probs(copied(input_ids=ids).logits, labels)
+    assert_close(copied(input_ids=ids, labels=labels)["log_probs"], truth, 1e-4)
+    assert (truth - before).abs().max() > 0.1
+    assert torch.equal(model(input_ids=ids, labels=labels)["log_probs"], before)
+
+
+def test_a_head_with_more_parameters_is_refused():
+    model = make_model("Llama")
+    model.lm_head.lora_A = nn.Parameter(torch.zeros(2, 32))
+    with pytest.raises(HeadError, match=r"parameters besides weight and bias.*\['lora_A'\]; leave the head out"):
+        FusedHead(model)
+
+
+def test_a_head_that_was_replaced():
+    model = make_model("Llama")
+    FusedHead(model)
+    model.lm_head = nn.Linear(32, 97)  # the head is replaced afterwards
+    with pytest.raises(HeadError, match="got another output head since; make a FusedHead of it again"):
+        model(input_ids=torch.tensor([[3, 4]]), labels=torch.tensor([[4, -100]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GPT2LMHead", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
+        ("BloomForCausalLM", {"hidden_size": 16, "n_layer": 1, "n_head": 2} | DROPS),
+        ("FalconForCausalLM", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | DROPS),
+        ("LlamaForCausalLM", SMALL | {"attention_dropout": 0.3}),
+    ],
+)  # fmt: skip
+def test_dropout_goes(name, options):
+    model_class = getattr(transformers, name if name.endswith("LM") else f"{name}Model")
+    config = getattr(transformers, name.removesuffix("ForCausalLM").removesuffix("LMHead") + "Config")
+    model = model_class(config(**{"vocab_size": 50} | options)).train()
+    ids = torch.randint(3, 50, (1, 9))
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)

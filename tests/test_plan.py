@@ -90,6 +90,20 @@ def test_the_default_budget_grows_with_the_inputs():
     assert plan(131_072, 4096, 128_256).memory_budget == 2 * 2 * 4096 * (131_072 + 128_256)
 
 
+def test_labels_that_are_ignored_count_in_the_budget_and_other_devices_have_plans():
+    some, all_of_them = plan(100, 64, 1000), plan(100, 64, 1000, labels=10_000_000)
+    assert all_of_them.bytes - some.bytes == 4 * (10_000_000 - 100)
+    assert plan(100, 64, 1000, device="mps") == plan(100, 64, 1000, device="cpu")
+
+
+def test_a_plan_cannot_be_changed():
+    made = plan(5, 5, 5)
+    with pytest.raises(TypeError):
+        made.memory["GEMM library"] = 0
+    with pytest.raises(TypeError, match="grads is the string 'hidden'; expected a sequence of names"):
+        plan(5, 5, 5, grads="hidden")
+
+
 def test_autocast_converts_operands_in_tiles():
     plain = plan(4096, 1024, 32_000, torch.float32, memory_budget=200 * MIB)
     cast = plan(4096, 1024, 32_000, torch.float32, compute_dtype=torch.bfloat16, memory_budget=200 * MIB)
@@ -108,7 +122,7 @@ def test_it_tells_a_person_what_will_happen():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "tpu"}, r"device is 'tpu'; expected one of \['cpu', 'cuda'\]"),
+        ({"hidden_size": 0}, "hidden_size 0"),
         ({"outputs": ("loss",)}, r"outputs has \['loss'\]"),
         ({"grads": ("labels",)}, r"grads has \['labels'\]; expected names from \('hidden', 'weight', 'bias'\)"),
         ({"tokens": -1}, "tokens -1"),

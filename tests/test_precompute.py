@@ -11,8 +11,10 @@ import datasets
 import pytest
 import torch
 from test_model import make_model
+from test_trainer import Pairs
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer
+from dpo_kernels.training.precompute import model_fingerprint, with_ref_log_probs
 from dpo_kernels.training.small_model import make_small_model
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
@@ -86,6 +88,31 @@ def test_the_cache_is_used_and_follows_model_and_data(setup, tmp_path, monkeypat
     setup("other precision", True, bf16=True)
     assert len(passes) == 3 * first
     assert len(list((tmp_path / "cache").glob("ref-*.arrow"))) == 6
+
+
+def test_the_fingerprint_is_of_everything_that_computes():
+    prints = set()
+    for options in ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {"rms_norm_eps": 1e-3}):
+        prints.add(model_fingerprint(make_model("Llama", options)))
+    model = make_model("Llama")
+    assert model_fingerprint(model) in prints
+    model.register_buffer("scale", torch.tensor(2.0))  # without dimensions
+    prints.add(model_fingerprint(model))
+    model.scale += 1
+    prints.add(model_fingerprint(model))
+    model.config._attn_implementation = "eager"
+    prints.add(model_fingerprint(model))
+    assert len(prints) == 6
+
+
+def test_other_datasets_and_sharded_models_are_refused(tmp_path, setup, monkeypatch):
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, precompute_ref_log_probs=True)
+    with pytest.raises(TypeError, match="precompute_ref_log_probs needs a DPODataset, not Pairs"):
+        DPOTrainer(make_model("Llama"), make_model("Llama"), args, Pairs())
+    trainer = setup("sharded", False)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="does not work with FSDP"):
+        with_ref_log_probs(trainer.train_dataset, trainer._reference_log_probs, "", trainer)
 
 
 def test_log_probs_stand_beside_their_tokens(setup):

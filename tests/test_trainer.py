@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_close
 from test_model import make_model
+from transformers import TrainerCallback
 
 from dpo_kernels import reference
 from dpo_kernels.training import DPOConfig, DPOTrainer, HeadError, NonFiniteError, PairCollator, checkpoints
-from dpo_kernels.training.callbacks import StopOnSigterm
 from dpo_kernels.training.trainer import PAIR_METRICS, parse_bytes
 
 LOG2 = torch.tensor(2.0).log().item()
@@ -88,7 +90,8 @@ def test_loss_and_rewards_are_the_references(tmp_path):
         )
         loss, metrics = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
     exact = reference.dpo_loss(ref, policy, y != -100, 0.3, "mean")
-    got = dict(zip(PAIR_METRICS, metrics.mean(0), strict=True))
+    got = dict(zip(("loss", *PAIR_METRICS), metrics.mean(0), strict=True))
+    assert_close(got["loss"], loss, 1e-6)
     for value, truth in zip((loss, got["rewards/chosen"], got["rewards/rejected"]), exact, strict=True):
         assert_close(value, truth, 1e-5)
     mean = (torch.where(y == -100, 0, policy).sum(1) / (y != -100).sum(1)).chunk(2)
@@ -147,7 +150,7 @@ def test_evaluation_sees_every_pair_once(tmp_path):
     with torch.no_grad():
         loss, values = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert metrics["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
-    for name, value in zip(PAIR_METRICS, values.mean(0), strict=True):
+    for name, value in zip(("loss", *PAIR_METRICS), values.mean(0), strict=True):
         assert metrics[f"eval_{name}"] == pytest.approx(value.item(), abs=1e-4), name
 
 
@@ -184,26 +187,22 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
     assert compared[0] == compared[1]
 
 
-class StopAfter(StopOnSigterm):
+class StopAfter(TrainerCallback):
     """Stops as a SIGTERM during that step would."""
 
     def __init__(self, step):
-        self.step, self.received, self._before = step, False, None
-
-    def on_train_begin(self, *args, **kwargs):
-        pass
+        self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            self.received = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
-class Poison(StopAfter):
+class Poison(TrainerCallback):
     """Writes a NaN into a weight, as a bad kernel or a bad sector would, or into a gradient."""
 
     def __init__(self, step, where):
-        super().__init__(step)
-        self.where = where
+        self.step, self.where = step, where
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step and self.where == "loss":
@@ -216,16 +215,11 @@ class Poison(StopAfter):
         if state.global_step == self.step and self.where == "loss":
             model.lm_head.weight.data.copy_(self.clean)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        pass
-
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_is_never_taken(tmp_path, where):
-    good = make_trainer(tmp_path / "good", max_steps=2)
-    good.train()
     trainer = make_trainer(tmp_path / "bad", max_steps=5, callbacks=[Poison(2, where)], lr_scheduler_type="constant")
-    good = make_trainer(tmp_path / "good2", max_steps=2, lr_scheduler_type="constant")
+    good = make_trainer(tmp_path / "good", max_steps=2, lr_scheduler_type="constant")
     good.train()
     with pytest.raises(NonFiniteError, match=rf"step 3: .*{where}.* not finite .*checkpoint-2.*resume_from_checkpoint"):
         trainer.train()
@@ -271,6 +265,50 @@ def test_the_best_checkpoint_is_kept_and_found(tmp_path):
     best = Path(trainer.state.best_model_checkpoint)
     assert best.parent == tmp_path
     assert (best / "model.safetensors").exists()
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path):
+    staging = checkpoints.staging(tmp_path)
+    (staging / "checkpoint-5.replaced").mkdir(parents=True)
+    (staging / "checkpoint-4.doomed").mkdir()
+    (staging / "checkpoint-6").mkdir()
+    checkpoints.clean(tmp_path)
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-5"]
+    assert not staging.exists()
+
+
+def test_sigterm_is_heard_during_training_alone(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(tmp_path, max_steps=5, callbacks=[Terminate(2)])
+    trainer.train()
+    assert trainer.interrupted
+    assert trainer.state.global_step == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    trainer.train()  # the signal was for the last training
+    assert not trainer.interrupted
+    assert trainer.state.global_step == 5
+    with pytest.raises(NonFiniteError):
+        make_trainer(tmp_path / "bad", callbacks=[Poison(1, "loss")]).train()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Terminate(TrainerCallback):
+    """Sends this process a SIGTERM, once, in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.step = None
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_non_finite_loss_stops_fp16_too(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[Poison(1, "loss")])
+    trainer.args.fp16 = True  # what the check looks at; the CPU has no fp16 training
+    with pytest.raises(NonFiniteError, match="step 2: loss not finite"):
+        trainer.train()
 
 
 def test_publishing_over_a_checkpoint_replaces_it(tmp_path):
@@ -320,6 +358,35 @@ def test_references_that_are_missing_or_shared(tmp_path):
         DPOTrainer(model, None, args, Pairs())
     with pytest.raises(ValueError, match="model and ref_model are one object"):
         DPOTrainer(model, model, args, Pairs())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": -1.0}, "beta is -1"),
+        ({"dpo_aggregate": "max"}, "aggregate is 'max'; expected one of"),
+        ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
+        ({"label_smoothing_factor": 0.4}, r"label_smoothing_factor is 0.4; .* 0.0 only"),
+        ({"train_sampling_strategy": "group_by_length"}, r"it can be 'random' or 'sequential' only"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is True"),
+    ],
+)
+def test_options_are_checked_at_once(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_an_aux_loss_without_experts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0.5, but LlamaForCausalLM has no experts"):
+        make_trainer(tmp_path, router_aux_loss_coef=0.5)
+
+
+def test_several_visible_gpus_need_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 2)))
+    monkeypatch.setattr(DPOConfig, "_setup_devices", property(lambda self: torch.device("cpu")))
+    with pytest.warns(UserWarning, match=r"2 GPUs are visible and one is used.*torchrun --nproc_per_node 2 train.py"):
+        config = DPOConfig(output_dir=str(tmp_path))
+    assert config.n_gpu == 1
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from dpo_kernels.plan import MIB, Plan
 
 # exp of anything below is 0 in float32 and float64; keeps 0 * log 0 out of the entropy.
 LOG_ZERO = -1e4
-# Stands for the maximum of logits that are all -inf, so that -inf - -inf never arises.
-FLOOR = -1e30
-# Logits are folded this many bytes at a time, in the accumulation dtype, so that a block stays in a CPU's L2 cache.
-LOGITS_BLOCK = 4 * MIB
+# Logits are folded this many bytes at a time, in the accumulation dtype: a block stays in a CPU's L2 cache, and fills
+# an accelerator.
+LOGITS_BLOCK = {"cpu": 4 * MIB}
+LOGITS_BLOCK_ELSEWHERE = 256 * MIB
 
 
 def _warm_up() -> None:
@@ -301,12 +301,14 @@ def _own(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_blocks(logits: Tensor, tokens: int) -> list[slice]:
-    step = max(1, LOGITS_BLOCK // (logits.shape[-1] * accumulate_dtype(logits.dtype).itemsize))
+    block = LOGITS_BLOCK.get(logits.device.type, LOGITS_BLOCK_ELSEWHERE)
+    step = max(1, block // (logits.shape[-1] * accumulate_dtype(logits.dtype).itemsize))
     return [slice(i, min(i + step, tokens)) for i in range(0, tokens, step)]
 
 
 def _finite(maximum: Tensor) -> Tensor:
-    return maximum.clamp(min=FLOOR)
+    """The smallest number in place of -inf, the maximum of logits that are all banned: -inf - -inf never arises."""
+    return maximum.clamp(min=torch.finfo(maximum.dtype).min)
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

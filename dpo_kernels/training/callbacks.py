@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -58,7 +60,7 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             save_curves(state.log_history, Path(str(args.output_dir)))
 
-    on_train_end = on_save
+    on_train_end = on_evaluate = on_save
 
     def _path(self, args: TrainingArguments) -> Path:
         return Path(str(args.output_dir)) / LOG_NAME
@@ -70,25 +72,24 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self, trainer: DPOTrainer) -> None:
         self.trainer = trainer
         self.received = False
-        self._before: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._remember)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """For the length of a training; the handler that was there before comes back after it."""
+        self.received = False
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals reach the main thread alone
+            return
+        before = signal.signal(signal.SIGTERM, self._remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.received = _anywhere(self.trainer, self.received)
         if self.received:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True
@@ -109,12 +110,11 @@ class StopOnNonFinite(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.fp16:  # its gradient scaler expects overflows and skips their steps itself
-            return
-        grads = [_local(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
-        norms = torch._foreach_norm(grads) if grads else []
-        bad = [what for what, values in (("loss", [self.trainer.step_loss]), ("gradient", norms))
-               if not all(bool(torch.isfinite(v)) for v in values)]  # fmt: skip
+        bad = [] if bool(torch.isfinite(self.trainer.step_loss)) else ["loss"]
+        # With fp16 a gradient may overflow: its scaler expects that, and skips the step itself.
+        grads = [] if args.fp16 else [_local(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
+        if grads and not bool(torch.stack([n.float() for n in torch._foreach_norm(grads)]).isfinite().all()):
+            bad.append("gradient")
         if not _anywhere(self.trainer, bool(bad)):
             return
         folder = self.trainer.save_checkpoint()

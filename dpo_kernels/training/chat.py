@@ -15,6 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 ASSISTANT_TURNS = ("all", "last")
 
+SENTINEL = "\ufdd0reply\ufdd0"  # a noncharacter: no conversation holds it
+
 Message = dict[str, Any]
 Span = tuple[int, int]  # first character, one past the last
 
@@ -84,7 +86,7 @@ def encode(
     """
     text, spans = render(messages, tokenizer, assistant_turns)
     batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [int(any(max(start, a) < min(end, b) for a, b in spans)) for start, end in batch["offset_mapping"]]
+    mask = [int(_counts(start, end, spans)) for start, end in batch["offset_mapping"]]
     truncated = any(mask[max_length:])
     mask = mask[:max_length]
     length = max((i + 1 for i, counts in enumerate(mask) if counts), default=0)
@@ -100,12 +102,14 @@ def render(
         replies = replies[-1:]
     if has_generation_markers(tokenizer):
         text, marked = _render(messages, tokenizer, markers=True)
+        if assistant_turns == "last":  # a reply may be marked in several pieces
+            marked = marked[len(_render(messages[: replies[0]], tokenizer, markers=True)[1]) :]
         if len(marked) < len(replies):
             raise TemplateError(
                 f"the chat template marks {len(marked)} replies with {{% generation %}}, the conversation has "
                 f"{len(replies)}; mark every reply, or remove the markers to have the replies found in the text"
             )
-        return text, marked[-1:] if assistant_turns == "last" else marked
+        return text, marked
     text, _ = _render(messages, tokenizer)
     return text, [_span(text, messages, i, tokenizer) for i in replies]
 
@@ -131,8 +135,15 @@ def _span(text: str, messages: Sequence[Message], i: int, tokenizer: PreTrainedT
         )
     start = len(before)
     if before == _render(messages[:i], tokenizer)[0]:  # no prompt to generate: a header may stand before the reply
-        start = max(start, text.find(str(messages[i]["content"]).strip(), start, len(through)))
+        marked, _ = _render([*messages[:i], {**messages[i], "content": SENTINEL}], tokenizer)
+        start = max(start, marked.find(SENTINEL, start))
     return start, len(through)
+
+
+def _counts(start: int, end: int, spans: list[Span]) -> bool:
+    """Whether a token at these characters lies in a span, wholly or in part. Tokenizers that trim offsets give a token
+    of white space no width, at its end."""
+    return any(max(start, a) < min(end, b) or (start == end and a < start <= b) for a, b in spans)
 
 
 def _render(

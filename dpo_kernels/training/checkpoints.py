@@ -9,6 +9,7 @@ from pathlib import Path
 
 PREFIX = "checkpoint-"
 STAGING = ".incomplete"
+REPLACED = ".replaced"
 
 
 def staging(output_dir: str | os.PathLike[str]) -> Path:
@@ -17,16 +18,17 @@ def staging(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Renames a finished folder to its final name; what stood there before goes only after."""
+    """Renames a finished folder to its final name; what stood there before goes only after.
+
+    Between the two renames of a replacement the old one is in the staging folder, from where `clean` brings it back.
+    """
     _flush(staged)
+    old = staged.with_name(f"{target.name}{REPLACED}")
     if target.exists():
-        old = staged.with_name(f"{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         target.replace(old)
-        staged.replace(target)
-        shutil.rmtree(old)
-    else:
-        staged.replace(target)
+    staged.replace(target)
+    _fsync(target.parent)
+    _discard(old)
 
 
 def publish_files(staged: Path, target: Path) -> None:
@@ -35,6 +37,7 @@ def publish_files(staged: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(staged.iterdir()):
         path.replace(target / path.name)
+    _fsync(target)
     staged.rmdir()
 
 
@@ -56,22 +59,38 @@ def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | No
     found = all_of(output_dir)
     spare = [p for p in found[:-1] if best is None or p.name != Path(best).name]
     for path in spare[: max(0, len(found) - limit)]:
-        doomed = staging(output_dir) / f"{path.name}.old"
-        doomed.parent.mkdir(exist_ok=True)
-        path.replace(doomed)  # gone at once: a deletion that is cut short leaves no half checkpoint
-        shutil.rmtree(doomed)
+        _discard(path, staging(output_dir))
 
 
 def clean(output_dir: str | os.PathLike[str]) -> None:
-    """Removes what a killed run left unfinished."""
+    """Removes what a killed run left unfinished; a checkpoint that it was about to replace comes back."""
+    for old in staging(output_dir).glob(f"{PREFIX}*{REPLACED}"):
+        target = Path(output_dir) / old.name.removesuffix(REPLACED)
+        if not target.exists():
+            old.replace(target)
     shutil.rmtree(staging(output_dir), ignore_errors=True)
+
+
+def _discard(folder: Path, through: Path | None = None) -> None:
+    """Deletes a folder that is gone at once: a deletion that is cut short leaves no half checkpoint."""
+    if folder.exists():
+        doomed = (through or folder.parent) / f"{folder.name}.doomed"
+        doomed.parent.mkdir(exist_ok=True)
+        folder.replace(doomed)
+        shutil.rmtree(doomed)
 
 
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    """A file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -311,6 +311,8 @@ def parse_pair(text: bytes) -> dict[str, list[chat.Message]]:
         raise DataError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at character {error.pos}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise DataError(f"not JSON that can be read: {error}") from error
     if not isinstance(pair, dict):
         raise DataError(f"is {_kind(pair)}; expected an object with 'chosen' and 'rejected'")
     for side in SIDES:
@@ -334,6 +336,10 @@ def _check_message(where: str, message: Any) -> None:
             raise DataError(f"{where} has no {key!r}; found {sorted(message)}")
         if not isinstance(message[key], str):
             raise DataError(f"{where}[{key!r}] is {_kind(message[key])}; expected a string")
+        try:
+            message[key].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}[{key!r}] is no valid Unicode: {error.reason} at {error.start}") from error
     if not message["role"]:
         raise DataError(f"{where}['role'] is empty")
 

@@ -8,6 +8,7 @@ head (a scale, a softcap) is measured on a probe, not guessed from names in a co
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,20 +65,31 @@ class FusedHead:
                 f"{type(model).__name__} has no output head with a floating-point weight (V, D); found {found}; "
                 "load a model for causal language modelling, its head not quantized"
             )
+        if others := sorted({name for name, _ in head.named_parameters()} - {"weight", "bias"}):
+            raise HeadError(
+                f"the output head {type(head).__name__} has parameters besides weight and bias, which would not be "
+                f"trained: {others}; leave the head out of the adapter"
+            )
         self.memory_budget, self.impl = memory_budget, impl
         self.transform = Transform()
-        self.checked = False
         self._request = _Request()
         self._vocab_size = weight.shape[0]
-        own_forward = model.forward
+        replaced = model.__dict__.get("forward")  # by another wrapper, before us
 
-        def forward(this: nn.Module, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        def forward(this: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            # Through `this` alone: a copy of the model is a model of its own.
+            own_forward = replaced or types.MethodType(type(this).forward, this)
             if labels is None:
                 return own_forward(*args, **kwargs)
-            with self._asking(_Request(labels=labels)) as request:
+            own_head = this.get_output_embeddings()
+            if not hasattr(own_head, "fused"):
+                raise HeadError(f"{type(this).__name__} got another output head since; make a FusedHead of it again")
+            with own_head.fused._asking(_Request(labels=labels)) as request:
                 output = own_forward(*args, **kwargs)
             if request.output is None:
-                raise HeadError(f"{type(this).__name__} did not call its output head {type(head).__name__} in forward")
+                raise HeadError(
+                    f"{type(this).__name__} did not call its output head {type(own_head).__name__} in forward"
+                )
             result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
             if getattr(output, "aux_loss", None) is not None:
                 result["aux_loss"] = output.aux_loss
@@ -133,7 +145,6 @@ class FusedHead:
                 f"from those of the model's own logits by {error:.2e}, where rounding explains {allowed:.2e} (measured "
                 f"behind the head: {self.transform}); please report the model's class"
             )
-        self.checked = True
 
     def _measure_transform(self, model: nn.Module, ids: Tensor) -> Transform:
         """logit_scale and softcap from what the model's forward makes of known numbers in place of its logits."""
@@ -195,13 +206,16 @@ class _OutputHead(nn.Module):
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, so that policy and reference start equal."""
+    """Sets every dropout probability to 0, in modules and in configs that they read, so that policy and reference start
+    equal."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "attn_dropout", "resid_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    holders = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
+    for holder in holders:
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and re.search(r"dropout|_pdrop$|layerdrop", name):
+                setattr(holder, name, 0.0)
 
 
 def router_aux_loss_coef(model: Any) -> float | None:

@@ -20,7 +20,7 @@ COLUMNS = datasets.Features({f"ref_{side}": datasets.List(datasets.Value("float3
 
 
 def with_ref_log_probs(
-    dataset: DPODataset, log_probs: Callable[[dict[str, Tensor]], Tensor], ref_model: nn.Module, trainer: DPOTrainer
+    dataset: DPODataset, log_probs: Callable[[dict[str, Tensor]], Tensor], fingerprint: str, trainer: DPOTrainer
 ) -> DPODataset:
     """The dataset with the reference's log-probs beside each token.
 
@@ -29,12 +29,20 @@ def with_ref_log_probs(
 
     Args:
         log_probs: (2B, S) float32 of a batch of pairs.
-        ref_model: what `log_probs` runs; its weights are part of the key.
+        fingerprint: of the model that `log_probs` runs.
+
+    Raises:
+        TypeError: the dataset is no `DPODataset`.
+        ValueError: the model is sharded (FSDP), so that no process can score its share alone.
     """
+    if not isinstance(dataset, DPODataset):
+        raise TypeError(f"precompute_ref_log_probs needs a DPODataset, not {type(dataset).__name__}")
+    if trainer.is_fsdp_enabled:
+        raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
     accelerator, args = trainer.accelerator, trainer.args
     precision = f"{accelerator.mixed_precision} {trainer.ref_head.transform}"
-    key = _key(dataset, ref_model, precision)
-    shares = accelerator.num_processes
+    key = _key(dataset, fingerprint, precision)
+    shares = min(accelerator.num_processes, len(dataset))
     paths = [dataset.cache_dir / f"ref-{key}-{i}-of-{shares}.arrow" for i in range(shares)]
     parts = [dataset.rows.shard(shares, i, contiguous=True) for i in range(shares)]
     collate = PairCollator()
@@ -56,15 +64,24 @@ def with_ref_log_probs(
             cache_file_name=str(paths[i]), fn_kwargs={"first": sum(len(p) for p in parts[:i])},
         )  # fmt: skip
 
-    share(accelerator.process_index)
+    if accelerator.process_index < shares:
+        share(accelerator.process_index)
     accelerator.wait_for_everyone()
     return dataset.with_reference(datasets.concatenate_datasets([share(i) for i in range(shares)]))
 
 
-def _key(dataset: DPODataset, model: nn.Module, precision: str) -> str:
-    digest = hashlib.sha256(json.dumps([dataset.key, precision, torch.__version__]).encode())
-    digest.update(json.dumps(list(dataset.rows["line"])).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
+def model_fingerprint(model: nn.Module) -> str:
+    """Of everything that a model computes from: class, config, parameters and buffers."""
+    config = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    facts = [type(model).__name__, None if config is None else config.to_json_string(use_diff=False), attention]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _key(dataset: DPODataset, fingerprint: str, precision: str) -> str:
+    facts = [dataset.key, list(dataset.rows["line"]), fingerprint, precision, torch.__version__]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

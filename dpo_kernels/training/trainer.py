@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,22 +14,32 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dpo_kernels.losses import aggregate_log_probs, dpo_loss, pair_logratios
+from dpo_kernels.losses import LOSSES, Pairs, aggregate_log_probs, check_loss, pair_logratios
 from dpo_kernels.training import checkpoints
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm
 from dpo_kernels.training.data import PairCollator, attention_mask
 from dpo_kernels.training.model import FusedHead, HeadError, disable_dropout, router_aux_loss_coef
-from dpo_kernels.training.precompute import with_ref_log_probs
+from dpo_kernels.training.precompute import model_fingerprint, with_ref_log_probs
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
+
+
+# Options of TrainingArguments that would be ignored or misunderstood, and the values that they may have.
+RESTRICTED: dict[str, tuple[Any, ...]] = {
+    "label_smoothing_factor": (0.0,),
+    "batch_eval_metrics": (False,),
+    "train_sampling_strategy": ("random", "sequential"),
+    "use_liger_kernel": (False,),
+    "remove_unused_columns": (False,),
+    "neftune_noise_alpha": (None,),
+}
 
 
 @dataclass
@@ -65,8 +77,19 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.memory_budget_bytes = parse_bytes(self.memory_budget)
+        check_loss(self.beta, self.dpo_aggregate, self.loss_type)
+        for name, allowed in RESTRICTED.items():
+            if (value := getattr(self, name, allowed[0])) not in allowed:
+                raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+        if self.n_gpu > 1:
+            warnings.warn(
+                f"{self.n_gpu} GPUs are visible and one is used: to use them all, run "
+                f"torchrun --nproc_per_node {self.n_gpu} train.py ...",
+                stacklevel=2,
+            )
+            self._n_gpu = 1  # nn.DataParallel would share one head among its threads
 
 
 def parse_bytes(text: str | int | None) -> int | None:
@@ -107,7 +130,7 @@ class DPOTrainer(Trainer):
 
     args: DPOConfig
     model: nn.Module
-    train_dataset: Any
+    train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
     _staged_in: str | None = None
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
@@ -135,18 +158,25 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         coef = args.router_aux_loss_coef
         self.router_aux_loss_coef = router_aux_loss_coef(model) or 0.0 if coef is None else coef
+        if args.router_aux_loss_coef and router_aux_loss_coef(model) is None:
+            raise ValueError(
+                f"router_aux_loss_coef is {args.router_aux_loss_coef}, but {type(model).__name__} has no experts"
+            )
         self._check_head(self.head, model)
+        if args.precompute_ref_log_probs and ref_model is not None:
+            fingerprint = self._from_main(lambda: model_fingerprint(ref_model))  # before it is wrapped or sharded
         self.ref_model = None if ref_model is None else self._freeze(ref_model)
         self.step_loss = torch.zeros((), device=args.device)  # of the step that is running
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
-        for callback in (RunLog(), StopOnSigterm(self), StopOnNonFinite(self)):
+        self._sigterm = StopOnSigterm(self)
+        for callback in (RunLog(), self._sigterm, StopOnNonFinite(self)):
             self.add_callback(callback)
         if args.precompute_ref_log_probs and self.ref_model is not None:
             self.train_dataset, self.eval_dataset = (
-                None if d is None else with_ref_log_probs(d, self._reference_log_probs, self.ref_model, self)
+                None if d is None else with_ref_log_probs(d, self._reference_log_probs, fingerprint, self)
                 for d in (self.train_dataset, self.eval_dataset)
             )
             self.ref_model = None
@@ -159,7 +189,8 @@ class DPOTrainer(Trainer):
         # each process on its own (transformers 5.24, accelerate 1.15).
         if self.model is self.model_wrapped:
             self.model.__dict__.pop("_is_accelerate_prepared", None)
-        return super().train(*args, **kwargs)
+        with self._sigterm.listening():
+            return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._sums:  # the first since the last log
@@ -173,16 +204,17 @@ class DPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The DPO loss of a batch of pairs; with return_outputs also the metrics of each pair, (B, metrics)."""
+        """The DPO loss of a batch; with return_outputs also the loss and `PAIR_METRICS` of each pair, (B, 8)."""
         pairs = len(inputs["x_chosen"])
         mask = _both(inputs, "mask")
         output = self._forward(model, inputs, output_router_logits=self.router_aux_loss_coef > 0)
         policy, ref = output["log_probs"], self._reference_log_probs(inputs)
-        beta, aggregate = self.args.beta, self.args.dpo_aggregate
-        loss = dpo_loss(ref, policy, mask, beta, aggregate, loss_type=self.args.loss_type).loss
-        metrics = self._pair_metrics(ref, policy.detach(), mask)
+        chosen, rejected = pair_logratios(ref, policy, mask, self.args.dpo_aggregate)
+        losses = LOSSES[self.args.loss_type](Pairs(chosen, rejected, self.args.beta))
         if "aux_loss" in output:
-            loss = loss + self.router_aux_loss_coef * output["aux_loss"]
+            losses = losses + self.router_aux_loss_coef * output["aux_loss"]
+        loss = losses.mean()
+        metrics = self._pair_metrics(chosen.detach(), rejected.detach(), policy.detach(), mask)
         if model.training:
             self._count(inputs, metrics, output.get("aux_loss"))
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
@@ -190,7 +222,7 @@ class DPOTrainer(Trainer):
             loss = loss * (pairs * self.accelerator.num_processes / num_items_in_batch)
         if model.training:
             self.step_loss += loss.detach()
-        return (loss, metrics) if return_outputs else loss
+        return (loss, torch.cat([losses.detach()[:, None], metrics], 1)) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -226,7 +258,7 @@ class DPOTrainer(Trainer):
     @property
     def interrupted(self) -> bool:
         """Whether a SIGTERM ended training early; a checkpoint of the last step is then saved."""
-        return any(c.received for c in self.callback_handler.callbacks if isinstance(c, StopOnSigterm))
+        return self._sigterm.received
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Model and tokenizer to output_dir, each file whole or not at all."""
@@ -239,6 +271,8 @@ class DPOTrainer(Trainer):
         if self.args.should_save:
             checkpoints.publish_files(staged, target)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
 
     def save_checkpoint(self) -> Path:
@@ -290,10 +324,10 @@ class DPOTrainer(Trainer):
         with self.accelerator.autocast():
             return self._forward(self.ref_model, inputs)["log_probs"]
 
-    def _pair_metrics(self, ref: Tensor, policy: Tensor, mask: Tensor) -> Tensor:
-        """(B, len(PAIR_METRICS)): what the log shows the means of."""
+    def _pair_metrics(self, chosen: Tensor, rejected: Tensor, policy: Tensor, mask: Tensor) -> Tensor:
+        """(B, len(PAIR_METRICS)) from log ratios (B,) and the policy's log-probs: what the log shows the means of."""
         aggregate = self.args.dpo_aggregate
-        chosen, rejected = (self.args.beta * r for r in pair_logratios(ref, policy, mask, aggregate))
+        chosen, rejected = self.args.beta * chosen, self.args.beta * rejected
         logps_chosen, logps_rejected = aggregate_log_probs(policy, mask, aggregate).chunk(2)
         mean_chosen, mean_rejected = aggregate_log_probs(policy, mask, "mean").chunk(2)
         values = {
@@ -322,22 +356,32 @@ class DPOTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return ref_model.to(self.args.device)
         if self.accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
             return fsdp2_prepare_model(self.accelerator, ref_model)
         return self.accelerator.prepare_model(ref_model)
 
     def _check_head(self, head: FusedHead, model: nn.Module) -> None:
         """On the main process, which may be the only one that has loaded the weights; the others take its word."""
+
+        def check() -> Any:
+            head.check(model)
+            return head.transform
+
+        head.transform = self._from_main(check)
+
+    def _from_main(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives on the main process, on all of them; a HeadError too."""
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                head.check(model)
-                outcome = [head.transform]
+                outcome = [compute()]
             except HeadError as error:
-                outcome = [str(error)]
+                outcome = [error]
         broadcast_object_list(outcome)
-        if isinstance(outcome[0], str):
-            raise HeadError(outcome[0])
-        head.transform = outcome[0]
+        if isinstance(outcome[0], HeadError):
+            raise outcome[0]
+        return outcome[0]
 
 
 def _both(inputs: dict[str, Tensor], name: str) -> Tensor:
@@ -346,7 +390,8 @@ def _both(inputs: dict[str, Tensor], name: str) -> Tensor:
 
 def _mean_metrics(prediction: EvalPrediction) -> dict[str, float]:
     means = np.asarray(prediction.predictions).mean(0)
-    return {name: float(value) for name, value in zip(PAIR_METRICS, means, strict=True)}
+    # The loss too is averaged here: over the pairs, without those that were repeated to fill the last batch.
+    return {name: float(value) for name, value in zip(("loss", *PAIR_METRICS), means, strict=True)}
 
 
 def _peak_memory_mib() -> float:
