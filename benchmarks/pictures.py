@@ -1,0 +1,175 @@
+"""Pictures of a run, readable in black and white: markers, line styles, hatches; units on every axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.cases import MIB
+from benchmarks.measure import Row, is_ours
+from benchmarks.report import case_names, held_bytes, milliseconds, shape
+from benchmarks.results import Results
+
+# One look a name, the same in every picture.
+LOOKS: dict[str, dict[str, Any]] = {
+    "bare GEMMs": {"marker": "", "linestyle": ":", "color": "0.3"},
+    "dpo_kernels torch": {"marker": "o", "linestyle": "-", "color": "black"},
+    "dpo_kernels cpp": {"marker": "D", "linestyle": "-", "color": "black", "markerfacecolor": "white"},
+    "dpo_kernels triton": {"marker": "*", "linestyle": "-", "color": "black", "markersize": 9},
+    "plain PyTorch": {"marker": "s", "linestyle": "--", "color": "0.35", "markerfacecolor": "white"},
+    "CCE torch_compile": {"marker": "^", "linestyle": "-.", "color": "0.35"},
+}
+
+
+def draw(run: Results, out: Path) -> list[str]:
+    """Writes the pictures of a run and returns their file names; those without data are left out."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
+    names = []
+    for kind, make in {
+        "cases": _cases, "tokens": _tokens, "vocabulary": _vocabulary, "budget": _budget,
+    }.items():  # fmt: skip
+        figure = make(run)
+        if figure is not None:
+            figure.suptitle(f"{run.machine}, {run.date}", fontsize=9, color="0.3", y=0.995)
+            names.append(f"{run.name}-{kind}.png")
+            figure.tight_layout()
+            figure.savefig(out / names[-1])
+            plt.close(figure)
+    return names
+
+
+def _cases(run: Results) -> plt.Figure | None:
+    """A panel a case: bars of time, the floor as a line, and the peak memory beside each bar."""
+    timed = [r for r in run.rows if r.case["curve"] is None and r.status == "timed" and r.seconds]
+    names = case_names(timed)
+    if not names:
+        return None
+    columns = 3
+    lines = -(-len(names) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(15, 2.7 * lines), squeeze=False)
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, names, strict=False):
+        rows = sorted((r for r in timed if r.case["name"] == name), key=lambda r: r.seconds or 0, reverse=True)
+        floor = next((r for r in run.rows if r.case["name"] == name and r.status == "floor"), None)
+        _bars(axes, rows, floor)
+        axes.set_title(f"{name}\n{shape(rows[0].case)}", fontsize=9, loc="left")
+    return figure
+
+
+def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
+    times = [1e3 * (r.seconds or 0) for r in rows]
+    # A peer many times slower than ours would squeeze all others: its bar is cut, and says so.
+    mine = min((t for t, r in zip(times, rows, strict=True) if is_ours(r.peer)), default=max(times))
+    limit = min(max(times), 4 * mine)
+    bars = axes.barh(
+        range(len(rows)), [min(t, limit) for t in times], height=0.7, edgecolor="black",
+        color=["0.25" if is_ours(r.peer) else "0.88" for r in rows],
+        hatch=["" if is_ours(r.peer) else "//" for r in rows],
+    )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [r.peer for r in rows], fontsize=8)
+    for bar, time, row in zip(bars, times, rows, strict=True):
+        memory = f", {row.bytes / MIB:,.0f} MiB" if row.bytes is not None else ""
+        cut = " (cut)" if time > limit else ""
+        axes.text(
+            bar.get_width() + limit * 0.01, bar.get_y() + 0.35, f"{time:,.0f} ms{memory}{cut}", va="center", fontsize=7
+        )
+    if floor is not None and floor.seconds:
+        axes.axvline(1e3 * floor.seconds, color="black", linestyle=":", linewidth=1.5)
+    dotted = f" (dotted: {floor.peer}, {milliseconds(floor.seconds)})" if floor is not None else ""
+    axes.set_xlim(0, limit * 1.5)
+    axes.set_xlabel(f"time, ms{dotted}")
+
+
+def _tokens(run: Results) -> plt.Figure | None:
+    return _curve(run, "tokens", "tokens", lambda case: case["tokens"])
+
+
+def _vocabulary(run: Results) -> plt.Figure | None:
+    return _curve(run, "vocabulary", "vocabulary, entries", lambda case: case["vocab_size"])
+
+
+def _curve(run: Results, name: str, label: str, x_of: Callable[[dict], int]) -> plt.Figure | None:
+    rows = [r for r in run.rows if r.case["curve"] == name and r.seconds]
+    if not rows:
+        return None
+    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for peer in dict.fromkeys(r.peer for r in rows):
+        mine = [r for r in rows if r.peer == peer]
+        look = LOOKS.get(peer, {})
+        times.plot([x_of(r.case) for r in mine], [1e3 * (r.seconds or 0) for r in mine], label=peer, **look)
+        weighed = [r for r in mine if r.bytes is not None]
+        if weighed:
+            bytes_.plot([x_of(r.case) for r in weighed], [(r.bytes or 0) / MIB for r in weighed], label=peer, **look)
+    for axes, unit in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        points = sorted({x_of(r.case) for r in rows})
+        axes.set_xticks(points, [f"{x:,}" for x in points], rotation=30)
+        axes.minorticks_off()
+        _plain_ticks(axes)
+        axes.set_xlabel(label)
+        axes.set_ylabel(unit)
+        axes.grid(True, color="0.9")
+        axes.legend(fontsize=8, frameon=False)
+    times.set_title(shape_without(rows[0].case, name), fontsize=9, loc="left")
+    return figure
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """1, 2 and 5 of each decade, as plain numbers."""
+    low, high = axes.get_ylim()
+    ticks = [m * 10**e for e in range(-3, 7) for m in (1, 2, 5) if low <= m * 10**e <= high]
+    axes.set_yticks(ticks, [f"{t:,.10g}" for t in ticks])
+
+
+def shape_without(case: dict, axis: str) -> str:
+    sizes = {"tokens": "tokens", "features": "hidden_size", "vocabulary": "vocab_size"}
+    return ", ".join(f"{case[field]:,} {name}" for name, field in sizes.items() if name != axis) + f", {case['dtype']}"
+
+
+def _budget(run: Results) -> plt.Figure | None:
+    """The dial: time against the budget beside the GEMMs that the plan counts, and planned beside measured bytes."""
+    rows = [r for r in run.rows if r.case["curve"] == "budget" and r.predicted_bytes and r.seconds]
+    if not rows:
+        return None
+    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for peer in dict.fromkeys(r.peer for r in rows):
+        mine = [r for r in rows if r.peer == peer]
+        floors = [r.to_floor or 0 for r in mine]
+        label = f"{peer}, measured: {floors[-1]:.2f} x bare GEMMs at the largest"
+        times.plot(_budgets(mine), [f / floors[-1] for f in floors], label=label, **LOOKS[peer])
+        weighed = [r for r in mine if r.bytes is not None]
+        held = [(held_bytes(r) or 0) / MIB for r in weighed]
+        bytes_.plot(_budgets(weighed), held, label=f"{peer}, measured", **LOOKS[peer])
+    one = [r for r in rows if r.peer == rows[0].peer]
+    budgets, gemms = _budgets(one), [(r.gemms or 0) / (one[-1].gemms or 1) for r in one]
+    times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {one[-1].gemms:.3g} at the largest")
+    for row, budget, height in zip(one, budgets, gemms, strict=True):
+        times.annotate(row.mode, (budget, height), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=7)
+    driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in one]
+    bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in one], "k--", marker="x", label="planned")
+    bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without the GEMM library")
+    bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
+    times.margins(x=0.1)
+    times.set_ylim(0.8 * min(gemms), None)
+    times.set_ylabel("time of a step, relative to the largest budget")
+    bytes_.set_ylim(bottom=0)
+    bytes_.set_ylabel("held beyond inputs, outputs, gradients, MiB")
+    times.set_title(shape(rows[0].case), fontsize=9, loc="left")
+    for axes in (times, bytes_):
+        axes.set_xlabel("memory budget, MiB")
+        axes.grid(True, color="0.9")
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _budgets(rows: list[Row]) -> list[float]:
+    return [r.case["memory_budget"] / MIB for r in rows]
