@@ -203,8 +203,7 @@ class _Operands:
         flat = call.labels.reshape(-1)
         self.labels = (flat if index is None else flat.index_select(0, index)).to(torch.int64)
         self._tile: Tensor | None = None
-        self._weight = _Slice(self.convert)
-        self._hidden = _Slice(self.convert)
+        self._weight, self._hidden = _Slice(), _Slice()
         self._all = self._all_rows() if plan.hold_hidden else None
 
     def convert(self, source: Tensor, out: Tensor | None = None) -> Tensor:
@@ -217,10 +216,10 @@ class _Operands:
     def hidden(self, rows: slice) -> Tensor:
         if self._all is not None:
             return self._all[rows]
-        return self._hidden.get(rows, lambda: take_rows(self.call.hidden, self.index, rows))
+        return self._hidden.get(rows, lambda: take_rows(self.call.hidden, self.index, rows), self.convert)
 
     def weight(self, columns: slice) -> Tensor:
-        return self._weight.get(columns, lambda: self.call.weight[columns])
+        return self._weight.get(columns, lambda: self.call.weight[columns], self.convert)
 
     def buffer(self, rows: slice, columns: slice) -> Tensor:
         n, v = rows.stop - rows.start, columns.stop - columns.start
@@ -249,17 +248,18 @@ class _Operands:
 class _Slice:
     """The last slice of an operand that was asked for, converted into one buffer that the next slice reuses."""
 
-    def __init__(self, convert: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        self.convert = convert
+    def __init__(self) -> None:
         self.at: slice | None = None
         self.value: Tensor | None = None
         self.buffer: Tensor | None = None
 
-    def get(self, at: slice, source: Callable[[], Tensor]) -> Tensor:
+    def get(
+        self, at: slice, source: Callable[[], Tensor], convert: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
         if self.value is None or self.at != at:
             self.value = None  # frees the last slice before the next is made
             taken = source()
-            self.value = self.convert(taken, None if self.buffer is None else self.buffer[: len(taken)])
+            self.value = convert(taken, None if self.buffer is None else self.buffer[: len(taken)])
             if self.buffer is None and self.value is not taken:
                 self.buffer = self.value
             self.at = at

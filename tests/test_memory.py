@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_kernels import hidden_to_log_probs, logits_to_log_probs
+from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, tiled
 
 MIB = 2**20
 PROBE = Path(__file__).with_name("memory_probe.py")
@@ -48,6 +50,28 @@ def test_a_budget_holds_where_most_labels_are_ignored():
     result = probe(6_000_000, 1, 3000, "bfloat16", 40 * MIB, "hidden,weight", 100)
     assert result["planned"] <= 40 * MIB
     assert result["held"] <= 40 * MIB, f"held {result['held'] / MIB:.1f} MiB"
+
+
+def test_nothing_of_a_call_waits_for_the_garbage_collector():
+    """Tiles and operands go when the call ends: a cycle would keep the forward's through backward."""
+    made = []
+    original = tiled._Operands.__init__
+
+    def remember(self, *args):
+        original(self, *args)
+        made.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiled._Operands, "__init__", remember)
+            hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+            log_probs = hidden_to_log_probs(hidden.bfloat16(), weight.bfloat16(), torch.randint(30, (9,)))
+            assert [ref() for ref in made] == [None]
+            log_probs.sum().backward()
+            assert [ref() for ref in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("level", ["hidden", "logits"])
