@@ -3,9 +3,9 @@
 from dpo_kernels import reference
 from dpo_kernels.head import TokenStats
 from dpo_kernels.impls import available_impls
-from dpo_kernels.log_probs import hidden_to_log_probs, logits_to_log_probs, token_stats
+from dpo_kernels.log_probs import hidden_to_log_probs, logits_to_log_probs, plan, token_stats
 from dpo_kernels.losses import DPOLoss, FusedLinearDPOLoss, dpo_loss
-from dpo_kernels.plan import Plan, plan
+from dpo_kernels.plan import Plan
 
 __version__ = "0.1.0"
 

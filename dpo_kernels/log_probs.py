@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dpo_kernels import (
     checks,
+    impls,
     ops,  # noqa: F401  (registers the ops)
 )
+from dpo_kernels import plan as planning
 from dpo_kernels.head import TokenStats, compute_dtype
 
 
@@ -151,3 +153,44 @@ def token_stats(
         log_probs,
         *(value if name in names else None for name, value in zip(TokenStats._fields[1:], optional, strict=True)),
     )
+
+
+def plan(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    grads: Sequence[str] = ("hidden", "weight"),
+    outputs: Sequence[str] = (),
+    softcap: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    device: torch.device | str = "cpu",
+    impl: str | None = None,
+    labels: int | None = None,
+) -> planning.Plan:
+    """What `hidden_to_log_probs` or `token_stats` will do here: mode, tiles, GEMMs and bytes. Print it.
+
+    Args:
+        tokens, hidden_size, vocab_size: N (rows whose label counts), D and V.
+        dtype: of hidden states and weight.
+        grads: which inputs want a gradient, of "hidden", "weight" and "bias".
+        outputs: the statistics asked for; a gradient through "entropy" rules out the modes frozen and keep.
+        softcap: whether (any number) or not (None) logits are capped.
+        compute_dtype: autocast's dtype, where it differs from `dtype`.
+        memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
+        device, impl: as in the call; None is the implementation that a call without one would take.
+        labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or range; the budget is too small to run at all (names the
+            least that works).
+        RuntimeError: `impl` cannot run here.
+    """
+    device = torch.device(device)
+    return planning.plan(
+        tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,
+        compute_dtype=compute_dtype, memory_budget=memory_budget,
+        facts=impls.choose(impl, device, dtype).facts(device), labels=labels,
+    )  # fmt: skip

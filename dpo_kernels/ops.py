@@ -7,6 +7,7 @@ whose sizes may depend on data, and no graph break. Arguments were checked by th
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,21 +37,22 @@ def token_stats_op(
     impl: str | None,
 ) -> Saved:
     """log_probs and the four optional statistics (empty where not asked for), of the labels' shape; then, for
-    backward and of the rows that count alone, max, log_sum, kept, tile_max and jacobian."""
+    backward and of the rows that count alone, max, log_sum, kept, bases and jacobian."""
     checks.labels_in_range(labels, ignore_index, weight.shape[0])
     call = _call(
         hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
         memory_budget,
     )  # fmt: skip
     index, tokens = _counted(labels, ignore_index)
+    module = impls.choose(impl, hidden.device, hidden.dtype)
     with _no_autocast(hidden):
-        made = impls.choose(impl, hidden.device).hidden_forward(call, _plan(call, tokens), index)
+        made = module.hidden_forward(call, _plan(call, tokens, module), index)
     dtypes = (torch.bool if name == "is_top1" else made.max.dtype for name in made.stats._fields)
     stats = (
         labels.new_empty(0, dtype=dtype) if value is None else _spread(value, labels, index)
         for value, dtype in zip(made.stats, dtypes, strict=True)
     )
-    return (*stats, made.max, made.log_sum, made.kept, made.tile_max, made.jacobian)
+    return (*stats, made.max, made.log_sum, made.kept, made.bases, made.jacobian)
 
 
 @token_stats_op.register_fake
@@ -96,7 +98,7 @@ def token_stats_backward_op(
     maximum: Tensor,
     log_sum: Tensor,
     kept: Tensor,
-    tile_max: Tensor,
+    bases: Tensor,
     jacobian: Tensor,
     ignore_index: int,
     temperature: float,
@@ -115,18 +117,19 @@ def token_stats_backward_op(
         memory_budget,
     )  # fmt: skip
     index, tokens = _counted(labels, ignore_index)
-    made_for = _plan(call, tokens)
+    module = impls.choose(impl, hidden.device, hidden.dtype)
+    made_for = _plan(call, tokens, module)
     call = replace(call, grads=_grads(wanted))
     rows = _row_grads(labels, index, log_probs, maximum, log_sum, grad_log_probs, entropy, grad_entropy)
-    saved = tiled.Forward(TokenStats(rows.log_probs), rows.max, rows.log_sum, kept, tile_max, jacobian)
+    saved = tiled.Forward(TokenStats(rows.log_probs), rows.max, rows.log_sum, kept, bases, jacobian)
     with _no_autocast(hidden):
-        made = impls.choose(impl, hidden.device).hidden_backward(call, made_for, index, rows, saved)
+        made = module.hidden_backward(call, made_for, index, rows, saved)
     return tuple(hidden.new_empty(0) if g is None else g for g in made)  # type: ignore[return-value]
 
 
 @token_stats_backward_op.register_fake
 def _(
-    grad_log_probs, grad_entropy, hidden, weight, bias, labels, log_probs, entropy, maximum, log_sum, kept, tile_max,
+    grad_log_probs, grad_entropy, hidden, weight, bias, labels, log_probs, entropy, maximum, log_sum, kept, bases,
     jacobian, ignore_index, temperature, logit_scale, softcap, outputs, grads, wanted, compute_dtype, memory_budget,
     impl,
 ):  # fmt: skip
@@ -175,7 +178,7 @@ def logits_log_probs_op(
     """log_probs and, for backward, the maximum and log_sum, each of the labels' shape."""
     checks.labels_in_range(labels, ignore_index, logits.shape[-1])
     index, tokens = _counted(labels, ignore_index)
-    module = impls.choose(impl, logits.device)
+    module = impls.choose(impl, logits.device, logits.dtype)
     transform = Transform(temperature, logit_scale, softcap)
     with _no_autocast(logits):
         made = module.logits_forward(logits, _rows(labels, index).long(), transform, index, tokens)
@@ -251,7 +254,7 @@ def _write_logits_gradient(
     maximum, log_sum = _rows(maximum, index), _rows(log_sum, index)
     rows = _row_grads(labels, index, log_probs, maximum, log_sum, grad, None, None)
     with _no_autocast(logits):
-        impls.choose(impl, logits.device).logits_backward(logits, transform, index, rows, out)
+        impls.choose(impl, logits.device, logits.dtype).logits_backward(logits, transform, index, rows, out)
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -309,12 +312,12 @@ def _grads(names: str) -> Grads:
     return Grads(**dict.fromkeys(filter(None, names.split(",")), True))
 
 
-def _plan(call: Call, tokens: int) -> Plan:
+def _plan(call: Call, tokens: int, module: ModuleType) -> Plan:
     grads = tuple(name for name in ("hidden", "weight", "bias") if getattr(call.grads, name))
     return plan(
         tokens, call.hidden.shape[-1], call.weight.shape[0], call.hidden.dtype, grads=grads, outputs=call.outputs,
         softcap=call.transform.softcap, compute_dtype=call.compute_dtype, memory_budget=call.memory_budget,
-        device=call.hidden.device.type, labels=call.labels.numel(),
+        facts=module.facts(call.hidden.device), labels=call.labels.numel(),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ the gradients that it returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -21,25 +21,40 @@ DEFAULT_BUDGET = 1024 * MIB
 
 
 @dataclass(frozen=True)
-class DeviceFacts:
-    """What the plan has to know of a device.
+class Facts:
+    """What the plan has to know of an implementation on a device.
 
     tiles: (tokens, vocabulary) of a tile, best first; small ones are for small budgets.
-    converts: products need their operands in the accumulation dtype (no GEMM from bf16 into float32 on the CPU).
-    scratch: bytes that the GEMM library may hold inside a call.
+    widens: dtypes whose operands products need in the accumulation dtype.
+    scratch: bytes that library calls, or all threads together, may hold inside a call.
+    fused: logits are folded where they are made: of a tile only its gradient is held, as operands of the products that
+        follow, and the packed hidden states.
+    base_columns: columns of kept probabilities that share a base; None: those of a tile.
+    rounds: a product can be written in a dtype narrower than it is summed in.
     """
 
     tiles: tuple[tuple[int, int], ...]
-    converts: bool
+    widens: tuple[torch.dtype, ...]
     scratch: int
+    fused: bool = False
+    base_columns: int | None = None
+    rounds: bool = False
 
 
-DEVICES = {
-    "cpu": DeviceFacts(((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), True, 12 * MIB),
-    "cuda": DeviceFacts(
-        ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), False, 32 * MIB
+_CPP_TILES = ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64))
+FACTS = {
+    "torch, cpu": Facts(
+        ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)),
+        (torch.bfloat16, torch.float16), 12 * MIB,
     ),
-}
+    "torch, cuda": Facts(
+        ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), (), 32 * MIB
+    ),
+    "cpp": Facts(_CPP_TILES, (torch.float16,), 12 * MIB, fused=True, base_columns=64, rounds=True),
+    "cpp, no bfloat16 products": Facts(
+        _CPP_TILES, (torch.float16, torch.bfloat16), 12 * MIB, fused=True, base_columns=64, rounds=True
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,7 @@ class Plan:
     tile_vocab: int
     kept_tokens: int
     hold_hidden: bool
+    base_columns: int
     sweeps: tuple[Sweep, ...]
     gemms: float
     memory_budget: int
@@ -83,6 +99,15 @@ class Plan:
     @property
     def vocab_tiles(self) -> int:
         return -(-self.vocab_size // self.tile_vocab)
+
+    @property
+    def token_tiles(self) -> int:
+        return -(-self.tokens // self.tile_tokens)
+
+    @property
+    def bases(self) -> int:
+        """How many bases a row of kept probabilities has; 0 where nothing is kept."""
+        return -(-self.vocab_size // self.base_columns) if self.kept_tokens else 0
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -108,15 +133,15 @@ def plan(
     vocab_size: int,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    grads: tuple[str, ...] = ("hidden", "weight"),
-    outputs: tuple[str, ...] = (),
+    grads: Sequence[str] = ("hidden", "weight"),
+    outputs: Sequence[str] = (),
     softcap: float | None = None,
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
-    device: str = "cpu",
+    facts: Facts = FACTS["torch, cpu"],
     labels: int | None = None,
 ) -> Plan:
-    """What `hidden_to_log_probs` or `token_stats` will do with `tokens` rows whose label counts.
+    """What a call with `tokens` rows whose label counts will do, on a device and by an implementation of these facts.
 
     Args:
         tokens, hidden_size, vocab_size: N, D and V.
@@ -126,7 +151,7 @@ def plan(
         softcap: whether (any number) or not (None) logits are capped.
         compute_dtype: autocast's dtype, where it differs from `dtype`.
         memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
-        device: "cpu", "cuda" or another device type.
+        facts: of the implementation on its device, a value of `FACTS`.
         labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
 
     Raises:
@@ -147,7 +172,7 @@ def plan(
     wanted = Grads(**dict.fromkeys(grads, True))
     shape = _Shape(
         tokens, hidden_size, vocab_size, dtype, compute_dtype or dtype, wanted, "entropy" in outputs,
-        softcap is not None, DEVICES.get(device, DEVICES["cpu"]), max(tokens, labels or 0),
+        softcap is not None, facts, max(tokens, labels or 0),
     )  # fmt: skip
     return _plan(shape, memory_budget)
 
@@ -164,7 +189,7 @@ class _Shape:
     grads: Grads
     entropy: bool
     softcap: bool
-    facts: DeviceFacts
+    facts: Facts
     labels: int
 
     @property
@@ -177,11 +202,17 @@ class _Shape:
 
     @property
     def operand(self) -> int:  # bytes of a converted operand, 0 where the input itself is one
-        if self.facts.converts:
-            if self.dtype == self.compute:
-                return 0 if self.in_place else self.wide
-            return self.wide + self.compute.itemsize
+        if self.converts:
+            return self.wide if self.dtype == self.compute else self.wide + self.compute.itemsize
         return 0 if self.dtype == self.compute else self.compute.itemsize
+
+    @property
+    def converts(self) -> bool:  # operands are widened first
+        return self.compute in self.facts.widens
+
+    @property
+    def product(self) -> int:  # bytes of a number of a product's operand
+        return self.wide if self.converts else self.compute.itemsize
 
     @property
     def frozen(self) -> bool:
@@ -198,28 +229,35 @@ class _Shape:
     def rows(self) -> int:  # vectors of one number a token: index, label, maximum, sums, gradients
         found = 4 * self.labels  # which labels count
         return (
-            found + self.tokens * (3 * 8 + 12 * self.wide) + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
+            found + self.tokens * (3 * 8 + (20 if self.facts.fused else 12) * self.wide) + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
         )
 
     def tile(self, n: int, v: int) -> int:
         """The logits tile, what stands beside it while it is folded, and both operands."""
-        backward_copy = bool(self.grads) and not self.facts.converts  # dz rounded to the compute dtype
-        beside = self.wide * (self.softcap + self.entropy) + self.compute.itemsize * backward_copy
         gathered = n * self.hidden_size * (self.dtype.itemsize + self.operand)
-        return n * v * (self.wide + beside) + v * self.hidden_size * self.operand + gathered
+        operands = v * self.hidden_size * self.operand + gathered
+        if self.facts.fused:
+            packed = self.product * n * (self.hidden_size + 1)
+            sides = self.grads.hidden + (self.grads.weight or self.grads.bias)
+            return operands + packed + self.product * n * v * sides + self.wide * n * -(-v // 64) * self.grads.hidden
+        backward_copy = bool(self.grads) and not self.converts and not self.in_place  # dz in the compute dtype
+        beside = self.wide * (self.softcap + self.entropy) + self.compute.itemsize * backward_copy
+        return n * v * (self.wide + beside) + operands
 
     def accumulators(self, n: int, v: int, sweeps: tuple[Sweep, ...]) -> int:
         """The largest that the sweeps need: a tile's worth on the outer axis, a whole gradient on the inner one."""
 
         def one(sweep: Sweep) -> int:
             rows = n if sweep.outer == "tokens" or self.in_place else self.tokens
-            columns = 0 if self.in_place else v if sweep.outer == "vocab" else self.vocab_size
+            # A single product is its own sum.
+            once = self.in_place or (self.facts.rounds and self.tokens <= n)
+            columns = 0 if once else v if sweep.outer == "vocab" else self.vocab_size
             return self.wide * self.hidden_size * (rows * sweep.hidden + columns * sweep.weight)
 
         return max((one(sweep) for sweep in sweeps), default=0)
 
     def kept_row(self, v: int) -> int:
-        return self.vocab_size * self.compute.itemsize + -(-self.vocab_size // v) * self.wide
+        return self.vocab_size * self.compute.itemsize + -(-self.vocab_size // (self.facts.base_columns or v)) * self.wide
 
     def sweep_choices(self) -> list[tuple[Sweep, ...]]:
         """The ways to order the backward loops, fewest GEMMs first."""
@@ -281,7 +319,7 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
     """Spends what is left of the budget: first on hidden states at hand in the compute dtype, then on kept tokens."""
     n, v = tile
     left = budget - sum(memory.values())
-    at_hand = s.tokens * s.hidden_size * (s.wide if s.facts.converts else s.compute.itemsize)
+    at_hand = s.tokens * s.hidden_size * s.product
     hold = s.operand > 0 and at_hand <= left // 4
     memory["hidden states, converted once"] = at_hand * hold
     left -= at_hand * hold
@@ -299,7 +337,7 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
     return Plan(
-        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, sweeps, gemms, budget,
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, sweeps, gemms, budget,
         MappingProxyType(memory),
     )  # fmt: skip
 

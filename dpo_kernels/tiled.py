@@ -1,9 +1,9 @@
 """The driver: multiply a tile of logits, fold it, forget it. It does what the plan says, in any mode.
 
 Forward walks the vocabulary outside and the tokens inside, so that each slice of the weight is converted once and the
-running statistics of every token are vectors. Backward makes the sweeps of the plan. How a tile is folded is the
-implementation's business (`Folds`); which products are formed, in what order and into which accumulator, is decided
-here, once for all of them.
+running statistics of every token are vectors. Backward makes the sweeps of the plan. How a tile is multiplied and
+folded is the implementation's business (`Folds`); which products are formed, in what order and into which accumulator,
+is decided here, once for all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,29 @@ from torch import Tensor
 
 from dpo_kernels.head import Call, TokenStats, accumulate_dtype
 from dpo_kernels.plan import Plan, Sweep
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the logits, and the operands that make them: hidden (n, D), weight (v, D)."""
+
+    rows: slice
+    columns: slice
+    hidden: Tensor
+    weight: Tensor
+
+
+class Kept(NamedTuple):
+    """What forward keeps of a tile's probabilities: exp (n, v), relative to bases (n, v / base_columns)."""
+
+    exp: Tensor
+    bases: Tensor
+
+
+class Dz(NamedTuple):
+    """d loss / d a of a tile as left operands of the products that follow; a side that is not wanted may be None."""
+
+    by_token: Any  # (n, v)
+    by_vocab: Any  # (v, n)
 
 
 class RowGrads(NamedTuple):
@@ -41,38 +64,41 @@ class RowStats(Protocol):
 
 
 class Folds(Protocol):
-    """How an implementation folds one tile of products a = h W^T + b, (n, v) in the accumulation dtype.
+    """How an implementation multiplies a tile, a = h W^T + b, and folds it; made for one call and one plan.
 
-    Every method may overwrite the tile. `first` is the tile's first vocabulary index.
+    operand: the dtype that operands are converted to.
+    rounds: multiply writes a dtype narrower than it sums in.
     """
 
-    def stats(self, call: Call, labels: Tensor) -> RowStats: ...
+    operand: torch.dtype
+    rounds: bool
 
-    def score(self, call: Call, stats: Any, rows: slice, tile: Tensor, first: int) -> None:
+    def stats(self, labels: Tensor) -> RowStats: ...
+
+    def score(self, stats: Any, tile: Tile) -> None:
         """Folds the tile into the statistics."""
 
-    def keep(
-        self, call: Call, stats: Any, rows: slice, tile: Tensor, first: int, kept: Tensor, tile_max: Tensor
-    ) -> None:
-        """Like score; writes exp(z - tile_max), times the cap's derivative, to kept (n, v), the maxima to tile_max."""
+    def keep(self, stats: Any, tile: Tile, kept: Kept) -> None:
+        """Like score; also writes exp(z - base), times the cap's derivative, and the bases."""
 
-    def jacobian(self, call: Call, stats: Any, rows: slice, tile: Tensor, first: int, total: Tensor) -> Tensor:
-        """Like score; rescales total (n, D) to the new maximum; returns the factors (n, v) of W's rows."""
+    def jacobian(self, stats: Any, tile: Tile, total: Tensor) -> None:
+        """Like score; total (n, D) = sum exp(z - m) W (times the cap's derivative) so far, m the maximum so far."""
 
-    def finish_jacobian(self, call: Call, stats: Any, rows: slice, total: Tensor, label_weight: Tensor) -> None:
-        """Turns total (n, D) = sum exp(z - m) W into d log_prob / d hidden; label_weight (n, D): W at the labels."""
+    def finish_jacobian(self, stats: Any, rows: slice, total: Tensor, label_weight: Tensor) -> None:
+        """Turns total into d log_prob / d hidden; label_weight (n, D): W at the labels."""
 
-    def dz(self, call: Call, grads: RowGrads, tile: Tensor, first: int) -> Tensor:
-        """d loss / d a from the products, as an operand of the next product."""
+    def dz(self, grads: RowGrads, tile: Tile, kept: Kept | None, wanted: Sweep, bias: Tensor | None) -> Dz:
+        """d loss / d a, from what keep wrote if given (may overwrite it); its sums over tokens are added to bias."""
 
-    def dz_from_kept(
-        self, call: Call, grads: RowGrads, kept: Tensor, tile_max: Tensor, out: Tensor, first: int
-    ) -> Tensor:
-        """d loss / d a from what keep wrote; may use out (n, v) for it."""
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for something large."""
+
+    def multiply(self, out: Tensor, a: Any, b: Tensor, add: bool) -> None:
+        """out = a @ b, or out += a @ b, in at least the accumulation dtype, rounded once to out's."""
 
 
 class Forward(NamedTuple):
-    """For rows that count: stats, max and log_sum (M,), and what the mode holds: kept (K, V), tile_max (K, tiles),
+    """For rows that count: stats, max and log_sum (M,), and what the mode holds: kept (K, V), its bases (K, ...),
     jacobian (M, D).
 
     The maximum and the logarithm of the sum stay apart: their sum would cost digits of every probability in backward.
@@ -82,37 +108,45 @@ class Forward(NamedTuple):
     max: Tensor
     log_sum: Tensor
     kept: Tensor
-    tile_max: Tensor
+    bases: Tensor
     jacobian: Tensor
+
+    def kept_tile(self, plan: Plan, rows: slice, columns: slice) -> Kept | None:
+        if rows.start >= plan.kept_tokens:
+            return None
+        first, last = columns.start // plan.base_columns, -(-columns.stop // plan.base_columns)
+        return Kept(self.kept[rows, columns], self.bases[rows, first:last])
 
 
 def forward(call: Call, plan: Plan, folds: Folds, index: Tensor | None) -> Forward:
     """index (M,): flat positions of the rows that count; None where all do."""
-    operands = _Operands(call, plan, index)
-    stats = folds.stats(call, operands.labels)
+    operands = _Operands(call, plan, index, folds.operand)
+    stats = folds.stats(operands.labels)
     wide = operands.wide
-    keep = plan.kept_tokens
-    kept = call.hidden.new_empty((keep, plan.vocab_size), dtype=call.compute_dtype)
-    tile_max = wide.new_empty((keep, plan.vocab_tiles if keep else 0))
-    jacobian = wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size))
-    for t, columns in enumerate(_spans(plan.vocab_size if plan.tokens else 0, plan.tile_vocab)):
-        weight = operands.weight(columns)
+    made = Forward(
+        TokenStats(wide), wide, wide,
+        kept=folds.empty((plan.kept_tokens, plan.vocab_size), call.compute_dtype),
+        bases=wide.new_empty((plan.kept_tokens, plan.bases)),
+        jacobian=wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size)),
+    )  # fmt: skip
+    for columns in _spans(plan.vocab_size if plan.tokens else 0, plan.tile_vocab):
         for rows in _spans(plan.tokens, plan.tile_tokens):
-            tile = operands.product(operands.hidden(rows), weight, columns)
-            if rows.start < keep:
-                folds.keep(call, stats, rows, tile, columns.start, kept[rows, columns], tile_max[rows, t])
+            tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
+            kept = made.kept_tile(plan, rows, columns)
+            if kept is not None:
+                folds.keep(stats, tile, kept)
             elif plan.mode == "frozen":
-                share = folds.jacobian(call, stats, rows, tile, columns.start, jacobian[rows])
-                _add_product(jacobian[rows], share, weight)
+                folds.jacobian(stats, tile, made.jacobian[rows])
             else:
-                folds.score(call, stats, rows, tile, columns.start)
+                folds.score(stats, tile)
     if plan.mode == "frozen":
         for rows in _spans(plan.tokens, plan.tile_tokens):
             # A label beyond the vocabulary (its log-prob is NaN already) must not reach past the weight.
             label = operands.labels[rows].clamp(0, plan.vocab_size - 1)
             label_weight = operands.convert(call.weight.index_select(0, label))
-            folds.finish_jacobian(call, stats, rows, jacobian[rows], label_weight)
-    return Forward(*stats.finish(), kept, tile_max, jacobian)
+            folds.finish_jacobian(stats, rows, made.jacobian[rows], label_weight)
+    token_stats, maximum, log_sum = stats.finish()
+    return made._replace(stats=token_stats, max=maximum, log_sum=log_sum)
 
 
 class InputGrads(NamedTuple):
@@ -127,12 +161,13 @@ def backward(call: Call, plan: Plan, folds: Folds, index: Tensor | None, grads: 
     """call.grads names the gradients wanted now, some of those that the plan was made for."""
     if plan.mode == "frozen":
         return InputGrads(_scale_jacobian(call, plan, index, grads, saved.jacobian), None, None)
-    operands = _Operands(call, plan, index)
-    hidden = _Gradient(call.hidden, operands.wide, index) if call.grads.hidden else None
-    weight = _Gradient(call.weight, operands.wide, None) if call.grads.weight else None
+    operands = _Operands(call, plan, index, folds.operand)
+    hidden = _Gradient(call.hidden, operands.wide, index, folds, plan.tokens) if call.grads.hidden else None
+    weight = _Gradient(call.weight, operands.wide, None, folds, plan.tokens) if call.grads.weight else None
     bias = operands.wide.new_zeros(plan.vocab_size) if call.grads.bias else None
     for i, sweep in enumerate(plan.sweeps):
-        _sweep(sweep, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
+        wanted = Sweep(sweep.outer, sweep.hidden and call.grads.hidden, sweep.weight and call.grads.weight)
+        _sweep(wanted, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
     return InputGrads(
         None if hidden is None else hidden.out.view(call.hidden.shape),
         None if weight is None else weight.out,
@@ -148,39 +183,31 @@ def _sweep(
     operands: _Operands,
     grads: RowGrads,
     saved: Forward,
-    grad_hidden: _Gradient | None,
-    grad_weight: _Gradient | None,
-    grad_bias: Tensor | None,
+    hidden: _Gradient | None,
+    weight: _Gradient | None,
+    bias: Tensor | None,
 ) -> None:
-    hidden_total = grad_hidden if sweep.hidden else None
-    weight_total = grad_weight if sweep.weight else None
-    if hidden_total is None and weight_total is None and grad_bias is None:
+    if not (sweep.hidden or sweep.weight) and bias is None:
         return
     vocab_outside = sweep.outer == "vocab"
-    if hidden_total is not None:
-        hidden_total.start(list(_spans(plan.tokens, plan.tile_tokens)), whole=vocab_outside)
-    if weight_total is not None:
-        weight_total.start(list(_spans(plan.vocab_size, plan.tile_vocab)), whole=not vocab_outside)
+    totals = []
+    if sweep.hidden and hidden is not None:
+        hidden.start(list(_spans(plan.tokens, plan.tile_tokens)), whole=vocab_outside, terms=plan.vocab_tiles)
+        totals.append(hidden)
+    if sweep.weight and weight is not None:
+        weight.start(list(_spans(plan.vocab_size, plan.tile_vocab)), whole=not vocab_outside, terms=plan.token_tiles)
+        totals.append(weight)
     for rows, columns in _tiles(plan, vocab_outside):
-        h, w = operands.hidden(rows), operands.weight(columns)
-        some = grads.block(rows)
-        if rows.start < plan.kept_tokens:
-            t = columns.start // plan.tile_vocab
-            out = operands.buffer(rows, columns)
-            dz = folds.dz_from_kept(
-                call, some, saved.kept[rows, columns], saved.tile_max[rows, t], out, columns.start
-            )  # fmt: skip
-        else:
-            dz = folds.dz(call, some, operands.product(h, w, columns), columns.start)
-        if hidden_total is not None:
-            hidden_total.add(rows, dz, w)
-        if weight_total is not None:
-            weight_total.add(columns, dz.T, h)
-        if grad_bias is not None:
-            grad_bias[columns] += dz.sum(0, dtype=grad_bias.dtype)
-    for total in (hidden_total, weight_total):
-        if total is not None:
-            total.finish()
+        tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
+        dz = folds.dz(
+            grads.block(rows), tile, saved.kept_tile(plan, rows, columns), sweep, None if bias is None else bias[columns]
+        )  # fmt: skip
+        if sweep.hidden and hidden is not None:
+            hidden.add(rows, dz.by_token, tile.weight)
+        if sweep.weight and weight is not None:
+            weight.add(columns, dz.by_vocab, tile.hidden)
+    for total in totals:
+        total.finish()
 
 
 def _scale_jacobian(call: Call, plan: Plan, index: Tensor | None, grads: RowGrads, jacobian: Tensor) -> Tensor | None:
@@ -195,14 +222,11 @@ def _scale_jacobian(call: Call, plan: Plan, index: Tensor | None, grads: RowGrad
 class _Operands:
     """The rows that count and slices of the weight, converted for the product; at most one slice of each is held."""
 
-    def __init__(self, call: Call, plan: Plan, index: Tensor | None) -> None:
-        self.call, self.plan, self.index = call, plan, index
+    def __init__(self, call: Call, plan: Plan, index: Tensor | None, dtype: torch.dtype) -> None:
+        self.call, self.plan, self.index, self.dtype = call, plan, index, dtype
         self.wide = torch.empty(0, dtype=accumulate_dtype(call.hidden.dtype), device=call.hidden.device)
-        # Only CUDA multiplies bfloat16 or float16 into float32; elsewhere operands are widened first.
-        self.dtype = call.compute_dtype if call.hidden.device.type == "cuda" else self.wide.dtype
         flat = call.labels.reshape(-1)
         self.labels = (flat if index is None else flat.index_select(0, index)).to(torch.int64)
-        self._tile: Tensor | None = None
         self._weight, self._hidden = _Slice(), _Slice()
         self._all = self._all_rows() if plan.hold_hidden else None
 
@@ -220,23 +244,6 @@ class _Operands:
 
     def weight(self, columns: slice) -> Tensor:
         return self._weight.get(columns, lambda: self.call.weight[columns], self.convert)
-
-    def buffer(self, rows: slice, columns: slice) -> Tensor:
-        n, v = rows.stop - rows.start, columns.stop - columns.start
-        if self._tile is None:
-            self._tile = self.wide.new_empty(self.plan.tile_tokens * self.plan.tile_vocab)
-        return self._tile[: n * v].view(n, v)
-
-    def product(self, h: Tensor, w: Tensor, columns: slice) -> Tensor:
-        """a = h W^T + b of one tile, in the accumulation dtype."""
-        tile = self.buffer(slice(0, len(h)), columns)
-        if h.dtype == self.wide.dtype:
-            torch.mm(h, w.T, out=tile)
-        else:
-            torch.mm(h, w.T, out_dtype=self.wide.dtype, out=tile)
-        if self.call.bias is not None:
-            tile += self.call.bias[columns].to(self.call.compute_dtype)
-        return tile
 
     def _all_rows(self) -> Tensor:
         result = self.wide.new_empty((self.plan.tokens, self.plan.hidden_size), dtype=self.dtype)
@@ -272,43 +279,54 @@ class _Gradient:
     out has the input's dtype, flattened to (rows, D); index (M,) places the summed rows in it, None is in order.
     """
 
-    def __init__(self, like: Tensor, wide: Tensor, index: Tensor | None) -> None:
-        self.out = torch.zeros(like.shape, dtype=like.dtype, device=like.device).view(-1, like.shape[-1])
-        self.index = index
-        self.wide = wide
+    def __init__(
+        self, like: Tensor, wide: Tensor, index: Tensor | None, folds: Folds | None = None, tokens: int = 0
+    ) -> None:
+        # Every row is written where all of them count, unless there is no token at all.
+        whole = folds is not None and index is None and tokens > 0
+        out = folds.empty(like.shape, like.dtype) if whole else torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        self.out = out.view(-1, like.shape[-1])
+        self.index, self.wide, self.folds = index, wide, folds
         self.direct = like.dtype == wide.dtype  # the gradient is its own accumulator
         self.total = wide
         self.spans: list[slice] = []  # the rows that `total` holds
 
-    def start(self, spans: list[slice], whole: bool) -> None:
-        """spans: the slices of rows to come. whole: they come again and again, so all are summed before any is cast."""
+    def start(self, spans: list[slice], whole: bool, terms: int) -> None:
+        """spans: the slices of rows to come, each of them `terms` times. whole: they come again and again, so all are
+        summed before any is cast."""
+        assert self.folds is not None
         self.whole = whole
         self.spans = spans if whole else []
-        if not self.direct:
+        self.begun: set[int] = set()
+        # A single product is its own sum: it is rounded as it is written.
+        self.once = terms == 1 and not self.direct and self.index is None and self.folds.rounds
+        if not self.direct and not self.once:
             height = 0 if not spans else spans[-1 if whole else 0].stop
-            self.total = self.wide.new_zeros((height, self.out.shape[1]))
+            self.total = self.folds.empty((height, self.out.shape[1]), self.wide.dtype)
 
-    def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
+    def add(self, rows: slice, a: Any, b: Tensor) -> None:
         """Adds a @ b to the given rows."""
-        if self.direct and self.index is None:
-            _add_product(self.out[rows], a, b)
+        assert self.folds is not None
+        again = rows.start in self.begun
+        self.begun.add(rows.start)
+        if self.once or (self.direct and self.index is None):
+            self.folds.multiply(self.out[rows], a, b, add=again)
         elif self.direct and self.index is not None:
             at = self.index[rows]  # distinct rows: gather, add, scatter is exact and deterministic
             total = self.out.index_select(0, at)
-            _add_product(total, a, b)
+            self.folds.multiply(total, a, b, add=again)
             self.out.index_copy_(0, at, total)
         elif self.whole:
-            _add_product(self.total[rows], a, b)
+            self.folds.multiply(self.total[rows], a, b, add=again)
         else:
             if self.spans != [rows]:
                 self.finish()
                 self.spans = [rows]
-                self.total.zero_()
-            _add_product(self.total[: rows.stop - rows.start], a, b)
+            self.folds.multiply(self.total[: rows.stop - rows.start], a, b, add=again)
 
     def finish(self) -> None:
         """Casts what is summed."""
-        if not self.direct:
+        if not self.direct and not self.once:
             for rows in self.spans:
                 self.write(rows, self.total[rows] if self.whole else self.total[: rows.stop - rows.start])
         self.spans = []
@@ -334,14 +352,6 @@ def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) 
     """The counterpart of take_rows: writes values (n, C) to those rows."""
     where = torch.arange(rows.start, rows.stop, device=tensor.device) if index is None else index[rows]
     tensor[torch.unravel_index(where, tensor.shape[:-1])] = values.to(tensor.dtype)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _spans(length: int, step: int) -> Iterator[slice]:

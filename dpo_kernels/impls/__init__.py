@@ -1,30 +1,39 @@
 """The implementations, fastest first, and the choice among them.
 
-An implementation is a module with `unavailable(device)` (None if it can run there, else the reason), `hidden_forward`,
-`hidden_backward`, `logits_forward` and `logits_backward`; `torch_impl` shows their signatures.
+An implementation is a module with `unavailable(device)` (None if it can run there, else the reason), `facts(device)`
+for the plan, `hidden_forward`, `hidden_backward`, `logits_forward` and `logits_backward`; `torch_impl` shows their
+signatures.
 """
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 
 import torch
 
-from dpo_kernels.impls import torch_impl
+from dpo_kernels.impls import cpp_impl, torch_impl
 
 NAMES = ("triton", "cpp", "torch")
-MODULES: dict[str, ModuleType] = {"torch": torch_impl}
+MODULES: dict[str, ModuleType] = {"cpp": cpp_impl, "torch": torch_impl}
 
 
 def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Name of each implementation -> None if it can run on `device`, else the reason why not."""
+    """Name of each implementation -> None if it can run on `device`, else the reason why not.
+
+    Nothing is built: "cpp" can run where it is built already, or where a compiler and ninja are there to build it.
+    """
     device = torch.device(device)
     absent = "this version of dpo_kernels does not include it; impl='torch' runs anywhere"
     return {name: MODULES[name].unavailable(device) if name in MODULES else absent for name in NAMES}
 
 
-def choose(name: str | None, device: torch.device) -> ModuleType:
-    """The module of the implementation asked for, or of the fastest that can run.
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module of the implementation asked for, or of the fastest that can run; "torch" for float64, which no other
+    computes.
+
+    Where the fastest made for this kind of device cannot run, another takes over, and a warning says once what would
+    make it fast.
 
     Raises:
         ValueError: no implementation has that name.
@@ -32,9 +41,16 @@ def choose(name: str | None, device: torch.device) -> ModuleType:
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"impl is {name!r}; expected None or one of {NAMES}")
-    reasons = available_impls(device)
-    if name is None:
-        name = next(candidate for candidate in NAMES if reasons[candidate] is None)
-    elif reasons[name] is not None:
-        raise RuntimeError(f"impl {name!r} cannot run on {device}: {reasons[name]}")
-    return MODULES[name]
+    if dtype == torch.float64 and name != "triton":
+        return torch_impl
+    if name is not None:
+        reason = MODULES[name].cannot_run(device) if name in MODULES else available_impls(device)[name]
+        if reason is not None:
+            raise RuntimeError(f"impl {name!r} cannot run on {device}: {reason}")
+        return MODULES[name]
+    for candidate in (module for known, module in MODULES.items() if device.type in module.DEVICES):
+        reason = candidate.cannot_run(device)
+        if reason is None:
+            return candidate
+        warnings.warn(f"dpo_kernels falls back to PyTorch operations, which are slower: {reason}", stacklevel=2)
+    return torch_impl

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_kernels import tiled
 from dpo_kernels.head import Call, TokenStats, Transform, accumulate_dtype
-from dpo_kernels.plan import MIB, Plan
+from dpo_kernels.plan import FACTS, MIB, Facts, Plan, Sweep
 
 # exp of anything below is 0 in float32 and float64; keeps 0 * log 0 out of the entropy.
 LOG_ZERO = -1e4
@@ -37,18 +37,28 @@ def _warm_up() -> None:
 _warm_up()
 
 
+DEVICES = ()  # made for no device in particular
+
+
 def unavailable(device: torch.device) -> str | None:
     return None
 
 
+cannot_run = unavailable
+
+
+def facts(device: torch.device) -> Facts:
+    return FACTS.get(f"torch, {device.type}", FACTS["torch, cpu"])
+
+
 def hidden_forward(call: Call, plan: Plan, index: Tensor | None) -> tiled.Forward:
-    return tiled.forward(call, plan, TorchFolds(), index)
+    return tiled.forward(call, plan, TorchFolds(call, plan), index)
 
 
 def hidden_backward(
     call: Call, plan: Plan, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
 ) -> tiled.InputGrads:
-    return tiled.backward(call, plan, TorchFolds(), index, grads, saved)
+    return tiled.backward(call, plan, TorchFolds(call, plan), index, grads, saved)
 
 
 def apply_transform(product: Tensor, transform: Transform) -> Tensor:
@@ -182,64 +192,99 @@ def join_label(label_logit: Tensor, maximum: Tensor, total: Tensor) -> tuple[Ten
 
 
 class TorchFolds:
-    """`tiled.Folds` of tensor operations; see there for what each method does."""
+    """`tiled.Folds` of library products and tensor operations; see there for what each method does."""
 
-    def stats(self, call: Call, labels: Tensor) -> TorchRowStats:
-        return TorchRowStats(call, labels)
+    rounds = False
 
-    def score(self, call: Call, stats: TorchRowStats, rows: slice, tile: Tensor, first: int) -> None:
-        z, _ = stats.transform(call, rows, tile, first)
-        stats.fold(rows, z, first)
+    def __init__(self, call: Call, plan: Plan) -> None:
+        self.call = call
+        self.wide = accumulate_dtype(call.hidden.dtype)
+        widened = call.compute_dtype in facts(call.hidden.device).widens
+        self.operand = self.wide if widened else call.compute_dtype
+        self.room = plan.tile_tokens * plan.tile_vocab
+        self._buffer: Tensor | None = None
 
-    def keep(
-        self, call: Call, stats: TorchRowStats, rows: slice, tile: Tensor, first: int, kept: Tensor, tile_max: Tensor
-    ) -> None:
-        z, derivative = stats.transform(call, rows, tile, first)
-        folded = stats.fold(rows, z, first)
-        tile_max.copy_(folded.base)
-        kept.copy_(folded.e if derivative is None else folded.e.mul_(derivative))
+    def stats(self, labels: Tensor) -> TorchRowStats:
+        return TorchRowStats(self.call, labels)
 
-    def jacobian(
-        self, call: Call, stats: TorchRowStats, rows: slice, tile: Tensor, first: int, total: Tensor
-    ) -> Tensor:
-        z, derivative = stats.transform(call, rows, tile, first)
-        e, _, shrink, grow = stats.fold(rows, z, first)
+    def score(self, stats: TorchRowStats, tile: tiled.Tile) -> None:
+        z, _ = stats.transform(self.call, tile.rows, self._product(tile), tile.columns.start)
+        stats.fold(tile.rows, z, tile.columns.start)
+
+    def keep(self, stats: TorchRowStats, tile: tiled.Tile, kept: tiled.Kept) -> None:
+        z, derivative = stats.transform(self.call, tile.rows, self._product(tile), tile.columns.start)
+        folded = stats.fold(tile.rows, z, tile.columns.start)
+        kept.bases.copy_(folded.base[:, None])
+        kept.exp.copy_(folded.e if derivative is None else folded.e.mul_(derivative))
+
+    def jacobian(self, stats: TorchRowStats, tile: tiled.Tile, total: Tensor) -> None:
+        z, derivative = stats.transform(self.call, tile.rows, self._product(tile), tile.columns.start)
+        e, _, shrink, grow = stats.fold(tile.rows, z, tile.columns.start)
         if total.device.type != "cpu" or bool((shrink != 1).any()):  # asking would stall an accelerator
             total.mul_(shrink[:, None])
         e.mul_(grow[:, None])
-        return self._operand(call, e if derivative is None else e.mul_(derivative))
+        share = e if derivative is None else e.mul_(derivative)
+        self.multiply(total, share.to(self.operand), tile.weight, add=True)
 
-    def finish_jacobian(
-        self, call: Call, stats: TorchRowStats, rows: slice, total: Tensor, label_weight: Tensor
-    ) -> None:
+    def finish_jacobian(self, stats: TorchRowStats, rows: slice, total: Tensor, label_weight: Tensor) -> None:
         log_probs, _, _, others = join_label(stats.label_logit[rows], stats.max[rows], stats.sum[rows])
         at_label = torch.expm1(log_probs).neg_()
-        derivative = cap_derivative(stats.label_logit[rows], call.transform)
+        derivative = cap_derivative(stats.label_logit[rows], self.call.transform)
         if derivative is not None:
             at_label *= derivative
         total.mul_(others.neg_()[:, None]).addcmul_(at_label[:, None], label_weight)
-        total.mul_(call.transform.slope)
+        total.mul_(self.call.transform.slope)
 
-    def dz(self, call: Call, grads: tiled.RowGrads, tile: Tensor, first: int) -> Tensor:
-        z = apply_transform(tile, call.transform)
-        derivative = cap_derivative(z, call.transform)
-        return self._operand(call, logits_gradient(z, grads, first, derivative, call.transform.slope))
+    def dz(
+        self, grads: tiled.RowGrads, tile: tiled.Tile, kept: tiled.Kept | None, wanted: Sweep, bias: Tensor | None
+    ) -> tiled.Dz:
+        transform = self.call.transform
+        if kept is not None:
+            dz = self._from_kept(grads, kept, self._tile(*kept.exp.shape), tile.columns.start)
+        else:
+            z = apply_transform(self._product(tile), transform)
+            derivative = cap_derivative(z, transform)
+            dz = logits_gradient(z, grads, tile.columns.start, derivative, transform.slope)
+        if bias is not None:
+            bias += dz.sum(0)
+        dz = dz.to(self.operand)
+        return tiled.Dz(dz, dz.T)
 
-    def dz_from_kept(
-        self, call: Call, grads: tiled.RowGrads, kept: Tensor, tile_max: Tensor, out: Tensor, first: int
-    ) -> Tensor:
-        slope = call.transform.slope
-        factor = (tile_max - grads.max).sub_(grads.log_sum).exp_() * grads.grad_log_probs * -slope
-        out.copy_(kept).mul_(factor[:, None])
-        at_label = torch.expm1(grads.log_probs) * grads.grad_log_probs * -slope
-        if call.transform.softcap is not None:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.call.hidden.device)
+
+    def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        if a.dtype == out.dtype:
+            out.addmm_(a, b, beta=float(add))
+        elif add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+    def _tile(self, n: int, v: int) -> Tensor:
+        if self._buffer is None:
+            self._buffer = torch.empty(self.room, dtype=self.wide, device=self.call.hidden.device)
+        return self._buffer[: n * v].view(n, v)
+
+    def _product(self, tile: tiled.Tile) -> Tensor:
+        """a = h W^T + b of one tile, in the accumulation dtype."""
+        product = self._tile(len(tile.hidden), len(tile.weight))
+        self.multiply(product, tile.hidden, tile.weight.T, add=False)
+        if self.call.bias is not None:
+            product += self.call.bias[tile.columns].to(self.call.compute_dtype)
+        return product
+
+    def _from_kept(self, grads: tiled.RowGrads, kept: tiled.Kept, out: Tensor, first: int) -> Tensor:
+        transform = self.call.transform
+        base = kept.bases.squeeze(1)
+        factor = (base - grads.max).sub_(grads.log_sum).exp_() * grads.grad_log_probs * -transform.slope
+        out.copy_(kept.exp).mul_(factor[:, None])
+        at_label = torch.expm1(grads.log_probs) * grads.grad_log_probs * -transform.slope
+        if transform.softcap is not None:
             label_logit = grads.log_probs + grads.log_sum + grads.max
-            at_label *= 1 - (label_logit * (call.transform.temperature / call.transform.softcap)).square()
+            at_label *= 1 - (label_logit * (transform.temperature / transform.softcap)).square()
         _put_label(out, grads.labels - first, at_label)
-        return self._operand(call, out)
-
-    def _operand(self, call: Call, dz: Tensor) -> Tensor:
-        return dz if dz.device.type == "cpu" else dz.to(call.compute_dtype)
+        return out
 
 
 def logits_gradient(

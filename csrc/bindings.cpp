@@ -1,0 +1,235 @@
+// The operators that Python sees, torch.ops.dpo_kernels_cpp, and the checks of every size and dtype at this boundary.
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "hidden.h"
+#include "logits.h"
+#include "products.h"
+
+#include <string_view>
+
+namespace dpo_kernels {
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+
+bool floating(const Tensor& t) {
+  return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
+}
+
+void check_operand(const char* name, const Tensor& t) {
+  TORCH_CHECK(
+      t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, name, " is ", t.scalar_type(),
+      "; expected float or bfloat16");
+}
+
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  TORCH_CHECK(
+      t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " is ", t.sizes(), "; expected (", rows, ", ",
+      columns, ")");
+  TORCH_CHECK(t.device().is_cpu() && floating(t), name, " is ", t.scalar_type(), " on ", t.device());
+  // Rows may overlap only where they are one and the same.
+  TORCH_CHECK(
+      t.stride(1) == 1 || columns <= 1, name, " has strides ", t.strides(), "; expected contiguous rows");
+}
+
+void check_vector(const char* name, const Tensor& t, int64_t size, at::ScalarType dtype) {
+  TORCH_CHECK(
+      t.dim() == 1 && t.size(0) == size && t.scalar_type() == dtype && t.is_contiguous() && t.device().is_cpu(), name,
+      " is ", t.scalar_type(), " of ", t.sizes(), "; expected ", size, " contiguous ", dtype);
+}
+
+void check_vector(const char* name, const Maybe& t, int64_t size) {
+  if (t.has_value()) check_vector(name, *t, size, at::kFloat);
+}
+
+void check_matrix(const char* name, const Maybe& t, int64_t rows, int64_t columns) {
+  if (t.has_value()) check_matrix(name, *t, rows, columns);
+}
+
+void check_bases(const Maybe& values, const Maybe& bases, int64_t n, int64_t v) {
+  TORCH_CHECK(values.has_value() == bases.has_value(), "exps and their bases come together");
+  check_matrix("bases", bases, n, ceil_div(v, kBlock));
+  TORCH_CHECK(!bases.has_value() || bases->scalar_type() == at::kFloat, "bases are ", bases->scalar_type());
+}
+
+TileArgs checked_tile(
+    const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
+    double temperature, double logit_scale, std::optional<double> softcap) {
+  const int64_t n = labels.size(0), v = weight.size(0), features = weight.size(1);
+  check_operand("weight", weight);
+  check_matrix("weight", weight, v, features);
+  check_vector("labels", labels, n, at::kLong);
+  check_vector("bias", bias, v);
+  TORCH_CHECK(n > 0 && v > 0 && features > 0, "an empty tile: ", n, " tokens, weight ", weight.sizes());
+  const int64_t pair = weight.scalar_type() == at::kFloat ? 1 : 2, blocks = ceil_div(n, kBlock);
+  TORCH_CHECK(packed.scalar_type() == weight.scalar_type() && packed.is_contiguous(), "packed is ", packed.scalar_type());
+  check_matrix(
+      "packed", packed, (blocks - 1) * kBlock + block_width(n, blocks - 1), round_up(features, pair));
+  return {packed, weight, bias, labels, first, temperature, logit_scale, softcap};
+}
+
+// names: separated by commas; no name of a statistic holds another.
+Outputs parse(std::string_view names) {
+  auto has = [&](std::string_view name) { return names.find(name) != std::string_view::npos; };
+  return {has("entropy"), has("log_sum_sq_probs"), has("mean_logits"), has("is_top1")};
+}
+
+Tensor pack_op(const Tensor& hidden) {
+  check_operand("hidden", hidden);
+  TORCH_CHECK(hidden.dim() == 2, "hidden is ", hidden.sizes(), "; expected (n, D)");
+  check_matrix("hidden", hidden, hidden.size(0), hidden.size(1));
+  return pack_hidden(hidden);
+}
+
+void fold_op(
+    const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
+    double temperature, double logit_scale, std::optional<double> softcap, Tensor stats, int64_t row,
+    std::string_view outputs, const Maybe& exps, const Maybe& bases, const Maybe& total) {
+  const TileArgs args = checked_tile(packed, weight, bias, labels, first, temperature, logit_scale, softcap);
+  const int64_t n = labels.size(0), v = weight.size(0);
+  TORCH_CHECK(
+      stats.dim() == 2 && stats.size(0) == kRowStats && stats.is_contiguous() && stats.scalar_type() == at::kFloat &&
+          row >= 0 && row + n <= stats.size(1),
+      "stats is ", stats.sizes(), " for rows ", row, " to ", row + n);
+  check_matrix("exps", exps, n, v);
+  check_bases(exps, bases, n, v);
+  check_matrix("total", total, n, weight.size(1));
+  TORCH_CHECK(!total.has_value() || (exps.has_value() && total->scalar_type() == at::kFloat), "total needs exps");
+  fold(args, stats, row, parse(outputs), {exps, bases, total});
+}
+
+std::vector<Tensor> finish_op(const Tensor& stats, const Tensor& labels, int64_t vocab_size) {
+  TORCH_CHECK(stats.dim() == 2 && stats.size(0) == kRowStats && stats.scalar_type() == at::kFloat && stats.is_contiguous());
+  check_vector("labels", labels, stats.size(1), at::kLong);
+  return finish(stats, labels, vocab_size);
+}
+
+void gradient_op(
+    const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
+    double temperature, double logit_scale, std::optional<double> softcap, const Tensor& grad,
+    const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum, const Maybe& entropy,
+    const Maybe& grad_entropy, const Maybe& by_token, const Maybe& by_vocab, const Maybe& grad_bias,
+    const Maybe& kept, const Maybe& bases) {
+  const TileArgs args = checked_tile(packed, weight, bias, labels, first, temperature, logit_scale, softcap);
+  const int64_t n = labels.size(0), v = weight.size(0);
+  check_vector("grad", grad, n, at::kFloat);
+  check_vector("log_probs", log_probs, n, at::kFloat);
+  check_vector("maximum", maximum, n, at::kFloat);
+  check_vector("log_sum", log_sum, n, at::kFloat);
+  check_vector("entropy", entropy, n);
+  check_vector("grad_entropy", grad_entropy, n);
+  TORCH_CHECK(entropy.has_value() == grad_entropy.has_value(), "entropy and its gradient come together");
+  check_matrix("by_token", by_token, n, v);
+  check_matrix("by_vocab", by_vocab, v, n);
+  check_vector("grad_bias", grad_bias, v);
+  check_matrix("kept", kept, n, v);
+  check_bases(kept, bases, n, v);
+  gradient(args, {grad, log_probs, maximum, log_sum, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, kept, bases});
+}
+
+void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add) {
+  check_operand("a", a);
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.scalar_type() == b.scalar_type(), "a is ", a.scalar_type(), ", b ", b.scalar_type());
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  check_matrix("a", a, m, k);
+  check_matrix("b", b, k, n);
+  check_matrix("out", out, m, n);
+  TORCH_CHECK(m > 0 && n > 0 && k > 0, "an empty product: ", a.sizes(), " x ", b.sizes());
+  TORCH_CHECK(!add || out.scalar_type() == at::kFloat, "cannot add to ", out.scalar_type());
+  with_type(out.scalar_type(), [&](auto number) {
+    auto run = [&](auto operand) {
+      using T = decltype(operand);
+      multiply(
+          out.data_ptr<decltype(number)>(), out.stride(0), a.const_data_ptr<T>(), a.stride(0), b.const_data_ptr<T>(),
+          b.stride(0), m, n, k, add);
+    };
+    a.scalar_type() == at::kFloat ? run(float()) : run(at::BFloat16());
+  });
+}
+
+LogitsArgs checked_logits(
+    const Tensor& logits, const Maybe& index, const Tensor& labels, double temperature, double logit_scale,
+    std::optional<double> softcap) {
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits are ", logits.sizes());
+  check_matrix("logits", logits, logits.size(0), logits.size(1));
+  const int64_t m = index.has_value() ? index->size(0) : logits.size(0);
+  check_vector("labels", labels, m, at::kLong);
+  if (index.has_value()) {
+    check_vector("index", *index, m, at::kLong);
+    const int64_t* at = index->const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < m; ++i)
+      TORCH_CHECK(at[i] >= 0 && at[i] < logits.size(0), "index[", i, "] is ", at[i], "; logits have ", logits.size(0), " rows");
+  }
+  return {logits, index, labels, temperature, logit_scale, softcap};
+}
+
+Tensor logits_forward_op(
+    const Tensor& logits, const Maybe& index, const Tensor& labels, double temperature, double logit_scale,
+    std::optional<double> softcap) {
+  return logits_forward(checked_logits(logits, index, labels, temperature, logit_scale, softcap));
+}
+
+void logits_backward_op(
+    const Tensor& logits, const Maybe& index, const Tensor& labels, double temperature, double logit_scale,
+    std::optional<double> softcap, const Tensor& grad, const Tensor& log_probs, const Tensor& maximum,
+    const Tensor& log_sum, Tensor out) {
+  const LogitsArgs args = checked_logits(logits, index, labels, temperature, logit_scale, softcap);
+  for (const Tensor* t : {&grad, &log_probs, &maximum, &log_sum}) check_vector("a row's vector", *t, labels.size(0), at::kFloat);
+  check_matrix("out", out, logits.size(0), logits.size(1));
+  TORCH_CHECK(out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", logits ", logits.scalar_type());
+  logits_backward(args, grad, log_probs, maximum, log_sum, out);
+}
+
+// Asks for huge pages behind a large tensor that is written next: the first touch of a small page costs a trap, which
+// for 64 MiB adds up to 26 ms. A hint: where the system has none, nothing happens.
+void advise_huge_pages_op(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// For tests: 2^x as the kernels compute it.
+Tensor exp2_op(const Tensor& x) {
+  check_vector("x", x, x.numel(), at::kFloat);
+  Tensor y = x.clone();
+  float* p = y.data_ptr<float>();
+  TORCH_CHECK(x.numel() % kWidth == 0, "x has ", x.numel(), " numbers; expected a multiple of ", kWidth);
+  for (int64_t i = 0; i < x.numel(); i += kWidth) exp2(Vec::loadu(p + i)).store(p + i);
+  return y;
+}
+
+}  // namespace
+}  // namespace dpo_kernels
+
+#define TILE "Tensor packed, Tensor weight, Tensor? bias, Tensor labels, int first, float temperature, float logit_scale, float? softcap"
+#define LOGITS "Tensor logits, Tensor? index, Tensor labels, float temperature, float logit_scale, float? softcap"
+
+TORCH_LIBRARY(dpo_kernels_cpp, m) {
+  m.def("pack(Tensor hidden) -> Tensor", dpo_kernels::pack_op);
+  m.def(
+      "fold(" TILE ", Tensor(a!) stats, int row, str outputs, Tensor(b!)? exps, Tensor(c!)? bases, Tensor(d!)? total)"
+      " -> ()",
+      dpo_kernels::fold_op);
+  m.def("finish(Tensor stats, Tensor labels, int vocab_size) -> Tensor[]", dpo_kernels::finish_op);
+  m.def(
+      "gradient(" TILE ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor? entropy,"
+      " Tensor? grad_entropy, Tensor(a!)? by_token, Tensor(b!)? by_vocab, Tensor(c!)? grad_bias, Tensor? kept,"
+      " Tensor? bases) -> ()",
+      dpo_kernels::gradient_op);
+  m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()", dpo_kernels::multiply_op);
+  m.def("logits_forward(" LOGITS ") -> Tensor", dpo_kernels::logits_forward_op);
+  m.def(
+      "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor(a!) out) -> ()",
+      dpo_kernels::logits_backward_op);
+  m.def("advise_huge_pages(Tensor tensor) -> ()", dpo_kernels::advise_huge_pages_op);
+  m.def("exp2(Tensor x) -> Tensor", dpo_kernels::exp2_op);
+}

@@ -1,0 +1,158 @@
+// Logits level. A row is read in strips that stay in the L1 cache; rows are shared among threads, and split where there
+// are fewer rows than threads. Base 2 and the label apart, as in hidden.cpp.
+
+#include "logits.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "transform.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+namespace dpo_kernels {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kStrip = 1024;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNoBase = -1.5e38f;
+
+// Running statistics of part of a row.
+struct Sums {
+  float base = kNoBase, sum = 0.f, label = std::numeric_limits<float>::quiet_NaN();
+};
+
+template <typename T>
+void read_strip(const T* x, int64_t n, const Transform& transform, float* z) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) read(x + i).store(z + i);
+  for (; i < n; ++i) z[i] = static_cast<float>(x[i]);
+  const int64_t padded = (n + kWidth - 1) / kWidth * kWidth;
+  std::fill(z + n, z + padded, 0.f);
+  if (!transform.trivial())
+    for (i = 0; i < padded; i += kWidth) transform.logit(Vec::loadu(z + i)).store(z + i);
+  std::fill(z + n, z + padded, -kInf);
+}
+
+template <typename T>
+void fold_strip(const T* x, int64_t n, int64_t label, const Transform& transform, Sums& s) {
+  alignas(64) float z[kStrip];
+  read_strip(x, n, transform, z);
+  if (label >= 0 && label < n) s.label = z[label], z[label] = -kInf;
+  Vec top(-kInf);
+  for (int64_t i = 0; i < n; i += kWidth) top = at::vec::clamp_min(top, Vec::loadu(z + i));
+  const float base = std::max(std::ceil(max_of(top) * static_cast<float>(kLog2E)), s.base);
+  const bool large = std::abs(base) > kLargeBase;
+  Vec even(0.f), odd(0.f);
+  int64_t i = 0;
+  for (; i + kWidth < n; i += 2 * kWidth) {
+    even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base), large));
+    odd = odd + exp2(scaled_difference(Vec::loadu(z + i + kWidth), Vec(base), large));
+  }
+  if (i < n) even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base), large));
+  s.sum = s.sum * exp2_whole(s.base - base) + sum_of(even + odd);
+  s.base = base;
+}
+
+template <typename T>
+void gradient_strip(
+    const T* x, int64_t n, int64_t label, const Transform& transform, Exponent exponent, float scale, float at_label,
+    T* out) {
+  alignas(64) float z[kStrip];
+  read_strip(x, n, transform, z);
+  const bool large = std::abs(exponent.whole) > kLargeBase;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Vec value = Vec::loadu(z + i);
+    const Vec p = exp2(scaled_difference(value, Vec(exponent.whole), large) - Vec(exponent.rest));
+    (transform.capped ? p * Vec(scale) * transform.derivative(value) : p * Vec(scale)).store(z + i);
+  }
+  if (label >= 0 && label < n) z[label] = at_label;
+  convert(z, out, n);
+}
+
+// Calls work(row, part, first column, last column) for M rows of V columns.
+template <typename F>
+void each_part(int64_t m, int64_t v, int64_t parts, const F& work) {
+  at::parallel_for(0, m * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) work(i / parts, i % parts, v * (i % parts) / parts, v * (i % parts + 1) / parts);
+  });
+}
+
+int64_t parts_of(int64_t m, int64_t v) {
+  const int64_t wanted = m == 0 ? 1 : (at::get_num_threads() + m - 1) / m;
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(v / kStrip, 1));
+}
+
+// Strips of a row, of columns [begin, end).
+template <typename F>
+void each_strip(int64_t begin, int64_t end, const F& work) {
+  for (int64_t i = begin; i < end; i += kStrip) work(i, std::min(kStrip, end - i));
+}
+
+}  // namespace
+
+Tensor logits_forward(const LogitsArgs& args) {
+  const int64_t m = args.labels.size(0), v = args.logits.size(1), parts = parts_of(m, v);
+  const int64_t* labels = args.labels.const_data_ptr<int64_t>();
+  const int64_t* index = args.index.has_value() ? args.index->const_data_ptr<int64_t>() : nullptr;
+  const Transform transform(args.temperature, args.logit_scale, args.softcap);
+  std::vector<Sums> sums(m * parts);
+  with_type(args.logits.scalar_type(), [&](auto number) {
+    const auto* logits = args.logits.const_data_ptr<decltype(number)>();
+    each_part(m, v, parts, [&](int64_t row, int64_t part, int64_t begin, int64_t end) {
+      const auto* x = logits + (index == nullptr ? row : index[row]) * args.logits.stride(0);
+      each_strip(begin, end, [&](int64_t i, int64_t n) {
+        fold_strip(x + i, n, labels[row] - i, transform, sums[row * parts + part]);
+      });
+    });
+  });
+  Tensor result = at::empty({3, m}, args.labels.options().dtype(at::kFloat));
+  float* r = result.data_ptr<float>();
+  for (int64_t row = 0; row < m; ++row) {
+    Sums all = sums[row * parts];
+    for (int64_t part = 1; part < parts; ++part) {
+      const Sums& s = sums[row * parts + part];
+      const float base = std::max(all.base, s.base);
+      all.sum = all.sum * exp2_whole(all.base - base) + s.sum * exp2_whole(s.base - base);
+      all.base = base;
+      if (s.label == s.label) all.label = s.label;
+    }
+    const Joined joined = join(all.base, all.sum, all.label);
+    r[row] = static_cast<float>(joined.log_prob);
+    r[m + row] = static_cast<float>(joined.top);
+    r[2 * m + row] = static_cast<float>(joined.lse - static_cast<double>(r[m + row]));
+  }
+  return result;
+}
+
+void logits_backward(
+    const LogitsArgs& args, const Tensor& grad, const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum,
+    Tensor& out) {
+  const int64_t m = args.labels.size(0), v = args.logits.size(1);
+  const int64_t* labels = args.labels.const_data_ptr<int64_t>();
+  const int64_t* index = args.index.has_value() ? args.index->const_data_ptr<int64_t>() : nullptr;
+  const Transform transform(args.temperature, args.logit_scale, args.softcap);
+  const float *g = grad.const_data_ptr<float>(), *lp = log_probs.const_data_ptr<float>();
+  const float *top = maximum.const_data_ptr<float>(), *ls = log_sum.const_data_ptr<float>();
+  with_type(args.logits.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const T* logits = args.logits.const_data_ptr<T>();
+    T* gradient = out.data_ptr<T>();
+    each_part(m, v, parts_of(m, v), [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+      const int64_t at = index == nullptr ? row : index[row];
+      const float scale = -g[row] * transform.slope;
+      const float at_label = label_gradient(g[row], lp[row], top[row], ls[row], 0., 0., transform);
+      each_strip(begin, end, [&](int64_t i, int64_t n) {
+        gradient_strip(
+            logits + at * args.logits.stride(0) + i, n, labels[row] - i, transform, Exponent(top[row], ls[row]), scale,
+            at_label, gradient + at * out.stride(0) + i);
+      });
+    });
+  });
+}
+
+}  // namespace dpo_kernels

@@ -1,0 +1,90 @@
+// From product to logit, z = cap(logit_scale * a) / temperature with cap(u) = softcap * tanh(u / softcap), and back.
+#pragma once
+
+#include "vec.h"
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+namespace dpo_kernels {
+
+// Of float arithmetic throughout. slope: dz/da without the cap's own derivative, 1 - (z * temperature / softcap)^2.
+struct Transform {
+  float slope;
+  float inner;  // logit_scale / softcap
+  float outer;  // softcap / temperature
+  float back;   // temperature / softcap
+  bool capped;
+
+  Transform(double temperature, double logit_scale, std::optional<double> softcap)
+      : slope(static_cast<float>(logit_scale / temperature)),
+        inner(static_cast<float>(logit_scale / softcap.value_or(1.))),
+        outer(static_cast<float>(softcap.value_or(1.) / temperature)),
+        back(static_cast<float>(temperature / softcap.value_or(1.))),
+        capped(softcap.has_value()) {}
+
+  bool trivial() const { return !capped && slope == 1.f; }
+
+  Vec logit(Vec a) const { return capped ? (a * Vec(inner)).tanh() * Vec(outer) : a * Vec(slope); }
+  Vec derivative(Vec z) const {
+    const Vec t = at::vec::clamp_min(z * Vec(back), Vec(-1.f));  // -inf marks a label that was taken out
+    return capped ? Vec(1.f) - t * t : Vec(1.f);
+  }
+};
+
+// exp(z - lse) = 2^(z * log2 e - whole - rest): the whole part is subtracted inside the product's rounding, so that the
+// exponent keeps the digits that a single float32 log-sum-exp would cost it.
+struct Exponent {
+  float whole;
+  float rest;
+
+  Exponent() : whole(1048576.f), rest(0.f) {}  // of a row that is padding: far more than any logit's exponent
+  Exponent(double maximum, double log_sum) {
+    const double exact = (maximum + log_sum) * kLog2E;
+    whole = static_cast<float>(std::floor(exact));
+    rest = static_cast<float>(exact - static_cast<double>(whole));
+  }
+};
+
+// A row's statistics once the label joins the others: y the label's logit, sum of 2^(z log2 e - base) over the others.
+struct Joined {
+  double log_prob;
+  double lse;     // log sum exp z over all columns
+  double others;  // the same over all but the label; -inf if all are banned
+  double top;     // a number near the maximum
+};
+
+inline Joined join(double base, double sum, double y) {
+  base *= kLn2;
+  Joined r;
+  r.others = base + std::log(sum);
+  const double ahead = y - r.others;
+  // log sigmoid of how far the label is ahead of the others: exact down to the smallest log-prob
+  r.log_prob = ahead > 0 ? -std::log1p(std::exp(-ahead)) : ahead - std::log1p(std::exp(ahead));
+  if (std::isinf(y) && y > 0) r.log_prob = std::numeric_limits<double>::quiet_NaN();
+  r.lse = std::isinf(r.log_prob) ? r.others : y - r.log_prob;
+  r.top = sum > 0 ? std::max(base, y) : y;
+  return r;
+}
+
+// d loss / d a at the label, from the gradients of its log-prob and of the row's entropy: -g expm1(log p), since 1 - p
+// loses every digit where the model is sure.
+inline float label_gradient(
+    double g, double log_prob, double maximum, double log_sum, double g_entropy, double entropy,
+    const Transform& transform) {
+  double d = -g * std::expm1(log_prob);
+  if (g_entropy != 0) d -= g_entropy * std::exp(log_prob) * (std::max(log_prob, -1e4) + entropy);
+  const double tanh = (log_prob + log_sum + maximum) * transform.back;
+  return static_cast<float>(d * transform.slope * (transform.capped ? 1 - tanh * tanh : 1.));
+}
+
+// z * log2 e - base. One rounding as long as the product is small; where |base| is large, the product's own rounding
+// error would dwarf 1 and is left out, so that equal logits give equal differences.
+inline Vec scaled_difference(Vec z, Vec base, bool large) {
+  const Vec log2e(static_cast<float>(kLog2E));
+  return large ? z * log2e - base : at::vec::fmadd(z, log2e, Vec(0.f) - base);
+}
+constexpr float kLargeBase = 1048576.f;  // 2^20
+
+}  // namespace dpo_kernels

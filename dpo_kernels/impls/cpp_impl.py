@@ -1,0 +1,230 @@
+"""The implementation for CPUs: the tiled driver with the C++ kernels of csrc/, which fold logits while they are in cache.
+
+Built just in time at the first call (see `dpo_kernels.build`). Products run in bfloat16 where the CPU has them, and in
+float32 for float32 and float16.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import build, tiled
+from dpo_kernels.head import Call, TokenStats, Transform
+from dpo_kernels.impls import torch_impl
+from dpo_kernels.plan import FACTS, MIB, Facts, Plan, Sweep
+
+DEVICES = ("cpu",)
+# The running statistics of csrc/hidden.cpp before the first tile, in its order: base, five sums and maxima, the label.
+NO_STATS = (-1.5e38, 0.0, 0.0, 0.0, 0.0, -torch.inf, 0.0, torch.nan)
+HUGE = 4 * MIB  # from here on memory comes in huge pages
+_failure: str | None = None  # why the kernels could not be built or loaded
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type not in DEVICES:
+        return f"it runs on CPUs only, not on {device.type}"
+    return _failure or (None if _loaded() else build.missing())
+
+
+def cannot_run(device: torch.device) -> str | None:
+    """As `unavailable`, but knows: builds and loads the kernels if that was not done yet."""
+    global _failure
+    reason = unavailable(device)
+    if reason is None and not _loaded():
+        try:
+            torch.ops.load_library(str(build.library()))
+        except (build.BuildError, OSError) as error:
+            reason = _failure = str(error)
+    return reason
+
+
+def facts(device: torch.device) -> Facts:
+    return FACTS["cpp" if _multiplies_bfloat16() else "cpp, no bfloat16 products"]
+
+
+def hidden_forward(call: Call, plan: Plan, index: Tensor | None) -> tiled.Forward:
+    return tiled.forward(call, plan, CppFolds(call, plan), index)
+
+
+def hidden_backward(
+    call: Call, plan: Plan, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
+) -> tiled.InputGrads:
+    return tiled.backward(call, plan, CppFolds(call, plan), index, grads, saved)
+
+
+def logits_forward(
+    logits: Tensor, labels: Tensor, transform: Transform, index: Tensor | None, tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-probs, maximum and log sum exp(z - maximum), (M,) each, of the rows that count of logits (..., V)."""
+    flat = _matrix(logits)
+    if flat is None:
+        return torch_impl.logits_forward(logits, labels, transform, index, tokens)
+    made = _ops().logits_forward(flat, index, labels, *_options(transform))
+    return made[0], made[1], made[2]
+
+
+def logits_backward(
+    logits: Tensor, transform: Transform, index: Tensor | None, grads: tiled.RowGrads, out: Tensor
+) -> None:
+    """Writes d loss / d logits of the rows that count to out (..., V), which may be logits itself."""
+    flat, to = _matrix(logits), _matrix(out)
+    if flat is None or to is None:
+        torch_impl.logits_backward(logits, transform, index, grads, out)
+        return
+    _ops().logits_backward(
+        flat, index, grads.labels, *_options(transform), grads.grad_log_probs.contiguous(), grads.log_probs.contiguous(),
+        grads.max.contiguous(), grads.log_sum.contiguous(), to,
+    )  # fmt: skip
+
+
+class CppRowStats:
+    """Running statistics of M rows, (8, M) float32; see csrc/hidden.cpp."""
+
+    def __init__(self, call: Call, labels: Tensor) -> None:
+        self.outputs, self.labels, self.vocab_size = call.outputs, labels, call.weight.shape[0]
+        self.rows = torch.tensor(NO_STATS).repeat_interleave(len(labels)).view(len(NO_STATS), len(labels))
+
+    def finish(self) -> tuple[TokenStats, Tensor, Tensor]:
+        made = _ops().finish(self.rows, self.labels, self.vocab_size)
+        log_probs, maximum, log_sum, _, entropy, log_squares, mean, top1 = made
+        optional = {
+            "entropy": entropy, "log_sum_sq_probs": log_squares, "mean_logits": mean, "is_top1": top1 > 0,
+        }  # fmt: skip
+        return TokenStats(log_probs, **{name: optional[name] for name in self.outputs}), maximum, log_sum
+
+    def finish_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The log-probs, and the factors that turn exp(z - base) into probabilities, of some rows."""
+        made = _ops().finish(self.rows[:, rows].contiguous(), self.labels[rows], self.vocab_size)
+        return made[0], made[3]
+
+
+class CppFolds:
+    """`tiled.Folds` of the C++ kernels; see there for what each method does."""
+
+    rounds = True
+
+    def __init__(self, call: Call, plan: Plan) -> None:
+        self.call, self.plan = call, plan
+        widened = call.compute_dtype in facts(call.hidden.device).widens
+        self.operand = torch.float32 if widened else call.compute_dtype
+        self._packed: tuple[slice, Tensor] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def stats(self, labels: Tensor) -> CppRowStats:
+        return CppRowStats(self.call, labels)
+
+    def score(self, stats: CppRowStats, tile: tiled.Tile) -> None:
+        self._fold(stats, tile, None, None, None)
+
+    def keep(self, stats: CppRowStats, tile: tiled.Tile, kept: tiled.Kept) -> None:
+        self._fold(stats, tile, kept.exp, kept.bases, None)
+
+    def jacobian(self, stats: CppRowStats, tile: tiled.Tile, total: Tensor) -> None:
+        n, v = len(tile.hidden), len(tile.weight)
+        share = self._buffer("by_token", n, v)
+        bases = self._buffer("bases", n, -(-v // self.plan.base_columns), torch.float32)
+        self._fold(stats, tile, share, bases, total)
+        self.multiply(total, share, tile.weight, add=True)
+
+    def finish_jacobian(self, stats: CppRowStats, rows: slice, total: Tensor, label_weight: Tensor) -> None:
+        log_probs, others = stats.finish_rows(rows)
+        at_label = torch.expm1(log_probs).neg_()
+        transform = self.call.transform
+        if transform.softcap is not None:
+            back = transform.temperature / transform.softcap
+            at_label *= 1 - (stats.rows[-1, rows] * back).square()
+        total.mul_(others.neg_()[:, None]).addcmul_(at_label[:, None], label_weight)
+        total.mul_(transform.slope)
+
+    def dz(
+        self, grads: tiled.RowGrads, tile: tiled.Tile, kept: tiled.Kept | None, wanted: Sweep, bias: Tensor | None
+    ) -> tiled.Dz:
+        n, v = len(tile.hidden), len(tile.weight)
+        made = tiled.Dz(
+            self._buffer("by_token", n, v) if wanted.hidden else None,
+            self._buffer("by_vocab", v, n) if wanted.weight else None,
+        )
+        exp, bases = (None, None) if kept is None else kept
+        _ops().gradient(
+            *self._tile(tile, grads.labels), grads.grad_log_probs.contiguous(), grads.log_probs, grads.max,
+            grads.log_sum, grads.entropy, None if grads.grad_entropy is None else grads.grad_entropy.contiguous(),
+            *made, bias, exp, bases,
+        )  # fmt: skip
+        return made
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.nbytes >= HUGE:
+            _ops().advise_huge_pages(tensor)
+        return tensor
+
+    def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        _ops().multiply(out, a, _rows_contiguous(b), add)
+
+    def _fold(
+        self, stats: CppRowStats, tile: tiled.Tile, exps: Tensor | None, bases: Tensor | None, total: Tensor | None
+    ) -> None:
+        _ops().fold(
+            *self._tile(tile, stats.labels[tile.rows]), stats.rows, tile.rows.start, ",".join(stats.outputs), exps,
+            bases, total,
+        )  # fmt: skip
+
+    def _tile(self, tile: tiled.Tile, labels: Tensor) -> tuple[Any, ...]:
+        """The arguments that say which tile, with the hidden states packed; those of the last rows are held."""
+        if self._packed is None or self._packed[0] != tile.rows:
+            self._packed = None
+            self._packed = (tile.rows, _ops().pack(_rows_contiguous(tile.hidden)))
+        bias = self.call.bias
+        if bias is not None:
+            bias = bias[tile.columns].to(self.call.compute_dtype).float().contiguous()
+        weight = _rows_contiguous(tile.weight)
+        return self._packed[1], weight, bias, labels, tile.columns.start, *_options(self.call.transform)
+
+    def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        if name not in self._buffers:  # of the largest tile, which comes first
+            self._buffers[name] = self.empty((rows * columns,), dtype or self.operand)
+        return self._buffers[name][: rows * columns].view(rows, columns)
+
+
+def _options(transform: Transform) -> tuple[float, float, float | None]:
+    return transform.temperature, transform.logit_scale, transform.softcap
+
+
+def _matrix(logits: Tensor) -> Tensor | None:
+    """(..., V) as a matrix with contiguous rows, without a copy; None if its strides have none."""
+    try:
+        flat = logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return None
+    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else None
+
+
+def _rows_contiguous(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _ops() -> Any:
+    return torch.ops.dpo_kernels_cpp
+
+
+def _loaded() -> bool:
+    return hasattr(torch.ops.dpo_kernels_cpp, "fold")
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 dot products and oneDNN may use them (avx512_bf16 or amx)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _dot_products()
+
+
+def _dot_products() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            flags = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags
