@@ -3,10 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "hidden.h"
 #include "logits.h"
 #include "products.h"
@@ -134,7 +130,7 @@ void gradient_op(
   gradient(args, {grad, log_probs, maximum, log_sum, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, kept, bases});
 }
 
-void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add) {
+void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add, Tensor room) {
   check_operand("a", a);
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.scalar_type() == b.scalar_type(), "a is ", a.scalar_type(), ", b ", b.scalar_type());
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
@@ -142,13 +138,14 @@ void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add) {
   check_matrix("b", b, k, n);
   check_matrix("out", out, m, n);
   TORCH_CHECK(m > 0 && n > 0 && k > 0, "an empty product: ", a.sizes(), " x ", b.sizes());
+  check_vector("room", room, n * round_up(k, a.scalar_type() == at::kFloat ? 1 : 2), a.scalar_type());
   TORCH_CHECK(!add || out.scalar_type() == at::kFloat, "cannot add to ", out.scalar_type());
   with_type(out.scalar_type(), [&](auto number) {
     auto run = [&](auto operand) {
       using T = decltype(operand);
       multiply(
           out.data_ptr<decltype(number)>(), out.stride(0), a.const_data_ptr<T>(), a.stride(0), b.const_data_ptr<T>(),
-          b.stride(0), m, n, k, add);
+          b.stride(0), m, n, k, add, room.data_ptr<T>());
     };
     a.scalar_type() == at::kFloat ? run(float()) : run(at::BFloat16());
   });
@@ -187,16 +184,6 @@ void logits_backward_op(
   logits_backward(args, grad, log_probs, maximum, log_sum, out);
 }
 
-// Asks for huge pages behind a large tensor that is written next: the first touch of a small page costs a trap, which
-// for 64 MiB adds up to 26 ms. A hint: where the system has none, nothing happens.
-void advise_huge_pages_op(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // For tests: 2^x as the kernels compute it.
 Tensor exp2_op(const Tensor& x) {
   check_vector("x", x, x.numel(), at::kFloat);
@@ -225,11 +212,10 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       " Tensor? grad_entropy, Tensor(a!)? by_token, Tensor(b!)? by_vocab, Tensor(c!)? grad_bias, Tensor? kept,"
       " Tensor? bases) -> ()",
       dpo_kernels::gradient_op);
-  m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()", dpo_kernels::multiply_op);
+  m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);
   m.def("logits_forward(" LOGITS ") -> Tensor", dpo_kernels::logits_forward_op);
   m.def(
       "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor(a!) out) -> ()",
       dpo_kernels::logits_backward_op);
-  m.def("advise_huge_pages(Tensor tensor) -> ()", dpo_kernels::advise_huge_pages_op);
   m.def("exp2(Tensor x) -> Tensor", dpo_kernels::exp2_op);
 }

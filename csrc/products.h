@@ -11,12 +11,11 @@
 #include "vec.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace dpo_kernels {
 
 constexpr int64_t kBlock = 64;       // rows and columns of a block of logits: 16 KiB in float32, half of an L1
-constexpr int64_t kPanel = 1 << 17;  // bytes of a packed right operand that one thread holds: it stays in the L2
+constexpr int64_t kDepth = 1024;     // terms of a product at a time: both operands of a block stay in the L2
 constexpr int64_t kThreads = 64;     // more do not run: what each holds is counted in the memory budget
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -72,7 +71,7 @@ void pack_transposed(const T* x, int64_t n, int64_t k, int64_t ldx, T* packed) {
 
 // Columns [0, width) of x (k, ...) as a right operand (k, width).
 template <typename T>
-inline void pack_panel(const T* x, int64_t k, int64_t ldx, int64_t width, T* packed) {
+inline void pack_strip(const T* x, int64_t k, int64_t ldx, int64_t width, T* packed) {
   if constexpr (std::is_same_v<T, float>) {
     for (int64_t i = 0; i < k; ++i) std::memcpy(packed + i * width, x + i * ldx, sizeof(float) * width);
   } else {
@@ -90,41 +89,39 @@ inline void pack_panel(const T* x, int64_t k, int64_t ldx, int64_t width, T* pac
 }
 
 // out (m, n) = a (m, k) b (k, n), or +=, sums in float32. Rows are lda, ldb and ldo apart. An out of another dtype is
-// rounded once and cannot be added to.
+// rounded once and cannot be added to. room: n * round_up(k, kPair<T>) numbers, for b in packed strips of kBlock columns.
 //
-// Tasks are strips of columns, split by rows where there are fewer strips than threads: each packs its part of b once
-// and no two write the same number.
+// Threads share blocks of rows, and strips too where there are few rows, so that no two write the same number and each
+// writes whole rows. A block of sums stays in the L1 cache until it is complete.
 template <typename T, typename Out>
 void multiply(
-    Out* out, int64_t ldo, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, bool add) {
-  constexpr bool direct = std::is_same_v<Out, float>;
-  constexpr int64_t room = kPanel / static_cast<int64_t>(sizeof(T));
-  // Rounded once means summed over all of k first: then the panel is as deep as k and as narrow as that makes it.
-  const int64_t width = direct ? kBlock : std::clamp<int64_t>(room / round_up(k, 2) / 16 * 16, 16, kBlock);
-  const int64_t depth = direct ? room / kBlock : k;
-  const int64_t strips = ceil_div(n, width);
-  const int64_t row_blocks = ceil_div(m, kBlock);
-  const int64_t parts = std::clamp<int64_t>(ceil_div(threads(), strips), 1, row_blocks);
-  run_tasks(strips * parts, !std::is_same_v<T, float>, [&](int64_t first, int64_t last) {
-    std::vector<T> panel(round_up(std::min(depth, k), kPair<T>) * width);
-    std::vector<float> sums(direct ? 0 : kBlock * width);
+    Out* out, int64_t ldo, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, bool add,
+    T* room) {
+  const int64_t strips = ceil_div(n, kBlock), row_blocks = ceil_div(m, kBlock);
+  const int64_t strip_size = kBlock * round_up(k, kPair<T>);
+  run_tasks(strips, false, [&](int64_t first, int64_t last) {
+    for (int64_t strip = first; strip < last; ++strip)
+      pack_strip(b + strip * kBlock, k, ldb, std::min(kBlock, n - strip * kBlock), room + strip * strip_size);
+  });
+  const int64_t parts = std::clamp<int64_t>(ceil_div(threads(), row_blocks), 1, strips);
+  run_tasks(row_blocks * parts, !std::is_same_v<T, float>, [&](int64_t first, int64_t last) {
+    alignas(64) float sums[kBlock * kBlock];
     for (int64_t task = first; task < last; ++task) {
-      const int64_t column = task / parts * width, part = task % parts;
-      const int64_t columns = std::min(width, n - column);
-      const int64_t begin = row_blocks * part / parts * kBlock;
-      const int64_t end = std::min(m, row_blocks * (part + 1) / parts * kBlock);
-      for (int64_t i = 0; i < k; i += depth) {
-        const int64_t deep = std::min(depth, k - i);
-        pack_panel(b + i * ldb + column, deep, ldb, columns, panel.data());
-        for (int64_t row = begin; row < end; row += kBlock) {
-          const int64_t rows = std::min(kBlock, end - row);
-          const T* left = a + row * lda + i;
-          if constexpr (direct) {
-            block_product(
-                rows, columns, deep, left, lda, panel.data(), columns, out + row * ldo + column, ldo, add || i > 0);
+      const int64_t row = task / parts * kBlock, rows = std::min(kBlock, m - row), part = task % parts;
+      for (int64_t strip = strips * part / parts; strip < strips * (part + 1) / parts; ++strip) {
+        const int64_t column = strip * kBlock, columns = std::min(kBlock, n - column);
+        for (int64_t i = 0; i < k; i += kDepth)
+          block_product(
+              rows, columns, std::min(kDepth, k - i), a + row * lda + i, lda, room + strip * strip_size + i * columns,
+              columns, sums, kBlock, i > 0);
+        for (int64_t r = 0; r < rows; ++r) {
+          Out* to = out + (row + r) * ldo + column;
+          if constexpr (std::is_same_v<Out, float>) {
+            if (add)
+              for (int64_t c = 0; c < columns; ++c) to[c] += sums[r * kBlock + c];
+            else std::memcpy(to, sums + r * kBlock, sizeof(float) * columns);
           } else {
-            block_product(rows, columns, deep, left, lda, panel.data(), columns, sums.data(), width, false);
-            for (int64_t r = 0; r < rows; ++r) convert(&sums[r * width], out + (row + r) * ldo + column, columns);
+            convert(sums + r * kBlock, to, columns);
           }
         }
       }

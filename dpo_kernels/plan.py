@@ -237,7 +237,9 @@ class _Shape:
         gathered = n * self.hidden_size * (self.dtype.itemsize + self.operand)
         operands = v * self.hidden_size * self.operand + gathered
         if self.facts.fused:
-            packed = self.product * n * (self.hidden_size + 1)
+            left = n * (self.hidden_size + 1)  # the hidden states, for logits
+            right = max(v * bool(self.grads.hidden), n * bool(self.grads.weight)) * (self.hidden_size + 1)
+            packed = self.product * (left + right)
             sides = self.grads.hidden + (self.grads.weight or self.grads.bias)
             return operands + packed + self.product * n * v * sides + self.wide * n * -(-v // 64) * self.grads.hidden
         backward_copy = bool(self.grads) and not self.converts and not self.in_place  # dz in the compute dtype

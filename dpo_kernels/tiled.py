@@ -90,9 +90,6 @@ class Folds(Protocol):
     def dz(self, grads: RowGrads, tile: Tile, kept: Kept | None, wanted: Sweep, bias: Tensor | None) -> Dz:
         """d loss / d a, from what keep wrote if given (may overwrite it); its sums over tokens are added to bias."""
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory for something large."""
-
     def multiply(self, out: Tensor, a: Any, b: Tensor, add: bool) -> None:
         """out = a @ b, or out += a @ b, in at least the accumulation dtype, rounded once to out's."""
 
@@ -125,7 +122,7 @@ def forward(call: Call, plan: Plan, folds: Folds, index: Tensor | None) -> Forwa
     wide = operands.wide
     made = Forward(
         TokenStats(wide), wide, wide,
-        kept=folds.empty((plan.kept_tokens, plan.vocab_size), call.compute_dtype),
+        kept=call.hidden.new_empty((plan.kept_tokens, plan.vocab_size), dtype=call.compute_dtype),
         bases=wide.new_empty((plan.kept_tokens, plan.bases)),
         jacobian=wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size)),
     )  # fmt: skip
@@ -284,7 +281,8 @@ class _Gradient:
     ) -> None:
         # Every row is written where all of them count, unless there is no token at all.
         whole = folds is not None and index is None and tokens > 0
-        out = folds.empty(like.shape, like.dtype) if whole else torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        make = torch.empty if whole else torch.zeros
+        out = make(like.shape, dtype=like.dtype, device=like.device)
         self.out = out.view(-1, like.shape[-1])
         self.index, self.wide, self.folds = index, wide, folds
         self.direct = like.dtype == wide.dtype  # the gradient is its own accumulator
@@ -302,7 +300,7 @@ class _Gradient:
         self.once = terms == 1 and not self.direct and self.index is None and self.folds.rounds
         if not self.direct and not self.once:
             height = 0 if not spans else spans[-1 if whole else 0].stop
-            self.total = self.folds.empty((height, self.out.shape[1]), self.wide.dtype)
+            self.total = self.wide.new_empty((height, self.out.shape[1]))
 
     def add(self, rows: slice, a: Any, b: Tensor) -> None:
         """Adds a @ b to the given rows."""

@@ -15,12 +15,11 @@ from torch import Tensor
 from dpo_kernels import build, tiled
 from dpo_kernels.head import Call, TokenStats, Transform
 from dpo_kernels.impls import torch_impl
-from dpo_kernels.plan import FACTS, MIB, Facts, Plan, Sweep
+from dpo_kernels.plan import FACTS, Facts, Plan, Sweep
 
 DEVICES = ("cpu",)
 # The running statistics of csrc/hidden.cpp before the first tile, in its order: base, five sums and maxima, the label.
 NO_STATS = (-1.5e38, 0.0, 0.0, 0.0, 0.0, -torch.inf, 0.0, torch.nan)
-HUGE = 4 * MIB  # from here on memory comes in huge pages
 _failure: str | None = None  # why the kernels could not be built or loaded
 
 
@@ -156,14 +155,10 @@ class CppFolds:
         )  # fmt: skip
         return made
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        if tensor.nbytes >= HUGE:
-            _ops().advise_huge_pages(tensor)
-        return tensor
-
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-        _ops().multiply(out, a, _rows_contiguous(b), add)
+        k, n = b.shape
+        pair = 1 if b.dtype == torch.float32 else 2
+        _ops().multiply(out, a, _rows_contiguous(b), add, self._buffer("right", n, -(-k // pair) * pair).view(-1))
 
     def _fold(
         self, stats: CppRowStats, tile: tiled.Tile, exps: Tensor | None, bases: Tensor | None, total: Tensor | None
@@ -185,8 +180,8 @@ class CppFolds:
         return self._packed[1], weight, bias, labels, tile.columns.start, *_options(self.call.transform)
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        if name not in self._buffers:  # of the largest tile, which comes first
-            self._buffers[name] = self.empty((rows * columns,), dtype or self.operand)
+        if name not in self._buffers or self._buffers[name].numel() < rows * columns:
+            self._buffers[name] = torch.empty(rows * columns, dtype=dtype or self.operand)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
 

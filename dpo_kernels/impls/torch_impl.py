@@ -250,9 +250,6 @@ class TorchFolds:
         dz = dz.to(self.operand)
         return tiled.Dz(dz, dz.T)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.call.hidden.device)
-
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         if a.dtype == out.dtype:
             out.addmm_(a, b, beta=float(add))
