@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.peers import first_line
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-TIMEOUT = 120  # seconds that one child may take
+TIMEOUT = 300  # seconds that one child may take
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 # A step that returns its outputs and gradients, and what frees the gradients that it left.

@@ -145,25 +145,25 @@ def _budget(run: Results) -> plt.Figure | None:
     if not rows:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for peer in dict.fromkeys(r.peer for r in rows):
-        mine, look = [r for r in rows if r.peer == peer], LOOKS.get(peer, {})
-        floors = [r.to_floor or 0 for r in mine]
-        label = f"{peer}, measured: {floors[-1]:.2f} x bare GEMMs at the largest"
-        times.plot(_budgets(mine), [f / floors[-1] for f in floors], label=label, **look)
-        weighed = [r for r in mine if r.bytes is not None]
-        for label, of, style in (("first", "first_bytes", "-"), ("second", "bytes", "--")):
-            held = [(held_bytes(r, getattr(r, of)) or 0) / MIB for r in weighed]
-            bytes_.plot(_budgets(weighed), held, label=f"{peer}, {label} step", **{**look, "linestyle": style})
-    one = [r for r in rows if r.peer == rows[0].peer]
-    budgets, gemms = _budgets(one), [(r.gemms or 0) / (one[-1].gemms or 1) for r in one]
-    times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {one[-1].gemms:.3g} at the largest")
-    for row, budget, height in zip(one, budgets, gemms, strict=True):
+    look, floors = LOOKS["dpo_kernels"], [r.to_floor or 0 for r in rows]
+    budgets, gemms = _budgets(rows), [(r.gemms or 0) / (rows[-1].gemms or 1) for r in rows]
+    label = f"measured: {floors[-1]:.2f} x bare GEMMs at the largest"
+    times.plot(budgets, [f / floors[-1] for f in floors], label=label, **look)
+    times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {rows[-1].gemms:.3g} at the largest")
+    weighed = [r for r in rows if r.bytes is not None]
+    for label, white, peaks in (
+        ("first step", {}, [r.first_bytes for r in weighed]),
+        ("second step", {"markerfacecolor": "white"}, [r.bytes for r in weighed]),
+    ):
+        held = [(held_bytes(r, peak) or 0) / MIB for r, peak in zip(weighed, peaks, strict=True)]
+        bytes_.plot(_budgets(weighed), held, label=f"measured, {label}", **look, **white)
+    for row, budget, height in zip(rows, budgets, gemms, strict=True):
         times.annotate(
             row.mode, (budget, height), textcoords="offset points", xytext=(0, -14), ha="center", fontsize=7,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
         )  # fmt: skip
-    driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in one]
-    bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in one], "k--", marker="x", label="planned")
+    driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
+    bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in rows], "k--", marker="x", label="planned")
     bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without the GEMM library")
     bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
     times.margins(x=0.1)
