@@ -99,6 +99,7 @@ class InputsRing(Ring):
         return bool(changed)
 
     def change(self) -> Judge:
+        self.restore()  # whoever may have changed them while it was timed
         self.inputs.change()
         self._save()
         return self.judge.changed(self.case)
