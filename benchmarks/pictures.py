@@ -61,8 +61,11 @@ def _cases(run: Results) -> plt.Figure | None:
         floor = next((r for r in run.rows if r.case["name"] == name and r.status == "floor"), None)
         _bars(axes, rows, floor)
         axes.set_title(f"{name}\n{shape(case_of(rows[0]))}", fontsize=9, loc="left")
-    marked = {f"{r.peer}: {'; '.join(r.marks)}" for r in timed if r.marks and not is_ours(r.peer)}
-    figure.text(0.01, -0.01, "* " + "\n* ".join(sorted(marked)), fontsize=7, va="top")
+    marks: dict[str, dict[str, None]] = {}
+    for r in timed:
+        if r.marks and not is_ours(r.peer):
+            marks.setdefault(r.peer, {}).update(dict.fromkeys(r.marks))
+    figure.text(0.01, -0.01, "\n".join(f"* {p}: {'; '.join(said)}" for p, said in marks.items()), fontsize=7, va="top")
     return figure
 
 
@@ -157,11 +160,8 @@ def _budget(run: Results) -> plt.Figure | None:
     ):
         held = [(held_bytes(r, peak) or 0) / MIB for r, peak in zip(weighed, peaks, strict=True)]
         bytes_.plot(_budgets(weighed), held, label=f"measured, {label}", **look, **white)
-    for row, budget, height in zip(rows, budgets, gemms, strict=True):
-        times.annotate(
-            row.mode, (budget, height), textcoords="offset points", xytext=(0, -14), ha="center", fontsize=7,
-            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
-        )  # fmt: skip
+    for row, budget in zip(rows, budgets, strict=True):
+        times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
     driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
     bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in rows], "k--", marker="x", label="planned")
     bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without the GEMM library")
