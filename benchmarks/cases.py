@@ -28,7 +28,8 @@ class Case:
     memory_budget: bytes, ours only; None is the default.
     curve: the picture that the row is a point of, "tokens", "vocabulary" or "budget"; None for the table.
     peers: the names that run; empty for all of the level. without: names that do not.
-    memory: whether peak memory is measured too.
+    weighed: the names whose peak memory is measured; None for all.
+    timed: False for a shape that is too large to verify and time here: its memory alone is measured, of one step.
     """
 
     name: str
@@ -45,7 +46,8 @@ class Case:
     curve: str | None = None
     peers: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    memory: bool = True
+    weighed: tuple[str, ...] | None = None
+    timed: bool = True
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,6 +63,16 @@ class Case:
         return self.sequences * (self.length - round(self.masked * self.length))
 
     @property
+    def needed_gemms(self) -> int:
+        """Products that nobody can do without: 1 forward, 1 for each gradient, 1 for DPO's reference."""
+        return 0 if self.level == "logits" else 1 + len(self.wanted) + (self.level == "dpo")
+
+    @property
+    def gemm_flop(self) -> float:
+        """Of one such product, for the tokens that count."""
+        return 2.0 * self.counted_tokens * self.hidden_size * self.vocab_size
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """The inputs that want a gradient."""
         if self.mode == "score":
@@ -72,35 +84,58 @@ class Case:
 
 @dataclass
 class Inputs:
-    """The tensors of a case. logits is given at the logits level alone, and then stands for hidden and weight.
+    """The tensors of a case. logits are made at the logits level alone, where they stand for hidden and weight.
 
     hidden (R, S, D), weight (V, D), logits (R, S, V), labels (R, S) with -100 where masked.
     cotangent (R, S) float32: the gradient that comes into the log-probs, as DPO's does: one number a sequence, positive
-    for rejected ones, 0 where masked. ref_hidden (R, S, D), ref_weight (V, D): the reference model's.
+    for rejected ones, 0 where masked. ref_hidden (R, S, D), ref_weight (V, D): the reference model's, for DPO alone.
     """
 
     labels: Tensor
     cotangent: Tensor
     hidden: Tensor
     weight: Tensor
-    ref_hidden: Tensor
-    ref_weight: Tensor
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
     logits: Tensor | None = None
     memory_budget: int | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+
+    def copy(self, memory_budget: int | None) -> Inputs:
+        copies = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in self.tensors().items()}
+        return Inputs(**copies, memory_budget=memory_budget)
+
+    def change(self) -> None:
+        """In place: the pairs in another order, and half the gradient. `judge.Judge.changed` knows the new answer."""
+        per_token = (self.labels, self.cotangent, self.hidden, self.ref_hidden, self.logits)
+        for t in (t.detach() for t in per_token if t is not None):
+            t.copy_(other_order(t))
+        self.cotangent.mul_(0.5)
+
     def leaves(self) -> dict[str, Tensor]:
-        named = {"hidden": self.hidden, "weight": self.weight, "logits": self.logits}
-        return {name: t for name, t in named.items() if t is not None}
+        """What may want a gradient."""
+        return {name: t for name, t in self.tensors().items() if name in ("hidden", "weight", "logits")}
 
     def reference(self) -> Inputs:
         """The same call on the reference model."""
+        assert self.ref_hidden is not None
+        assert self.ref_weight is not None
         return replace(self, hidden=self.ref_hidden, weight=self.ref_weight)
+
+
+def other_order(t: Tensor) -> Tensor:  # (R, ...)
+    """Chosen and rejected sequences each turned by one, so that pairs stay pairs."""
+    return torch.cat([half.roll(1, 0) for half in t.chunk(2)])
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
     """Inputs of a case. Peaked ones: each hidden state points at one row of the weight, by 8 to 30, over noise of 2.5.
 
-    That makes the median probability of a label about 0.9 and the mean entropy about 2 nats, with logits up to 40.
+    That makes the median probability of a label about 0.9 and the mean entropy about 2 nats, with logits up to 40. The
+    reference has a hidden state and a weight of its own, apart from the policy's by so much that beta (0.1) times the
+    difference of log-ratios within a pair is about 1 to 2 either way, whatever the number of tokens.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -117,15 +152,18 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     else:
         hidden = normal(rows, length, d)
         labels = torch.randint(v, (rows, length), generator=generator, device=device)
-    ref_hidden = hidden + 0.05 * normal(rows, length, d)
     labels[:, : round(case.masked * length)] = IGNORE
     strength = 0.5 + torch.rand(rows, 1, generator=generator, device=device)
     strength[: rows // 2] *= -1
     dtype = case.torch_dtype
     inputs = Inputs(
-        labels, torch.where(labels == IGNORE, 0, strength), hidden.to(dtype), weight.to(dtype), ref_hidden.to(dtype),
-        weight.to(dtype), memory_budget=case.memory_budget,
+        labels, torch.where(labels == IGNORE, 0, strength), hidden.to(dtype), weight.to(dtype),
+        memory_budget=case.memory_budget,
     )  # fmt: skip
+    if case.level == "dpo":
+        apart = 2.3 * (case.counted_tokens / rows) ** (-1 / 3)
+        inputs.ref_hidden = (hidden + apart * normal(rows, length, d)).to(dtype)
+        inputs.ref_weight = (weight + apart * normal(v, d) / d**0.5).to(dtype)
     if case.level == "logits":
         inputs.logits = hidden.to(dtype) @ weight.to(dtype).T
     for name in case.wanted:
@@ -152,43 +190,50 @@ def _curve(base: Case, axis: str, field: str, values: tuple[int, ...]) -> list[C
     """The points of a curve; a budget is named in MiB."""
     labels = [value // MIB if field == "memory_budget" else value for value in values]
     return [
-        replace(base, name=f"{axis}-{label}", curve=axis, **{field: value})
+        replace(base, **{"name": f"{axis}-{label}", "curve": axis, field: value})  # type: ignore[arg-type]
         for label, value in zip(labels, values, strict=True)
     ]
 
 
 # Peers that a curve compares: the others say nothing new there.
-_OURS = ("dpo_kernels torch", "dpo_kernels cpp", "dpo_kernels triton")
-_ON_CURVES = (*_OURS, "plain PyTorch", "CCE torch_compile")
+_ON_CURVES = ("dpo_kernels", "plain PyTorch", "CCE torch_compile")
+# Whose memory is measured where that of all would take too long.
+_MAIN = ("dpo_kernels", "plain PyTorch", "CCE torch_compile", "TRL ChunkedLogProbFunction")
 # Takes seconds a call on two cores: measured in the case hidden-full-f32 alone.
-_SLOW = ("torch F.linear_cross_entropy, chunked",)
+_SLOW = "torch F.linear_cross_entropy, chunked"
+
+_LOGITS = Case("", "logits", "full", 512, 64, 32_000, "bfloat16", weighed=())
+_HIDDEN = Case("", "hidden", "full", 256, 512, 32_000, "bfloat16", without=(_SLOW,))
+_DPO = Case("", "dpo", "full", 512, 512, 32_000, "bfloat16", without=(_SLOW,), weighed=())
+_LARGE = Case("", "hidden", "full", 8192, 512, 151_936, "bfloat16", peers=("dpo_kernels",), timed=False)
 
 SMALL = [
-    Case("logits-forward-f32", "logits", "score", 512, 64, 32_000, "float32", memory=False),
-    Case("logits-forward-bf16", "logits", "score", 512, 64, 32_000, "bfloat16", memory=False),
-    Case("logits-full-f32", "logits", "full", 512, 64, 32_000, "float32", memory=False),
-    Case("logits-full-bf16", "logits", "full", 512, 64, 32_000, "bfloat16"),
-    Case("hidden-forward-bf16", "hidden", "score", 256, 512, 32_000, "bfloat16", without=_SLOW),
-    Case("hidden-full-f32", "hidden", "full", 256, 512, 32_000, "float32"),
-    Case("hidden-full-bf16", "hidden", "full", 256, 512, 32_000, "bfloat16", without=_SLOW),
-    Case("hidden-full-bf16-noise", "hidden", "full", 256, 512, 32_000, "bfloat16", inputs="noise", without=_SLOW,
-         memory=False),
-    Case("hidden-frozen-bf16", "hidden", "frozen", 256, 512, 32_000, "bfloat16", without=_SLOW),
-    Case("dpo-30%-masked", "dpo", "full", 512, 512, 32_000, "bfloat16", 0.3, without=_SLOW, memory=False),
-    Case("dpo-60%-masked", "dpo", "full", 512, 512, 32_000, "bfloat16", 0.6, without=_SLOW),
-    Case("dpo-90%-masked", "dpo", "full", 512, 512, 32_000, "bfloat16", 0.9, without=_SLOW, memory=False),
-    Case("dpo-60%-masked-frozen", "dpo", "frozen", 512, 512, 32_000, "bfloat16", 0.6, without=_SLOW, memory=False),
+    replace(_LOGITS, name="logits-forward-f32", mode="score", dtype="float32"),
+    replace(_LOGITS, name="logits-forward-bf16", mode="score"),
+    replace(_LOGITS, name="logits-full-f32", dtype="float32"),
+    replace(_LOGITS, name="logits-full-bf16", weighed=None),
+    replace(_HIDDEN, name="hidden-forward-bf16", mode="score"),
+    replace(_HIDDEN, name="hidden-full-f32", dtype="float32", without=(), weighed=_MAIN),
+    replace(_HIDDEN, name="hidden-full-bf16"),
+    replace(_HIDDEN, name="hidden-full-bf16-noise", inputs="noise", weighed=()),
+    replace(_HIDDEN, name="hidden-frozen-bf16", mode="frozen"),
+    replace(_DPO, name="dpo-30%-masked", masked=0.3),
+    replace(_DPO, name="dpo-60%-masked", masked=0.6, weighed=None),
+    replace(_DPO, name="dpo-90%-masked", masked=0.9),
+    replace(_DPO, name="dpo-60%-masked-frozen", masked=0.6, mode="frozen", weighed=_MAIN),
+    replace(_LARGE, name="large-full-256MiB", memory_budget=256 * MIB),
+    replace(_LARGE, name="large-frozen-64MiB", mode="frozen", memory_budget=64 * MIB),
     *_curve(
         Case("", "hidden", "full", 0, 256, 32_000, "bfloat16", peers=_ON_CURVES), "tokens", "tokens",
-        (64, 128, 256, 512, 1024),
+        (64, 256, 512, 1024),
     ),
     *_curve(
         Case("", "hidden", "full", 128, 256, 0, "bfloat16", peers=_ON_CURVES), "vocabulary", "vocab_size",
-        (8_000, 32_000, 64_000, 151_936),
+        (8_000, 32_000, 151_936),
     ),
     *_curve(
-        Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=_OURS), "budget", "memory_budget",
-        tuple(size * MIB for size in (24, 32, 40, 52, 60, 72)),
+        Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=("dpo_kernels",)), "budget", "memory_budget",
+        tuple(size * MIB for size in (24, 32, 40, 56, 72)),
     ),
 ]  # fmt: skip
 
@@ -215,7 +260,7 @@ REAL = [
         (32_000, 64_000, 128_256, 151_936, 262_144),
     ),
     *_curve(
-        Case("", "hidden", "full", 8192, 2048, 151_936, "bfloat16", peers=_OURS), "budget", "memory_budget",
+        Case("", "hidden", "full", 8192, 2048, 151_936, "bfloat16", peers=("dpo_kernels",)), "budget", "memory_budget",
         tuple(size * MIB for size in (256, 512, 1024, 1536, 2048, 2560, 3072, 4096)),
     ),
 ]  # fmt: skip

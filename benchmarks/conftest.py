@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -13,11 +13,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import results
 from benchmarks.cases import SIZES, Case
 from benchmarks.clock import CLOCK
-from benchmarks.measure import Row, is_ours, measure
-from benchmarks.peers import floor_name, peers_of
+from benchmarks.measure import Row, measure
+from benchmarks.peers import is_ours, peers_of
 
 SECONDS = {"small": 1.0, "real": 10.0}  # of timing a case
-ROWS = pytest.StashKey[dict[str, list[Row]]]()
+# Rows by the name of the case; where a case could not be measured at all, what it raised.
+KNOWN = pytest.StashKey[dict[str, "list[Row] | Exception"]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,20 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = {}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark for each case of the test's levels or curves, and each of its peers."""
-    if "peer" not in metafunc.fixturenames:
-        return
-    wanted: Callable[[Case], bool] = metafunc.module.wanted
-    metafunc.parametrize(("case", "peer"), [
-        pytest.param(case, name, id=f"{case.name}/{name}")
-        for case in SIZES[metafunc.config.getoption("--size")]
-        if wanted(case)
-        for name in (floor_name(case), *(peer.name for peer in peers_of(case)))
-    ])  # fmt: skip
+    config.stash[KNOWN] = {}
 
 
 def device() -> torch.device:
@@ -51,28 +39,52 @@ def device() -> torch.device:
 @pytest.fixture
 def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
     """compare(case, peer): registers the peer's times in the case; skips it, or fails, where there are none."""
+    config = request.config
 
     def of_case(case: Case, peer: str) -> None:
-        seconds = SECONDS[request.config.getoption("--size")]
-        register(benchmark, request.config, case.name, peer, lambda: measure(case, device=device(), seconds=seconds))
+        known = config.stash[KNOWN]
+        if case.name not in known:
+            known[case.name] = _measured(case, _selected(request.session, case), config.getoption("--size"))
+        rows = known[case.name]
+        if isinstance(rows, Exception):
+            raise rows
+        _register(benchmark, next(row for row in rows if row.peer == peer))
 
     return of_case
 
 
-def register(
-    benchmark: BenchmarkFixture, config: pytest.Config, case: str, peer: str, measured: Callable[[], list[Row]]
-) -> None:
-    """Measures the case the first time that it is asked for, then hands the peer's rounds to pytest-benchmark."""
-    known = config.stash[ROWS]
-    if case not in known:
-        known[case] = measured()
-    row = next(row for row in known[case] if row.peer == peer)
-    if row.status == "unavailable":
-        pytest.skip(f"{peer} cannot run here: {row.reason}")
+def _selected(session: pytest.Session, case: Case) -> set[str]:
+    """The peers of a case whose benchmarks are part of this run."""
+    parameters = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    return {p["peer"] for p in parameters if p.get("case") is case}
+
+
+def _measured(case: Case, names: Collection[str], size: str) -> list[Row] | Exception:
+    """Those that are asked for, and ours, which every peer's ratio is to."""
+    try:
+        if case.level == "train":
+            from benchmarks.training import TRAINERS, measure_training
+
+            trainers = [name for name in TRAINERS if name in names or is_ours(name)]
+            return measure_training(case, device(), 3 * SECONDS[size], trainers)
+        peers = [p for p in peers_of(case) if p.name in names or is_ours(p.name)]
+        return measure(case, peers=peers, device=device(), seconds=SECONDS[size])
+    except Exception as error:  # once is enough: every other benchmark of the case would meet it again
+        return error
+
+
+def _register(benchmark: BenchmarkFixture, row: Row) -> None:
+    """Hands the peer's rounds to pytest-benchmark."""
+    message = f"{row.peer} is {row.status}: {row.reason}"
+    if is_ours(row.peer) and row.status in ("wrong", "failed"):
+        pytest.fail(message)
     if row.status == "wrong":
-        message = f"{peer} is WRONG and was not timed: {row.reason}"
-        pytest.fail(message) if is_ours(peer) else pytest.xfail(message)
-    benchmark.group = case
+        pytest.xfail(message)
+    if row.status in ("failed", "unavailable"):
+        pytest.skip(message)
+    if row.status == "weighed":
+        return
+    benchmark.group = row.case["name"]
     benchmark.extra_info.update(
         to_floor=row.to_floor, to_ours=row.to_ours, bytes=row.bytes, predicted_bytes=row.predicted_bytes,
         errors=row.errors,
@@ -81,21 +93,23 @@ def register(
     benchmark.pedantic(lambda: None, rounds=len(row.samples))
 
 
+def _rows(config: pytest.Config) -> list[Row]:
+    return [row for rows in config.stash[KNOWN].values() if not isinstance(rows, Exception) for row in rows]
+
+
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    rows = [row for case in config.stash[ROWS].values() for row in case]
-    made = results.of_this_run(rows, config.getoption("--size"), device())
+    made = results.of_this_run(_rows(config), config.getoption("--size"), device())
     output_json[results.SECTION] = made.to_json(samples=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Each peer once: in how many cases it was right, and what went wrong or why it did not run."""
     by_peer: dict[str, list[Row]] = defaultdict(list)
-    for rows in config.stash[ROWS].values():
-        for row in rows:
-            if row.status != "floor":
-                by_peer[row.peer].append(row)
+    for row in _rows(config):
+        if row.status != "floor":
+            by_peer[row.peer].append(row)
     if by_peer:
-        terminalreporter.section("peers, verified against float64 before they were timed")
+        terminalreporter.section("peers, verified against float64 before and after they were timed")
     for peer, rows in by_peer.items():
         right = [row for row in rows if row.status == "timed"]
         said = [f"right and timed in {len(right)} of {len(rows)} cases"] if right else []

@@ -1,7 +1,7 @@
-"""Peak memory of one step: a process of its own on the CPU, the allocator's high-water mark on a GPU.
+"""Peak memory of a step: a process of its own on the CPU, the allocator's high-water mark on a GPU.
 
 A fork server imports everything once and computes nothing; each measurement is a fresh child of it. The child runs the
-step once, so that libraries are loaded and code is compiled, and weighs the second run.
+step once, in which libraries are loaded and code is compiled, and once more: both are weighed.
 """
 
 from __future__ import annotations
@@ -11,64 +11,108 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from benchmarks.peers import first_line
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-TIMEOUT = 120  # seconds that one child may take
+TIMEOUT = 300  # seconds that one child may take
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
-# prepare(device, *arguments) -> a step, and what frees the gradients that it left. It must be importable by name.
-Prepare = Callable[..., tuple[Callable[[], Any], Callable[[], None]]]
+# A step that returns its outputs and gradients, and what frees the gradients that it left.
+Prepared = tuple[Callable[[], dict[str, Tensor]], Callable[[], None]]
 
 
-def peak_bytes(device: torch.device, prepare: Prepare, *arguments: Any) -> tuple[int | None, str]:
-    """Bytes that a step holds at its peak beyond its inputs, gradients included; None and the reason where unknown."""
+class Held(NamedTuple):
+    """Bytes of one step: at its peak beyond its inputs, gradients included, and of outputs and gradients alone."""
+
+    peak: int
+    returned: int
+
+
+def peak_bytes(
+    device: torch.device, steps: int, prepare: Callable[..., Prepared], *arguments: Any
+) -> tuple[list[Held], str]:
+    """What each of a number of steps holds; none and the reason where that is not known.
+
+    Args:
+        prepare: called with device and *arguments; must be importable by name.
+    """
     if device.type == "cuda":
-        return _on_gpu(device, prepare, *arguments), ""
+        try:
+            return _weigh(_OfAllocator(device), steps, *prepare(device, *arguments)), ""
+        except Exception as error:
+            return [], first_line(error)
     if not CLEAR_REFS.exists():
-        return None, "the high-water mark is read from Linux' /proc"
+        return [], "the high-water mark is read from Linux' /proc"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.preload"])
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(send, prepare, device, *arguments), daemon=True)
+    child = context.Process(target=_child, args=(send, steps, prepare, device, *arguments), daemon=True)
     child.start()
     send.close()
     try:
-        held = receive.recv() if receive.poll(TIMEOUT) else None
+        held, reason = receive.recv() if receive.poll(TIMEOUT) else ([], f"took more than {TIMEOUT} s")
     except EOFError:
-        held = None
-    if held is None:
+        held, reason = [], ""
+    if not held:
         child.kill()
     child.join()
-    return held, "" if held is not None else f"the process ended with {child.exitcode}"
+    return held, reason or ("" if held else f"the process ended with {child.exitcode}")
 
 
-def _child(send: Connection, prepare: Prepare, device: torch.device, *arguments: Any) -> None:
+def _child(
+    send: Connection, steps: int, prepare: Callable[..., Prepared], device: torch.device, *arguments: Any
+) -> None:
     # Every block from 64 KiB on goes back to the system as soon as it is freed, so that the mark sees each run alone.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-    step, clear = prepare(device, *arguments)
-    step()
-    clear()
-    CLEAR_REFS.write_text("5")  # the high-water mark starts again from here
-    before = _status("VmRSS")
-    step()
-    send.send(_status("VmHWM") - before)
+    try:
+        send.send((_weigh(_OfProcess(), steps, *prepare(device, *arguments)), ""))
+    except Exception as error:
+        send.send(([], first_line(error)))
 
 
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+class _OfProcess:
+    """The high-water mark of this process."""
+
+    def start(self) -> int:
+        CLEAR_REFS.write_text("5")  # the mark starts again from here
+        return self._status("VmRSS")
+
+    def peak(self) -> int:
+        return self._status("VmHWM")
+
+    def _status(self, name: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
 
 
-def _on_gpu(device: torch.device, prepare: Prepare, *arguments: Any) -> int:
-    step, clear = prepare(device, *arguments)
-    step()
-    clear()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+class _OfAllocator:
+    """The high-water mark of a GPU's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def _weigh(
+    mark: _OfProcess | _OfAllocator, steps: int, step: Callable[[], dict[str, Tensor]], clear: Callable[[], None]
+) -> list[Held]:
+    held = []
+    for _ in range(steps):
+        before = mark.start()
+        returned = sum(t.nbytes for t in step().values())
+        held.append(Held(mark.peak() - before, returned))
+        clear()
+    return held

@@ -1,7 +1,7 @@
 """Everything that is compared, each once: how to call it, at which levels, and what one should know of it.
 
 An adapter takes `Inputs` and returns, differentiable, the labels' log-probs (R, S) ("logits" and "hidden") or the loss
-("dpo"); its values where the label is masked are not looked at. Whether it can run is found out by running it.
+("dpo"); its values where the label is masked are not looked at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +19,25 @@ from torch import Tensor
 
 import dpo_kernels
 from benchmarks.cases import IGNORE, Case, Inputs
+from benchmarks.judge import BETA
 
 Adapter = Callable[[Inputs], Tensor]
-BETA = 0.1
 
 
 @dataclass(frozen=True)
 class Peer:
     """One thing that is compared.
 
-    adapters: level -> function. modules: what must be importable. impl: ours alone.
+    adapters: level -> function. modules: what must be importable. needs_cuda: its kernels are Triton's or CuTe's.
     marks: what a reader of its numbers has to know, by when it holds: "always", a level, a mode or "masked".
+    impl: of ours, the implementation where it is not the default.
     """
 
     name: str
     adapters: dict[str, Adapter]
     modules: tuple[str, ...] = ()
     marks: dict[str, str] = field(default_factory=dict)
+    needs_cuda: bool = False
     impl: str | None = None
 
     def notes(self, case: Case) -> list[str]:
@@ -42,11 +45,23 @@ class Peer:
         now = {"always", case.level, case.mode} | ({"masked"} if case.masked else set())
         return [mark for when, mark in self.marks.items() if when in now]
 
-    def unavailable(self, device: torch.device | str) -> str | None:
+    def unavailable(self, device: torch.device) -> str | None:
         """None, or why it cannot be tried here."""
+        if self.needs_cuda and device.type != "cuda":
+            return "needs a GPU (its kernels are Triton's or CuTe's)"
         if self.impl is not None:
-            return dpo_kernels.available_impls(device)[self.impl]
+            same = default_impl(device) == self.impl
+            return "it is what dpo_kernels takes here" if same else dpo_kernels.available_impls(device)[self.impl]
         return next(filter(None, map(import_failure, self.modules)), None)
+
+
+def is_ours(peer: str) -> bool:
+    return peer.startswith("dpo_kernels")
+
+
+def default_impl(device: torch.device) -> str:
+    """What dpo_kernels takes where nothing is asked for: the first that can run."""
+    return next(name for name, reason in dpo_kernels.available_impls(device).items() if reason is None)
 
 
 def import_failure(module: str) -> str | None:
@@ -89,6 +104,11 @@ def _flat(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs.hidden.flatten(0, 1), inputs.weight, inputs.labels.flatten()
 
 
+def _logits(inputs: Inputs) -> Tensor:
+    assert inputs.logits is not None
+    return inputs.logits
+
+
 def _shaped(inputs: Inputs, log_probs: Tensor) -> Tensor:
     return log_probs.view(inputs.labels.shape)
 
@@ -96,8 +116,9 @@ def _shaped(inputs: Inputs, log_probs: Tensor) -> Tensor:
 # Ours ----------------------------------------------------------------------------------------------------------------
 
 
-def _ours(impl: str) -> Peer:
+def _ours(name: str, impl: str | None) -> Peer:
     def logits(inputs: Inputs) -> Tensor:
+        assert inputs.logits is not None
         return dpo_kernels.logits_to_log_probs(inputs.logits, inputs.labels, impl=impl)
 
     def hidden(inputs: Inputs) -> Tensor:
@@ -112,7 +133,7 @@ def _ours(impl: str) -> Peer:
             inputs.hidden, inputs.weight, inputs.labels, ref_hidden=inputs.ref_hidden, ref_weight=inputs.ref_weight
         ).loss
 
-    return Peer(f"dpo_kernels {impl}", _levels(hidden, logits, dpo), impl=impl)
+    return Peer(name, _levels(hidden, logits, dpo), impl=impl)
 
 
 # PyTorch -------------------------------------------------------------------------------------------------------------
@@ -130,6 +151,13 @@ def _gather_hidden(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 _compiled = cache(partial(torch.compile, dynamic=True))
 
 
+def _torch_cross_entropy(inputs: Inputs) -> Tensor:
+    loss = F.cross_entropy(
+        _logits(inputs).flatten(0, 1), inputs.labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return _shaped(inputs, -loss)
+
+
 def _torch_linear_cross_entropy(chunked: bool, inputs: Inputs) -> Tensor:
     hidden, weight, labels = _flat(inputs)
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
@@ -140,7 +168,7 @@ def _torch_linear_cross_entropy(chunked: bool, inputs: Inputs) -> Tensor:
 # TRL -----------------------------------------------------------------------------------------------------------------
 
 
-def _trl_selective(inputs: Inputs, logits: Tensor | None) -> Tensor:
+def _trl_selective(inputs: Inputs, logits: Tensor) -> Tensor:
     from trl.trainer.utils import selective_log_softmax
 
     return selective_log_softmax(logits, inputs.labels.clamp(min=0))
@@ -177,8 +205,7 @@ def _liger_fused_linear_cross_entropy(inputs: Inputs) -> Tensor:
 def _liger_cross_entropy(inputs: Inputs) -> Tensor:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    assert inputs.logits is not None
-    logits = inputs.logits.flatten(0, 1)
+    logits = _logits(inputs).flatten(0, 1).clone()
     return _shaped(inputs, -liger_cross_entropy(logits, inputs.labels.flatten(), reduction="none"))
 
 
@@ -201,13 +228,10 @@ def _liger_dpo(inputs: Inputs) -> Tensor:
 # CCE and quack -------------------------------------------------------------------------------------------------------
 
 
-def _cce(impl: str, filter_eps: float | str | None, inputs: Inputs) -> Tensor:
+def _cce(inputs: Inputs, **options: Any) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    loss = linear_cross_entropy(
-        inputs.hidden, inputs.weight, inputs.labels, reduction="none", filter_eps=filter_eps, impl=impl
-    )
-    return -loss
+    return -linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, reduction="none", **options)
 
 
 def _quack_linear_cross_entropy(inputs: Inputs) -> Tensor:
@@ -220,94 +244,93 @@ def _quack_linear_cross_entropy(inputs: Inputs) -> Tensor:
 def _quack_cross_entropy(inputs: Inputs) -> Tensor:
     from quack.cross_entropy import cross_entropy
 
-    assert inputs.logits is not None
-    loss = cross_entropy(inputs.logits.flatten(0, 1), inputs.labels.flatten(), ignore_index=IGNORE, reduction="none")
+    loss = cross_entropy(_logits(inputs).flatten(0, 1), inputs.labels.flatten(), ignore_index=IGNORE, reduction="none")
     return _shaped(inputs, -loss)
 
 
 _ALL_ROWS = {"masked": "computes masked rows too"}
+_SKIPS = "skips small gradients"
 
 PEERS: tuple[Peer, ...] = (
-    *(_ours(impl) for impl in ("triton", "cpp", "torch")),
+    _ours("dpo_kernels", None),
+    _ours("dpo_kernels torch", "torch"),
     Peer(
         "plain PyTorch",
-        _levels(
-            lambda i: _gather_hidden(i.hidden, i.weight, i.labels),
-            lambda i: _gather(i.logits, i.labels),
-        ),
+        _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
         marks=_ALL_ROWS,
     ),
     Peer(
         "torch.compile",
         _levels(
             lambda i: _shaped(i, _compiled(_gather_hidden)(*_flat(i))),
-            lambda i: _compiled(_gather)(i.logits, i.labels),
+            lambda i: _compiled(_gather)(_logits(i), i.labels),
         ),
         marks=_ALL_ROWS,
     ),
+    Peer("torch F.cross_entropy", {"logits": _torch_cross_entropy}, marks=_ALL_ROWS),
+    Peer("torch F.linear_cross_entropy", _levels(partial(_torch_linear_cross_entropy, False)), marks=_ALL_ROWS),
+    Peer("torch F.linear_cross_entropy, chunked", _levels(partial(_torch_linear_cross_entropy, True)), marks=_ALL_ROWS),
     Peer(
-        "torch F.linear_cross_entropy",
-        _levels(
-            partial(_torch_linear_cross_entropy, False),
-            lambda i: -F.cross_entropy(i.logits.flatten(0, 1), i.labels.flatten(), reduction="none").view(
-                i.labels.shape
-            ),
-        ),
-        marks={**_ALL_ROWS, "logits": "F.cross_entropy"},
-    ),
-    Peer(
-        "torch F.linear_cross_entropy, chunked",
-        _levels(partial(_torch_linear_cross_entropy, True)),
-        marks=_ALL_ROWS,
-    ),
-    Peer(
-        "TRL",
-        _levels(_trl_chunked, lambda i: _trl_selective(i, i.logits)),
+        "TRL ChunkedLogProbFunction",
+        _levels(_trl_chunked),
         ("trl.kernels", "trl.trainer.utils"),
-        {
-            "hidden": "ChunkedLogProbFunction", "dpo": "ChunkedLogProbFunction", "logits": "selective_log_softmax",
-            "masked": "computes masked rows too on a CPU",
-        },
+        {"masked": "computes masked rows too on a CPU"},
     ),
     Peer(
         "TRL selective_log_softmax",
-        _levels(lambda i: _trl_selective(i, F.linear(i.hidden, i.weight))),
+        _levels(lambda i: _trl_selective(i, F.linear(i.hidden, i.weight)), lambda i: _trl_selective(i, _logits(i))),
         ("trl.trainer.utils",),
         _ALL_ROWS,
     ),
     Peer(
         "Liger fused linear cross entropy",
-        _levels(_liger_fused_linear_cross_entropy, _liger_cross_entropy),
+        _levels(_liger_fused_linear_cross_entropy),
         ("liger_kernel.transformers.functional",),
-        {**_ALL_ROWS, "logits": "its cross entropy"},
+        _ALL_ROWS,
+        needs_cuda=True,
+    ),
+    Peer(
+        "Liger cross entropy",
+        {"logits": _liger_cross_entropy},
+        ("liger_kernel.transformers.functional",),
+        {**_ALL_ROWS, "always": "overwrites its logits; a copy is included"},
+        needs_cuda=True,
     ),
     Peer(
         "Liger scaled cross entropy",
         {"hidden": _liger_scaled_cross_entropy},
         ("liger_kernel.ops.fused_linear_scaled_cross_entropy",),
-        {**_ALL_ROWS, "frozen": "computes the frozen weight's gradient too"},
+        {**_ALL_ROWS, "always": "computes the entropy too on a CPU", "frozen": "and the frozen weight's gradient"},
     ),
+    Peer("Liger FusedLinearDPOLoss", {"dpo": _liger_dpo}, ("liger_kernel.chunked_loss",), _ALL_ROWS),
     Peer(
-        "Liger FusedLinearDPOLoss",
-        {"dpo": _liger_dpo},
-        ("liger_kernel.chunked_loss",),
-        _ALL_ROWS,
+        "CCE torch_compile",
+        _levels(partial(_cce, impl="torch_compile", filter_eps=None)),
+        ("cut_cross_entropy",),
     ),
-    Peer("CCE torch_compile", _levels(partial(_cce, "torch_compile", None)), ("cut_cross_entropy",)),
-    Peer("CCE exact", _levels(partial(_cce, "cce", None)), ("cut_cross_entropy",)),
+    Peer("CCE exact", _levels(partial(_cce, impl="cce", filter_eps=None)), ("cut_cross_entropy",), needs_cuda=True),
     Peer(
         "CCE default",
-        _levels(partial(_cce, "cce", "high")),
+        _levels(partial(_cce, impl="cce")),
         ("cut_cross_entropy",),
-        {"full": "skips small gradients", "frozen": "skips small gradients"},
+        {"full": _SKIPS, "frozen": _SKIPS},
+        needs_cuda=True,
     ),
     Peer(
-        "quack",
-        _levels(_quack_linear_cross_entropy, _quack_cross_entropy),
-        ("quack.linear_cross_entropy", "quack.cross_entropy"),
-        _ALL_ROWS,
+        "quack linear cross entropy",
+        _levels(_quack_linear_cross_entropy),
+        ("quack.linear_cross_entropy",),
+        {**_ALL_ROWS, "always": "unfused form; the chunked one offers mean and sum only"},
+        needs_cuda=True,
     ),
-)  # fmt: skip
+    Peer(
+        "quack cross entropy",
+        {"logits": _quack_cross_entropy},
+        ("quack.cross_entropy",),
+        _ALL_ROWS,
+        needs_cuda=True,
+    ),
+)
 
 
 def peers_of(case: Case) -> list[Peer]:
@@ -318,6 +341,8 @@ def peers_of(case: Case) -> list[Peer]:
 
 # The floor -----------------------------------------------------------------------------------------------------------
 
+FLOOR_ROWS = 8192  # tokens whose logits the floor holds at once
+
 
 def floor_name(case: Case) -> str:
     return "bare copy" if case.level == "logits" else "bare GEMMs"
@@ -326,8 +351,8 @@ def floor_name(case: Case) -> str:
 def make_floor(case: Case, inputs: Inputs) -> Callable[[], None]:
     """What no peer can be expected to undercut: the products of rows that count, or copies of the logits.
 
-    GEMMs, in the inputs' dtype into tensors made beforehand: 1 for score, 2 for a frozen head, 3 for all gradients, and
-    1 more for DPO's reference. Logits: one copy forward, two with the gradient.
+    GEMMs, in the inputs' dtype into tensors made beforehand: `Case.needed_gemms` of them, in blocks of rows that share
+    one buffer. Logits: one copy forward, two with the gradient.
     """
     if inputs.logits is not None:
         source, target = inputs.logits.detach(), torch.empty_like(inputs.logits)
@@ -338,15 +363,18 @@ def make_floor(case: Case, inputs: Inputs) -> Callable[[], None]:
 
         return copy
     weight, hidden = inputs.weight.detach(), inputs.hidden.detach().flatten(0, 1)[: case.counted_tokens]
-    logits = hidden.new_empty(len(hidden), len(weight))
+    blocks = [slice(i, min(i + FLOOR_ROWS, len(hidden))) for i in range(0, len(hidden), FLOOR_ROWS)]
+    logits = hidden.new_empty(min(FLOOR_ROWS, len(hidden)), len(weight))
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def multiply() -> None:
-        for _ in range(2 if case.level == "dpo" else 1):
-            torch.mm(hidden, weight.T, out=logits)
-        if "hidden" in case.wanted:
-            torch.mm(logits, weight, out=grad_hidden)
-        if "weight" in case.wanted:
-            torch.mm(logits.T, hidden, out=grad_weight)
+        for rows in blocks:
+            z = logits[: rows.stop - rows.start]
+            for _ in range(2 if case.level == "dpo" else 1):
+                torch.mm(hidden[rows], weight.T, out=z)
+            if "hidden" in case.wanted:
+                torch.mm(z, weight, out=grad_hidden[rows])
+            if "weight" in case.wanted:
+                grad_weight.addmm_(z.T, hidden[rows], beta=float(rows.start > 0))
 
     return multiply

@@ -11,18 +11,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 from benchmarks.cases import MIB
-from benchmarks.measure import Row, is_ours
-from benchmarks.report import case_names, held_bytes, milliseconds, shape
+from benchmarks.measure import Row
+from benchmarks.peers import is_ours
+from benchmarks.report import case_names, case_of, held_bytes, milliseconds, shape
 from benchmarks.results import Results
 
 # One look a name, the same in every picture.
 LOOKS: dict[str, dict[str, Any]] = {
     "bare GEMMs": {"marker": "", "linestyle": ":", "color": "0.3"},
-    "dpo_kernels torch": {"marker": "o", "linestyle": "-", "color": "black"},
-    "dpo_kernels cpp": {"marker": "D", "linestyle": "-", "color": "black", "markerfacecolor": "white"},
-    "dpo_kernels triton": {"marker": "*", "linestyle": "-", "color": "black", "markersize": 9},
+    "dpo_kernels": {"marker": "o", "linestyle": "-", "color": "black"},
     "plain PyTorch": {"marker": "s", "linestyle": "--", "color": "0.35", "markerfacecolor": "white"},
     "CCE torch_compile": {"marker": "^", "linestyle": "-.", "color": "0.35"},
 }
@@ -40,7 +40,7 @@ def draw(run: Results, out: Path) -> list[str]:
             figure.suptitle(f"{run.machine}, {run.date}", fontsize=9, color="0.3", y=0.995)
             names.append(f"{run.name}-{kind}.png")
             figure.tight_layout()
-            figure.savefig(out / names[-1])
+            figure.savefig(out / names[-1], bbox_inches="tight")
             plt.close(figure)
     return names
 
@@ -60,7 +60,12 @@ def _cases(run: Results) -> plt.Figure | None:
         rows = sorted((r for r in timed if r.case["name"] == name), key=lambda r: r.seconds or 0, reverse=True)
         floor = next((r for r in run.rows if r.case["name"] == name and r.status == "floor"), None)
         _bars(axes, rows, floor)
-        axes.set_title(f"{name}\n{shape(rows[0].case)}", fontsize=9, loc="left")
+        axes.set_title(f"{name}\n{shape(case_of(rows[0]))}", fontsize=9, loc="left")
+    marks: dict[str, dict[str, None]] = {}
+    for r in timed:
+        if r.marks and not is_ours(r.peer):
+            marks.setdefault(r.peer, {}).update(dict.fromkeys(r.marks))
+    figure.text(0.01, -0.01, "\n".join(f"* {p}: {'; '.join(said)}" for p, said in marks.items()), fontsize=7, va="top")
     return figure
 
 
@@ -74,7 +79,8 @@ def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
         color=["0.25" if is_ours(r.peer) else "0.88" for r in rows],
         hatch=["" if is_ours(r.peer) else "//" for r in rows],
     )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [r.peer for r in rows], fontsize=8)
+    names = [r.peer + " *" * (bool(r.marks) and not is_ours(r.peer)) for r in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     for bar, time, row in zip(bars, times, rows, strict=True):
         memory = f", {row.bytes / MIB:,.0f} MiB" if row.bytes is not None else ""
         cut = " (cut)" if time > limit else ""
@@ -82,7 +88,8 @@ def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
             bar.get_width() + limit * 0.01, bar.get_y() + 0.35, f"{time:,.0f} ms{memory}{cut}", va="center", fontsize=7
         )
     if floor is not None and floor.seconds:
-        axes.axvline(1e3 * floor.seconds, color="black", linestyle=":", linewidth=1.5)
+        line = axes.axvline(1e3 * floor.seconds, color="black", linestyle=":", linewidth=1.5)
+        line.set_path_effects([withStroke(linewidth=3.5, foreground="white")])  # seen on dark bars too
     dotted = f" (dotted: {floor.peer}, {milliseconds(floor.seconds)})" if floor is not None else ""
     axes.set_xlim(0, limit * 1.5)
     axes.set_xlabel(f"time, ms{dotted}")
@@ -141,21 +148,22 @@ def _budget(run: Results) -> plt.Figure | None:
     if not rows:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for peer in dict.fromkeys(r.peer for r in rows):
-        mine = [r for r in rows if r.peer == peer]
-        floors = [r.to_floor or 0 for r in mine]
-        label = f"{peer}, measured: {floors[-1]:.2f} x bare GEMMs at the largest"
-        times.plot(_budgets(mine), [f / floors[-1] for f in floors], label=label, **LOOKS[peer])
-        weighed = [r for r in mine if r.bytes is not None]
-        held = [(held_bytes(r) or 0) / MIB for r in weighed]
-        bytes_.plot(_budgets(weighed), held, label=f"{peer}, measured", **LOOKS[peer])
-    one = [r for r in rows if r.peer == rows[0].peer]
-    budgets, gemms = _budgets(one), [(r.gemms or 0) / (one[-1].gemms or 1) for r in one]
-    times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {one[-1].gemms:.3g} at the largest")
-    for row, budget, height in zip(one, budgets, gemms, strict=True):
-        times.annotate(row.mode, (budget, height), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=7)
-    driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in one]
-    bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in one], "k--", marker="x", label="planned")
+    look, floors = LOOKS["dpo_kernels"], [r.to_floor or 0 for r in rows]
+    budgets, gemms = _budgets(rows), [(r.gemms or 0) / (rows[-1].gemms or 1) for r in rows]
+    label = f"measured: {floors[-1]:.2f} x bare GEMMs at the largest"
+    times.plot(budgets, [f / floors[-1] for f in floors], label=label, **look)
+    times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {rows[-1].gemms:.3g} at the largest")
+    weighed = [r for r in rows if r.bytes is not None]
+    for label, white, peaks in (
+        ("first step", {}, [r.first_bytes for r in weighed]),
+        ("second step", {"markerfacecolor": "white"}, [r.bytes for r in weighed]),
+    ):
+        held = [(held_bytes(r, peak) or 0) / MIB for r, peak in zip(weighed, peaks, strict=True)]
+        bytes_.plot(_budgets(weighed), held, label=f"measured, {label}", **look, **white)
+    for row, budget in zip(rows, budgets, strict=True):
+        times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
+    driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
+    bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in rows], "k--", marker="x", label="planned")
     bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without the GEMM library")
     bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
     times.margins(x=0.1)
@@ -163,7 +171,7 @@ def _budget(run: Results) -> plt.Figure | None:
     times.set_ylabel("time of a step, relative to the largest budget")
     bytes_.set_ylim(bottom=0)
     bytes_.set_ylabel("held beyond inputs, outputs, gradients, MiB")
-    times.set_title(shape(rows[0].case), fontsize=9, loc="left")
+    times.set_title(shape(case_of(rows[0])), fontsize=9, loc="left")
     for axes in (times, bytes_):
         axes.set_xlabel("memory budget, MiB")
         axes.grid(True, color="0.9")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 
-import torch._inductor.compile_fx  # noqa: F401
+import torch
+import torch._inductor.compile_fx
 
 from benchmarks.peers import PEERS
 
 for peer in PEERS:
-    for module in peer.modules:
-        with contextlib.suppress(Exception):  # a peer that cannot be imported is not measured either
+    if peer.modules and peer.unavailable(torch.device("cpu")) is None:
+        for module in peer.modules:
             importlib.import_module(module)

@@ -11,22 +11,25 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.cases import MIB, Case
-from benchmarks.measure import Row, is_ours
+from benchmarks.measure import Row
+from benchmarks.peers import is_ours
 from benchmarks.results import Results
 
 HOW_TO_READ = (
-    "Times are medians of interleaved rounds; ratios are medians of the ratios within a round. Bare GEMMs: 1 product "
-    "for a forward, 2 for a frozen head, 3 for all gradients, 1 more for DPO's reference, of the rows that count "
-    "alone; bare copy: the logits copied once for a forward, twice with the gradient. Memory: the peak beyond the "
-    "inputs, gradients included. Errors against float64: of log-probs or loss the largest, absolute; of gradients the "
-    "larger one of hidden's and weight's, relative."
+    "Times are medians of interleaved rounds, with first and third quartile and the number of rounds; ratios are "
+    "medians of the ratios within a round. Bare GEMMs: 1 product for a forward, 2 for a frozen head, 3 for all "
+    "gradients, 1 more for DPO's reference, of the rows that count alone; bare copy: the logits copied once for a "
+    "forward, twice with the gradient. GFLOP/s: the flop of those products over the time, for ours of the products "
+    "that its plan counts. Memory: the peak of a second step beyond the inputs, gradients included. Errors against "
+    "float64: of log-probs or loss the largest, absolute; of gradients the largest, relative."
 )
 
 LEVELS = ("logits", "hidden", "dpo", "train")
 BUDGET_NOTE = (
-    "The plan is the driver's own tensors and an allowance for the GEMM library (12 MiB on a CPU, 32 on a GPU). The "
-    "step that is weighed is a process's second, and the library keeps what it took in the first: the measured bytes "
-    "belong beside what is planned for the driver."
+    "Planned is what the driver's own tensors take and an allowance for the GEMM library (12 MiB on a CPU, 32 on a "
+    "GPU); the budget bounds it, and a first step that holds more than its budget fails. The first step of a process "
+    "takes the library's share, which the library keeps: the second step does without, and belongs beside what is "
+    "planned for the driver alone."
 )
 
 
@@ -66,7 +69,7 @@ def markdown(run: Results, picture_names: Iterable[str] = ()) -> str:
         "## Peers that did not run, and wrong results",
         absent(run),
     ]
-    if budget := [row for row in run.rows if row.case["curve"] == "budget" and row.mode and row.seconds]:
+    if budget := [row for row in run.rows if row.case["memory_budget"] and row.first_bytes]:
         parts += ["## The memory budget: planned and measured", budget_table(budget)]
     parts += [f"![{name}]({name})" for name in picture_names]
     return "\n\n".join(parts) + "\n"
@@ -79,13 +82,16 @@ def facts(run: Results) -> str:
 
 def table(run: Results) -> str:
     """Every case that is no point of a curve, the floor first, then by time."""
-    lines = _header("case", "what", "time", "x floor", "x ours", "peak memory", "error", "error of gradients", "notes")
+    lines = _header(
+        "case", "what", "time", "quartiles", "rounds", "x floor", "x ours", "GFLOP/s", "peak memory", "error",
+        "error of gradients", "notes",
+    )  # fmt: skip
     shown = [row for row in run.rows if row.case["curve"] is None and row.status != "unavailable"]
     last = ""
     for case in case_names(shown):
         rows = [row for row in shown if row.case["name"] == case]
         for row in sorted(rows, key=lambda row: (row.status != "floor", row.seconds or float("inf"))):
-            name = f"**{case}**<br>{shape(row.case)}" if case != last else ""
+            name = f"**{case}**<br>{shape(case_of(row))}" if case != last else ""
             lines.append(_line(name, *_cells(row)))
             last = case
     return "\n".join(lines)
@@ -98,20 +104,32 @@ def case_names(rows: Iterable[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    gradients = [error for name, error in row.errors.items() if name not in ("log_probs", "loss")]
-    value = next((row.errors[name] for name in ("log_probs", "loss") if name in row.errors), None)
-    notes = [f"**WRONG, not timed**: {row.reason}"] if row.status == "wrong" else list(row.marks)
+    status = {"wrong": "**WRONG, not timed**", "failed": "**failed, not timed**"}.get(row.status)
+    notes = [f"{status}: {row.reason}"] if status else list(row.marks)
     if row.mode:
         notes.insert(0, f"{row.mode}, {row.gemms:.3g} GEMMs")
-    if row.rounds == 1:
-        notes.append("1 round")
     if row.bytes_reason:
         notes.append(f"memory: {row.bytes_reason}")
     label = f"**{row.peer}**" if is_ours(row.peer) else row.peer
     return [
-        label, milliseconds(row.seconds), _number(row.to_floor), _number(row.to_ours), mib(row.bytes),
-        "" if value is None else f"{value:.1e}", f"{max(gradients):.1e}" if gradients else "", "; ".join(notes),
+        label, milliseconds(row.seconds), " to ".join(map(milliseconds, row.quartiles)), str(row.rounds or ""),
+        _number(row.to_floor), _number(row.to_ours), _gflops(row), mib(row.bytes),
+        *_error_cells(row), "; ".join(notes),
     ]  # fmt: skip
+
+
+def _error_cells(row: Row) -> tuple[str, str]:
+    """Of log-probs or loss, and the largest of gradients."""
+    gradients = [error for name, error in row.errors.items() if name not in ("log_probs", "loss")]
+    value = next((row.errors[name] for name in ("log_probs", "loss") if name in row.errors), None)
+    return "" if value is None else f"{value:.1e}", f"{max(gradients):.1e}" if gradients else ""
+
+
+def _gflops(row: Row) -> str:
+    """The products of its case, for ours of its plan, over its time."""
+    if not (row.gemms and row.seconds):
+        return ""
+    return f"{1e-9 * row.gemms * case_of(row).gemm_flop / row.seconds:,.0f}"
 
 
 def absent(run: Results) -> str:
@@ -127,22 +145,23 @@ def absent(run: Results) -> str:
 def budget_table(rows: list[Row]) -> str:
     """Planned bytes beside measured ones: what is held beyond inputs, outputs and gradients."""
     lines = _header(
-        "budget", "what", "mode", "GEMMs", "time, x floor", "planned", "measured", "difference",
-        "planned for the driver", "difference",
+        "case", "budget", "mode", "GEMMs", "time, x floor", "planned", "first step", "difference",
+        "planned for the driver", "second step", "difference",
     )  # fmt: skip
     for row in rows:
-        held, driver = held_bytes(row), (row.predicted_bytes or 0) - (row.library_bytes or 0)
+        first, second = held_bytes(row, row.first_bytes), held_bytes(row, row.bytes)
+        driver = (row.predicted_bytes or 0) - (row.library_bytes or 0)
         lines.append(_line(
-            mib(row.case["memory_budget"]), row.peer, row.mode, _number(row.gemms), _number(row.to_floor),
-            mib(row.predicted_bytes, 1), mib(held, 1), _difference(held, row.predicted_bytes), mib(driver, 1),
-            _difference(held, driver),
+            row.case["name"], mib(row.case["memory_budget"]), row.mode, _number(row.gemms), _number(row.to_floor),
+            mib(row.predicted_bytes, 1), mib(first, 1), _difference(first, row.predicted_bytes), mib(driver, 1),
+            mib(second, 1), _difference(second, driver),
         ))  # fmt: skip
     return "\n".join([*lines, "", BUDGET_NOTE])
 
 
-def held_bytes(row: Row) -> int | None:
-    """Measured, beyond inputs, outputs and gradients: what the budget is about."""
-    return None if row.bytes is None else row.bytes - (row.returned_bytes or 0)
+def held_bytes(row: Row, peak: int | None) -> int | None:
+    """Of a peak, what is beyond inputs, outputs and gradients: what the budget is about."""
+    return None if peak is None else peak - (row.returned_bytes or 0)
 
 
 def _difference(measured: int | None, planned: int | None) -> str:
@@ -150,38 +169,61 @@ def _difference(measured: int | None, planned: int | None) -> str:
 
 
 def comparison(before: Results, after: Results) -> str:
-    """What a change did: each benchmark of both files, by time over the floor, which a faster machine leaves alone."""
+    """What a change did: each benchmark of either file, by time over the floor, which a faster machine leaves alone."""
     lines = _header(
-        "case", "what", "time before", "after", "x floor before", "after", "change", "memory before", "after", "notes"
-    )
-    old = {(row.case["name"], row.peer): row for row in before.rows}
-    for row in after.rows:
-        was = old.get((row.case["name"], row.peer))
-        if was is None or {was.status, row.status} <= {"unavailable"}:
+        "case", "what", "time before", "after", "x floor before", "after", "change", "memory before", "after",
+        "error before", "after", "notes",
+    )  # fmt: skip
+    old, new = ({(row.case["name"], row.peer): row for row in run.rows} for run in (before, after))
+    for case, peer in old | new:
+        was, row = old.get((case, peer)), new.get((case, peer))
+        both = [(when, r) for when, r in (("before", was), ("after", row)) if r is not None]
+        if all(r.status == "unavailable" for _, r in both):
             continue
-        scaled = (was.to_floor, row.to_floor) if was.to_floor and row.to_floor else (was.seconds, row.seconds)
-        change = f"{scaled[1] / scaled[0] - 1:+.0%}" if scaled[0] and scaled[1] else ""
-        notes = "; ".join(f"{when}: {r.status}" for when, r in (("before", was), ("after", row)) if r.seconds is None)
-        if was.case != row.case:
-            notes = f"the case changed; {notes}".rstrip("; ")
-        lines.append(_line(
-            row.case["name"], f"**{row.peer}**" if is_ours(row.peer) else row.peer, milliseconds(was.seconds),
-            milliseconds(row.seconds), _number(was.to_floor), _number(row.to_floor),
-            "" if row.status == "floor" else change, mib(was.bytes), mib(row.bytes), notes,
-        ))  # fmt: skip
+        notes = [f"{when}: {r.status}" for when, r in both if r.seconds is None]
+        notes += [f"only {when}" for when, _ in both if len(both) == 1]
+        if was and row and was.case != row.case:
+            notes.insert(0, "the case changed")
+        cells = [[milliseconds(r.seconds), _number(r.to_floor), mib(r.bytes), _errors(r)] if r else [""] * 4
+                 for r in (was, row)]  # fmt: skip
+        times, floors, memory, errors = zip(*cells, strict=True)
+        change = _change(was, row) if was and row and row.status != "floor" else ""
+        label = f"**{peer}**" if is_ours(peer) else peer
+        lines.append(_line(case, label, *times, *floors, change, *memory, *errors, "; ".join(notes)))
     heads = [f"- {when}: {r.machine}, {r.date}. {facts(r)}" for when, r in (("before", before), ("after", after))]
-    note = "Change: of the time over the floor's in the same rounds, negative is faster; of the time without a floor."
+    note = (
+        "Change: of the time over the floor's in the same rounds, negative is faster; of the time without a floor. "
+        "Noise: the ranges from first to third quartile overlap. Errors: of log-probs or loss; of gradients."
+    )
     return "\n\n".join(["# Benchmarks compared", "\n".join(heads), note, "\n".join(lines)]) + "\n"
 
 
-def shape(case: dict) -> str:
+def _errors(row: Row) -> str:
+    return "; ".join(cell for cell in _error_cells(row) if cell)
+
+
+def _change(was: Row, row: Row) -> str:
+    if not (was.seconds and row.seconds):
+        return ""
+    with_floor = bool(was.to_floor and row.to_floor)
+    middles, ranges = [], []
+    for r in (was, row):
+        middle = (r.to_floor if with_floor else r.seconds) or 0.0
+        middles.append(middle)
+        ranges.append([middle * quartile / (r.seconds or 1.0) for quartile in r.quartiles or (r.seconds or 0.0,)])
+    noise = max(ranges[0][0], ranges[1][0]) <= min(ranges[0][-1], ranges[1][-1])
+    return f"{middles[1] / middles[0] - 1:+.0%}" + (" (noise)" if noise else "")
+
+
+def case_of(row: Row) -> Case:
+    return Case(**row.case)
+
+
+def shape(case: Case) -> str:
     """(N, D, V) of a case, in words where they matter."""
-    c = Case(**{**case, "peers": (), "without": ()})
-    size = f"{c.tokens:,} x {c.vocab_size:,}" if c.level == "logits" else (
-        f"{c.tokens:,} x {c.hidden_size:,} x {c.vocab_size:,}"
-    )  # fmt: skip
-    masked = f", {c.counted_tokens:,} count" if c.masked else ""
-    return f"{size}, {c.dtype}{masked}"
+    sizes = [case.tokens, *([] if case.level == "logits" else [case.hidden_size]), case.vocab_size]
+    masked = f", {case.counted_tokens:,} count" if case.masked else ""
+    return " x ".join(f"{size:,}" for size in sizes) + f", {case.dtype}{masked}"
 
 
 def milliseconds(seconds: float | None) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
 pytest.importorskip("transformers")
 
-from benchmarks.cases import TRAINING
+from collections.abc import Callable
+
+from benchmarks.cases import TRAINING, Case
 from benchmarks.clock import CLOCK
-from benchmarks.conftest import SECONDS, device, register
-from benchmarks.training import TRAINERS, measure_training
+from benchmarks.training import TRAINERS
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    case = TRAINING[metafunc.config.getoption("--size")]
+    metafunc.parametrize(("case", "peer"), [pytest.param(case, name, id=name) for name in TRAINERS])
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("trainer", list(TRAINERS))
-def test_training_step(trainer: str, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> None:
-    size = request.config.getoption("--size")
-    case = TRAINING[size]
-    register(benchmark, request.config, case.name, trainer, lambda: measure_training(case, device(), 3 * SECONDS[size]))
+def test_training_step(case: Case, peer: str, compare: Callable[[Case, str], None]) -> None:
+    compare(case, peer)

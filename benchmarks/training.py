@@ -7,8 +7,8 @@ for all, is left out. Policy and reference are random Qwen3 models that differ a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import IGNORE, Case
-from benchmarks.measure import Judge, Outcome, Row, clear, fill_bytes, fill_times, verify
-from benchmarks.peak_memory import peak_bytes
-from benchmarks.peers import BETA, import_failure
+from benchmarks.judge import BETA, Judge, Outcome
+from benchmarks.measure import Ring, Row, clear, contest, weigh
+from benchmarks.peak_memory import Prepared
+from benchmarks.peers import import_failure
 from dpo_kernels import reference
 
 Batch = dict[str, Tensor]
 # Gradients that are verified, by the name that the table gives them.
-CHECKED = {"weight": "lm_head.weight", "hidden": "model.layers.0.self_attn.q_proj.weight"}
+CHECKED = {"lm_head": "lm_head.weight", "q_proj": "model.layers.0.self_attn.q_proj.weight"}
 
 
 def make_model(case: Case, seed: int) -> Any:
@@ -59,17 +60,26 @@ def make_batch(case: Case) -> Batch:
     return {"ids": ids, "labels": labels}
 
 
-def outcome(loss: Tensor, model: nn.Module) -> Outcome:
-    parameters = dict(model.named_parameters())
-    grads = {name: parameters[path].grad for name, path in CHECKED.items()}
-    return {"loss": loss.detach()} | {name: g.detach().clone() for name, g in grads.items() if g is not None}
+@dataclass
+class Made:
+    """A trainer's step, which returns the loss and leaves gradients, and the policy that it trains."""
+
+    step: Callable[[], Tensor]
+    policy: nn.Module
+
+    def run(self) -> Outcome:
+        clear(self.policy.parameters())
+        loss = self.step()
+        grads = {name: self.policy.get_parameter(path).grad for name, path in CHECKED.items()}
+        return {"loss": loss.detach()} | {name: g for name, g in grads.items() if g is not None}
+
+    def change(self) -> None:
+        """Another policy: logits of half the size."""
+        with torch.no_grad():
+            self.policy.get_parameter(CHECKED["lm_head"]).mul_(0.5)
 
 
-# Each maker takes a case and a device, builds models and trainer, and returns a step and the policy.
-Made = tuple[Callable[[], Tensor], nn.Module]
-
-
-def with_logits(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> Made:
+def with_logits(case: Case, device: torch.device, folder: str = "", dtype: torch.dtype = torch.float32) -> Made:
     """transformers' model with all logits, log_softmax and gather, and DPO's loss; in float64 the exact answer."""
     policy, frozen = (make_model(case, seed).to(device, dtype) for seed in (1, 2))
     batch = {name: t.to(device) for name, t in make_batch(case).items()}
@@ -86,10 +96,10 @@ def with_logits(case: Case, device: torch.device, dtype: torch.dtype = torch.flo
         loss.backward()
         return loss
 
-    return step, policy
+    return Made(step, policy)
 
 
-def ours(case: Case, device: torch.device) -> Made:
+def ours(case: Case, device: torch.device, folder: str) -> Made:
     from dpo_kernels.training import DPOConfig, DPOTrainer
 
     made = make_batch(case)
@@ -101,11 +111,11 @@ def ours(case: Case, device: torch.device) -> Made:
         for side, part in zip(("chosen", "rejected"), t.chunk(2), strict=True)
     }
     items = [{name: t[i] for name, t in batch.items()} for i in range(case.sequences // 2)]
-    trainer = DPOTrainer(make_model(case, 1), make_model(case, 2), DPOConfig(**_options(device)), items)
-    return partial(trainer.training_step, trainer.model, batch), trainer.model
+    trainer = DPOTrainer(make_model(case, 1), make_model(case, 2), DPOConfig(**_options(device, folder)), items)
+    return Made(partial(trainer.training_step, trainer.model, batch), trainer.model)
 
 
-def trl(case: Case, device: torch.device) -> Made:
+def trl(case: Case, device: torch.device, folder: str) -> Made:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -117,68 +127,87 @@ def trl(case: Case, device: torch.device) -> Made:
     }
     # The trainer wants texts to tokenize; the step is then given the same token ids as the others.
     texts = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-    config = DPOConfig(**_options(device), beta=BETA, bf16=False, gradient_checkpointing=False, max_length=None)
+    config = DPOConfig(**_options(device, folder), beta=BETA, bf16=False, gradient_checkpointing=False, max_length=None)
     trainer = DPOTrainer(
         make_model(case, 1), make_model(case, 2), config, train_dataset=texts, processing_class=_tokenizer()
     )
     trainer.current_gradient_accumulation_steps = 1  # which train() sets before its first step
-    return partial(trainer.training_step, trainer.model, inputs), trainer.model
+    return Made(partial(trainer.training_step, trainer.model, inputs), trainer.model)
 
 
-TRAINERS: dict[str, Callable[[Case, torch.device], Made]] = {
-    "dpo_kernels DPOTrainer": ours,
-    "transformers with logits": with_logits,
-    "TRL DPOTrainer": trl,
+@dataclass(frozen=True)
+class Trainer:
+    """make: takes a case, a device and a folder to write to. module: what must be importable. marks: as a peer's."""
+
+    make: Callable[[Case, torch.device, str], Made]
+    module: str
+    marks: tuple[str, ...] = ()
+
+
+TRAINERS = {
+    "dpo_kernels DPOTrainer": Trainer(ours, "dpo_kernels.training"),
+    "transformers with logits": Trainer(with_logits, "transformers", ("computes masked rows too",)),
+    "TRL DPOTrainer": Trainer(
+        trl, "trl", ("computes entropy, mean logits and top-1 for its log too", "masked rows too on a CPU")
+    ),
 }
-MODULES = {
-    "dpo_kernels DPOTrainer": "dpo_kernels.training",
-    "transformers with logits": "transformers",
-    "TRL DPOTrainer": "trl",
-}
 
 
-def measure_training(case: Case, device: torch.device, seconds: float) -> list[Row]:
+class TrainingRing(Ring):
+    """Trainers have models and batches of their own: what changes is every policy."""
+
+    def __init__(self, case: Case, device: torch.device, folder: str) -> None:
+        self.case, self.device, self.folder = case, device, folder
+        self.made: dict[str, Made] = {}
+
+    def step(self, name: str) -> Outcome:
+        if name not in self.made:
+            self.made[name] = TRAINERS[name].make(self.case, self.device, self.folder)
+        return self.made[name].run()
+
+    def judge(self, changed: bool = False) -> Judge:
+        """Knows transformers' answer in float64, and float32's distance from it."""
+        outcomes = []
+        for dtype in (torch.float64, self.case.torch_dtype):
+            made = with_logits(self.case, self.device, dtype=dtype)
+            if changed:
+                made.change()
+            outcomes.append(made.run())
+        exact, plain = outcomes
+        return Judge.beside(exact, plain, self.case.torch_dtype, torch.empty(0, dtype=torch.bool), 0.0, 0.0)
+
+    def change(self) -> Judge:
+        for made in self.made.values():
+            made.change()
+        return self.judge(changed=True)
+
+
+def measure_training(
+    case: Case, device: torch.device, seconds: float, names: Collection[str] = TRAINERS.keys()
+) -> list[Row]:
     """A row for each trainer, verified against transformers in float64; ratios are to ours, there is no floor."""
-    exact, plain = (_verified_step(*with_logits(case, device, dtype)) for dtype in (torch.float64, case.torch_dtype))
-    judge = Judge.beside(exact, plain, case.torch_dtype, torch.empty(0, dtype=torch.bool))
-    rows: list[Row] = []
-    runs: dict[str, Callable[[], object]] = {}
-    for name, make in TRAINERS.items():
-        row = Row(asdict(case), name, "unavailable", reason=import_failure(MODULES[name]) or "")
-        rows.append(row)
-        made: list[Made] = []
-
-        def run(make: Callable[..., Made] = make, made: list[Made] = made) -> Outcome:
-            made.append(make(case, device))
-            return _verified_step(*made[0])
-
-        if verify(row, run, judge):
-            runs[name] = partial(_timed_step, *made[0])
-    fill_times(rows, runs, seconds, device)
-    if case.memory:
-        fill_bytes(rows, seconds, device, lambda row: peak_bytes(device, prepare, case, row.peer))
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        ring = TrainingRing(case, device, folder)
+        rows = [
+            Row(asdict(case), name, "unavailable", import_failure(trainer.module) or "", list(trainer.marks))
+            for name, trainer in TRAINERS.items()
+            if name in names
+        ]
+        steps = {row.peer: partial(ring.step, row.peer) for row in rows}
+        contest(rows, steps, ring.judge(), ring, seconds, device)
+        weigh(rows, case, device, 2, prepare, folder)
     return rows
 
 
-def prepare(device: torch.device, case: Case, name: str) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+def prepare(device: torch.device, case: Case, name: str, folder: str) -> Prepared:
     """As `measure.prepare`, for a trainer."""
-    step, model = TRAINERS[name](case, device)
-    return step, lambda: clear(model.parameters())
+    made = TRAINERS[name].make(case, device, folder)
+    return made.run, lambda: clear(made.policy.parameters())
 
 
-def _verified_step(step: Callable[[], Tensor], model: nn.Module) -> Outcome:
-    clear(model.parameters())
-    return outcome(step(), model)
-
-
-def _timed_step(step: Callable[[], Tensor], model: nn.Module) -> None:
-    clear(model.parameters())
-    step()
-
-
-def _options(device: torch.device) -> dict[str, Any]:
+def _options(device: torch.device, folder: str) -> dict[str, Any]:
     return {
-        "output_dir": tempfile.mkdtemp(prefix="benchmark-"), "report_to": "none", "disable_tqdm": True,
+        "output_dir": folder, "report_to": "none", "disable_tqdm": True,
         "use_cpu": device.type == "cpu", "save_strategy": "no",
     }  # fmt: skip
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +16,17 @@ import torch
 from benchmarks import report, results
 from benchmarks.cases import IGNORE, MIB, REAL, SIZES, TRAINING, Case, make_inputs
 from benchmarks.clock import ReplayClock
-from benchmarks.measure import Judge, Row, by_rows, errors_of, interleave, measure, ratio, step
-from benchmarks.peers import PEERS, Peer, dpo_from_log_probs, first_line, peers_of
-from dpo_kernels import plan
+from benchmarks.judge import PROMISED, Judge, by_rows, errors_of
+from benchmarks.measure import Row, interleave, measure, ratio, step
+from benchmarks.peak_memory import Held
+from benchmarks.peers import PEERS, Peer, dpo_from_log_probs, first_line, make_floor, peers_of
+from dpo_kernels import plan, reference
 
-TINY = Case("tiny", "hidden", "full", 24, 16, 97, "float32", masked=0.25, sequences=4, memory=False)
+ROOT = Path(__file__).parents[1]
+TINY = Case("tiny", "hidden", "full", 24, 16, 97, "float32", masked=0.25, sequences=4, weighed=())
+TINY_DPO = replace(TINY, level="dpo", tokens=64, hidden_size=32, dtype="bfloat16")
 PLAIN = next(peer for peer in PEERS if peer.name == "plain PyTorch")
+OURS = PEERS[0]
 
 
 def measured(case, *peers):
@@ -67,15 +77,216 @@ def test_what_is_only_partly_wrong_is_wrong(adapter):
     assert measured(TINY, Peer("partly", {"hidden": adapter}))["partly"].status == "wrong"
 
 
-def test_a_peer_that_raises_or_is_not_installed_has_its_reason():
+def log_ratio_only(inputs):
+    """The policy is its own reference."""
+    return PLAIN.adapters["dpo"](replace(inputs, ref_hidden=inputs.hidden.detach(), ref_weight=inputs.weight.detach()))
+
+
+def no_reference(inputs):
+    log_probs = PLAIN.adapters["hidden"](inputs)
+    return reference.dpo_loss(torch.zeros_like(log_probs), log_probs, inputs.labels != IGNORE, 0.1)[0]
+
+
+def reference_with_the_policys_head(inputs):
+    return PLAIN.adapters["dpo"](replace(inputs, ref_weight=inputs.weight.detach()))
+
+
+def log_two(inputs):
+    return math.log(2) + 0 * (inputs.hidden.sum() + inputs.weight.sum())
+
+
+@pytest.mark.parametrize("adapter", [log_ratio_only, no_reference, reference_with_the_policys_head, log_two])
+@pytest.mark.parametrize("masked", [0.25, 0.875])
+def test_a_dpo_loss_without_the_reference_is_wrong(adapter, masked):
+    case = replace(TINY_DPO, masked=masked)
+    rows = measured(case, Peer("cheat", {"dpo": adapter}), PLAIN)
+    assert rows["cheat"].status == "wrong"
+    assert "error of loss" in rows["cheat"].reason, "gradients are wrong too, but the loss alone must show it"
+    assert rows["plain PyTorch"].status == "timed"
+
+
+@pytest.mark.parametrize("level", ["logits", "hidden", "dpo"])
+def test_a_result_that_is_right_once_is_not_timed(level):
+    right = PLAIN.adapters[level]
+    kept = []
+
+    def remembers(inputs):
+        kept.append(right(inputs))
+        if len(kept) == 1:
+            return kept[0]
+        leaf = inputs.hidden if inputs.logits is None else inputs.logits
+        return kept[0].detach() + 0 * (leaf.sum() + inputs.weight.sum())
+
+    def noise_later(inputs):
+        log_probs = right(inputs)
+        kept.append(log_probs)
+        return log_probs if len(kept) == 1 else log_probs * torch.rand_like(log_probs)
+
+    for adapter in (remembers, noise_later):
+        kept.clear()
+        row = measured(replace(TINY, level=level), Peer("once", {level: adapter}))["once"]
+        assert len(kept) > 2, "it was right, and it was timed"
+        assert row.status == "wrong"
+        assert row.reason.startswith("after it was timed")
+        assert row.seconds is row.to_floor is None
+        assert not row.samples
+
+
+@pytest.mark.parametrize("level", ["logits", "hidden", "dpo"])
+def test_the_answer_to_changed_inputs_is_known(level):
+    case = replace(TINY, level=level)
+    inputs = make_inputs(case)
+    judge = Judge.of(case, inputs).changed(case)
+    inputs.change()
+    again = by_rows(case, inputs, torch.float64).outcome
+    assert max(errors_of(again, judge.exact, judge.counts).values()) < 1e-13
+
+
+def test_a_peer_that_changes_its_inputs_is_wrong_and_harms_nobody():
+    def overwrites(inputs):
+        log_probs = PLAIN.adapters["hidden"](inputs)
+        inputs.hidden.data.zero_()
+        return log_probs
+
+    rows = measured(TINY, Peer("overwrites", {"hidden": overwrites}), PLAIN)
+    assert rows["overwrites"].status == "wrong"
+    assert rows["overwrites"].reason == "it changes its inputs"
+    assert rows["plain PyTorch"].status == "timed"
+
+
+def test_ours_is_held_to_what_it_promises():
+    case = replace(TINY, dtype="bfloat16")
+    off = lambda inputs: OURS.adapters["hidden"](inputs) + 2 * PROMISED[torch.bfloat16]  # noqa: E731
+    rows = measured(case, Peer("dpo_kernels off", {"hidden": off}), Peer("a peer", {"hidden": off}))
+    assert rows["dpo_kernels off"].status == "wrong"
+    assert rows["a peer"].status == "timed"
+
+
+def test_what_fails_is_no_loss_to_the_others(monkeypatch):
     def broken(inputs):
         raise RuntimeError("no driver in /some/folder/of/mine/driver.so\nmore")
 
+    calls = []
+
+    def fails_later(inputs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise MemoryError("full")
+        return PLAIN.adapters["hidden"](inputs)
+
+    monkeypatch.setattr("benchmarks.measure.make_floor", lambda case, inputs: broken(inputs))
     absent = Peer("absent", {"hidden": broken}, modules=("no_such_package.kernels",))
-    rows = measured(TINY, Peer("broken", {"hidden": broken}), absent)
-    assert rows["broken"].status == rows["absent"].status == "unavailable"
-    assert rows["broken"].reason == "RuntimeError: no driver in driver.so"
-    assert rows["absent"].reason == "not installed"
+    gpu = Peer("gpu", {"hidden": broken}, needs_cuda=True)
+    later = Peer("later", {"hidden": fails_later})
+    rows = measured(TINY, Peer("broken", {"hidden": broken}), absent, gpu, later, PLAIN)
+    reasons = {name: (row.status, row.reason) for name, row in rows.items()}
+    assert reasons == {
+        "bare GEMMs": ("failed", "RuntimeError: no driver in driver.so"),
+        "broken": ("failed", "RuntimeError: no driver in driver.so"),
+        "absent": ("unavailable", "not installed"),
+        "gpu": ("unavailable", "needs a GPU (its kernels are Triton's or CuTe's)"),
+        "later": ("failed", "while it was timed: MemoryError: full"),
+        "plain PyTorch": ("timed", ""),
+    }
+    assert rows["plain PyTorch"].to_floor is None
+
+
+def test_memory_is_weighed_or_a_reason_given():
+    case = replace(TINY, vocab_size=20_000, weighed=None, memory_budget=64 * MIB)
+    rows = measured(case, OURS, Peer("unknown", PLAIN.adapters))
+    ours = rows["dpo_kernels"]
+    assert 20_000 * 16 * 4 < ours.returned_bytes < min(ours.first_bytes, ours.bytes)
+    assert rows["unknown"].bytes is None
+    assert rows["unknown"].bytes_reason.startswith("LookupError: unknown is none of PEERS")
+    assert measured(TINY, PLAIN)["plain PyTorch"].bytes_reason == "not weighed in this case"
+
+
+def test_more_than_the_budget_is_wrong(monkeypatch):
+    held = [Held(65 * MIB, MIB // 2), Held(10 * MIB, MIB // 2)]
+    monkeypatch.setattr("benchmarks.measure.peak_bytes", lambda *arguments: (held, ""))
+    ours = measured(replace(TINY, weighed=None, memory_budget=64 * MIB), OURS)["dpo_kernels"]
+    assert ours.status == "wrong"
+    assert ours.reason == "its first step holds 64.5 MiB, its budget is 64.0 MiB"
+
+
+def test_a_shape_that_is_too_large_is_weighed_alone():
+    (row,) = measure(replace(TINY, weighed=None, timed=False, peers=("dpo_kernels",)))
+    assert row.status == "weighed"
+    assert row.seconds is row.bytes is None
+    assert row.first_bytes > 0
+    assert row.predicted_bytes > 0
+
+
+def test_the_floor_multiplies_in_blocks(monkeypatch):
+    monkeypatch.setattr("benchmarks.peers.FLOOR_ROWS", 5)
+    inputs = make_inputs(TINY)
+    multiply = make_floor(TINY, inputs)
+    multiply()
+    cells = dict(zip(multiply.__code__.co_freevars, multiply.__closure__, strict=True))
+    hidden, weight = inputs.hidden.detach().flatten(0, 1)[: TINY.counted_tokens], inputs.weight.detach()
+    z = hidden @ weight.T
+    torch.testing.assert_close(cells["grad_hidden"].cell_contents, z @ weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cells["grad_weight"].cell_contents, z.T @ hidden, rtol=1e-4, atol=1e-3)
+
+
+PLANTED = """
+import torch
+from dataclasses import replace
+from benchmarks import cases, peers
+from benchmarks.cases import Case
+
+def noise(inputs):
+    return torch.randn(inputs.labels.shape) * (1 + 0 * (inputs.hidden.sum() + inputs.weight.sum()))
+
+def crash(inputs):
+    raise TypeError("an argument too many")
+
+cases.SMALL[:] = [Case("tiny", "hidden", "full", 24, 16, 97, "float32", sequences=4, weighed=())]
+known = [p for p in peers.PEERS if p.name in ("dpo_kernels", "plain PyTorch")]
+peers.PEERS = (*known, *(
+    peers.Peer(f"{whose} {what.__name__}", {"hidden": what})
+    for whose in ("dpo_kernels", "a peer's") for what in (noise, crash)
+))
+"""
+
+
+def test_planted_results_from_pytest_to_the_report(tmp_path):
+    """Noise and a crash, as ours and as a peer's: what pytest, its summary and the report make of them."""
+    (tmp_path / "planted.py").write_text(PLANTED)
+    written = tmp_path / "results.json"
+    path = os.pathsep.join([str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/test_cases.py", "-p", "planted", "-rA", "--color=no",
+         "--benchmark-json", str(written)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    for outcome, peer in (
+        ("PASSED", "bare GEMMs"), ("PASSED", "dpo_kernels"), ("PASSED", "plain PyTorch"), ("XFAIL", "a peer's noise"),
+        ("FAILED", "dpo_kernels noise"), ("FAILED", "dpo_kernels crash"),
+    ):  # fmt: skip
+        assert f"{outcome} benchmarks/test_cases.py::test_case[tiny/{peer}]" in run.stdout, run.stdout
+    for line in (
+        "1 skipped", "a peer's crash is failed: TypeError: an argument too many",
+        "plain PyTorch: right and timed in 1 of 1 cases", "a peer's noise: wrong: error of log_probs",
+        "dpo_kernels crash: failed: TypeError: an argument too many",
+    ):  # fmt: skip
+        assert line in run.stdout, run.stdout
+    report.main([str(written), "--out", str(tmp_path)])
+    (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
+    assert "| a peer's noise |  |  |  |  |  |  |  |" in text, "no number of a wrong result"
+    assert "**WRONG, not timed**: error of log_probs" in text
+    assert "- a peer's crash: failed: TypeError: an argument too many (1 cases)" in text
+
+
+def test_only_the_peers_asked_for_are_measured(tmp_path):
+    written = tmp_path / "results.json"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "-k", "logits-forward-bf16 and plain", "--benchmark-json",
+         str(written)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    rows = results.load(written).rows
+    assert [row.peer for row in rows] == ["bare copy", "dpo_kernels", "dpo_kernels torch", "plain PyTorch"]
 
 
 @pytest.mark.parametrize(
@@ -84,21 +295,24 @@ def test_a_peer_that_raises_or_is_not_installed_has_its_reason():
     + [("hidden", "frozen"), ("dpo", "frozen")],  # logits have no weight to freeze
 )
 def test_ours_and_plain_pytorch_are_right_at_every_level(level, mode):
-    ours = next(peer for peer in PEERS if peer.name == "dpo_kernels torch")
-    rows = measured(replace(TINY, level=level, mode=mode), ours, PLAIN)
+    rows = measured(replace(TINY, level=level, mode=mode), OURS, PLAIN)
     assert [row.status for row in rows.values()] == ["floor", "timed", "timed"], rows
-    assert rows[ours.name].to_ours == 1.0
-    assert rows[ours.name].to_floor > 0
+    ours = rows["dpo_kernels"]
+    assert ours.to_ours == 1.0
+    assert ours.to_floor > 0
+    assert ours.marks[0].startswith("impl ")
     if level == "hidden":
-        assert rows[ours.name].predicted_bytes > 0
+        assert ours.predicted_bytes > 0
+    if level != "logits":
+        assert ours.gemms == rows["bare GEMMs"].gemms, "nothing is recomputed at this size"
 
 
 def test_the_exact_answer_does_not_depend_on_its_blocks(monkeypatch):
     inputs = make_inputs(TINY)
-    whole = by_rows(TINY, inputs, torch.float64)
+    whole = by_rows(TINY, inputs, torch.float64).outcome
     monkeypatch.setattr("benchmarks.cases.BLOCK_NUMBERS", 5 * TINY.vocab_size)
     counts = inputs.labels != IGNORE
-    assert max(errors_of(by_rows(TINY, inputs, torch.float64), whole, counts).values()) < 1e-14
+    assert max(errors_of(by_rows(TINY, inputs, torch.float64).outcome, whole, counts).values()) < 1e-14
     plain = {"log_probs": PLAIN.adapters["hidden"](inputs).detach()} | {"hidden": whole["hidden"][:1]}
     errors = errors_of(plain, whole, counts)
     assert errors["log_probs"] < 1e-4
@@ -107,9 +321,11 @@ def test_the_exact_answer_does_not_depend_on_its_blocks(monkeypatch):
 
 def test_tolerances_are_those_of_plain_pytorch():
     judge = Judge.of(TINY, make_inputs(TINY))
-    errors, reason = judge.verdict(step(PLAIN.adapters["hidden"], TINY, make_inputs(TINY)))
+    errors, reason = judge.verdict(step(PLAIN.adapters["hidden"], TINY, make_inputs(TINY)), ours=False)
     assert reason == ""
     assert all(0 < judge.allowed[name] < 1e-4 for name in errors)
+    assert judge.allowed_ours["log_probs"] == 1e-5
+    assert all(judge.allowed_ours[name] < judge.allowed[name] for name in ("hidden", "weight"))
 
 
 @pytest.mark.parametrize("case", [c for size in SIZES.values() for c in size], ids=lambda c: c.name)
@@ -120,10 +336,11 @@ def test_every_row_is_well_formed(case):
     assert case.curve in (None, "tokens", "vocabulary", "budget")
     assert case.torch_dtype.is_floating_point
     assert case.sequences % 2 == 0
+    assert case.sequences >= 4, "pairs that change places"
     assert case.tokens % case.sequences == 0
     assert 0 < case.counted_tokens <= case.tokens
     names = {peer.name for peer in PEERS}
-    assert set(case.peers) | set(case.without) <= names
+    assert {*case.peers, *case.without, *(case.weighed or ())} <= names
     assert peers_of(case)
     if case.level == "hidden":  # the budget is one that a plan exists for
         device = "cuda" if case in REAL else "cpu"
@@ -172,11 +389,13 @@ def test_rounds_are_interleaved_and_slow_ones_sit_out(monkeypatch):
 
         return go
 
-    rounds = interleave({"a": run("a", 0.1), "slow": run("slow", 10.0), "b": run("b", 0.2)}, 3.0, torch.device("cpu"))
+    runs = {"a": run("a", 0.1), "slow": run("slow", 20.0), "b": run("b", 0.2)}
+    rounds, failures = interleave(runs, 3.0, torch.device("cpu"))
+    assert not failures
     assert order[:3] == ["a", "slow", "b"]
     assert order.count("slow") == 1
     assert [set(times) for times in rounds[1:3]] == [{"a", "b"}] * 2
-    assert order.count("a") > order.count("b") >= 3
+    assert order.count("a") == order.count("b") == 5, "all play the same rounds"
     assert ratio(rounds, "b", "a") == pytest.approx(2.0)
     assert ratio(rounds, "a", "absent") is None
 
@@ -197,22 +416,23 @@ def synthetic(ours=0.2, date="2030-01-02"):
     head = replace(TINY, name="head", tokens=24)
     budget = [replace(TINY, name=f"budget-{m}", curve="budget", memory_budget=m * MIB) for m in (8, 16)]
     tokens = [replace(TINY, name=f"tokens-{n}", curve="tokens", tokens=n) for n in (24, 48, 96)]
+    held = [case.memory_budget or 9 * MIB for case in budget + tokens]
     rows = [Row(asdict(head), "bare GEMMs", "floor", seconds=0.1, rounds=3, to_floor=1.0, to_ours=0.1 / ours)]
     errors = {"log_probs": 1e-6, "hidden": 1e-3, "weight": 2e-3}
     rows += [
-        Row(asdict(head), "dpo_kernels torch", "timed", seconds=ours, rounds=3, to_floor=ours / 0.1, to_ours=1.0,
-            bytes=30 * MIB, mode="keep", gemms=3.0, errors=errors),
+        Row(asdict(head), "dpo_kernels", "timed", seconds=ours, rounds=5, to_floor=ours / 0.1, to_ours=1.0,
+            quartiles=[0.95 * ours, 1.05 * ours], bytes=30 * MIB, mode="keep", gemms=3.0, errors=errors),
         Row(asdict(head), "plain PyTorch", "timed", seconds=0.4, rounds=1, to_floor=4.0, to_ours=0.4 / ours,
             bytes_reason="too slow to run again", errors=errors, marks=["computes masked rows too"]),
         Row(asdict(head), "noise", "wrong", reason="error of log_probs 3.0e+00, allowed 1.0e-05"),
         Row(asdict(head), "absent", "unavailable", reason="not installed"),
     ]  # fmt: skip
     rows += [
-        Row(asdict(case), "dpo_kernels torch", "timed", seconds=ours, rounds=3, to_floor=2.0, to_ours=1.0, mode=mode,
-            gemms=gemms, bytes=(case.memory_budget or 9 * MIB) - 2 * MIB, returned_bytes=MIB,
-            predicted_bytes=(case.memory_budget or 9 * MIB) - MIB, library_bytes=2 * MIB)
-        for case, mode, gemms in zip(
-            [*budget, *tokens], ["recompute", "keep"] * 2 + ["keep"], [4.0, 3.0, 3.0, 3.0, 3.0], strict=True
+        Row(asdict(case), "dpo_kernels", "timed", seconds=ours, rounds=3, to_floor=2.0, to_ours=1.0, mode=mode,
+            gemms=gemms, first_bytes=peak, bytes=peak - 2 * MIB, returned_bytes=MIB, predicted_bytes=peak - MIB,
+            library_bytes=2 * MIB)
+        for case, peak, mode, gemms in zip(
+            budget + tokens, held, ["recompute", "keep"] * 2 + ["keep"], [4.0, 3.0, 3.0, 3.0, 3.0], strict=True
         )
     ]  # fmt: skip
     return results.Results(date, "small", "A CPU, 2 cores", "2 threads", {"torch": "2.13.0"}, "abc1234", rows)
@@ -225,10 +445,11 @@ def test_a_report_has_everything_and_its_pictures(tmp_path):
     name = "a-cpu-2-cores-2030-01-02"
     text = (tmp_path / "out" / f"{name}.md").read_text()
     for part in (
-        "# Benchmarks: A CPU, 2 cores, 2030-01-02", "torch 2.13.0", "abc1234", "**dpo_kernels torch**", "200 ms",
+        "# Benchmarks: A CPU, 2 cores, 2030-01-02", "torch 2.13.0", "abc1234", "**dpo_kernels**", "200 ms",
+        "190 ms to 210 ms | 5 |", "| 2.00 | 1.00 | 0 | 30 MiB |",
         "30 MiB", "keep, 3 GEMMs", "1.0e-06", "2.0e-03", "**WRONG, not timed**", "noise: wrong: error of log_probs",
-        "absent: unavailable: not installed (1 cases)", "1 round", "computes masked rows too",
-        "| 8 MiB | dpo_kernels torch | recompute | 4.00 | 2.00 | 7.0 MiB | 5.0 MiB | -29% | 5.0 MiB | +0% |",
+        "absent: unavailable: not installed (1 cases)", "computes masked rows too",
+        "| budget-8 | 8 MiB | recompute | 4.00 | 2.00 | 7.0 MiB | 7.0 MiB | +0% | 5.0 MiB | 5.0 MiB | +0% |",
     ):  # fmt: skip
         assert part in text, part
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
@@ -241,15 +462,22 @@ def test_a_report_has_everything_and_its_pictures(tmp_path):
 
 def test_two_files_are_compared(tmp_path):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
-    results.save(synthetic(), before)
-    results.save(synthetic(ours=0.1, date="2030-01-03"), after)
+    first, second = synthetic(), synthetic(ours=0.1, date="2030-01-03")
+    first.rows[0].peer, second.rows[-1].peer = "bare copy", "dpo_kernels new"
+    results.save(first, before)
+    results.save(second, after)
     report.main([str(before), str(after), "--out", str(tmp_path)])
     text = (tmp_path / "a-cpu-2-cores-2030-01-03-compared.md").read_text()
-    line = next(line for line in text.splitlines() if "head" in line and "dpo_kernels torch" in line)
-    for part in ("200 ms", "100 ms", "2.00", "1.00", "-50%", "30 MiB"):
+    line = next(line for line in text.splitlines() if "| head | **dpo_kernels** |" in line)
+    for part in ("200 ms", "100 ms", "2.00", "1.00", "-50% |", "30 MiB", "1.0e-06; 2.0e-03"):
         assert part in line, line
-    assert "noise" in text
+    lines = text.splitlines()
+    assert any("bare copy" in line and "only before" in line for line in lines)
+    assert any("dpo_kernels new" in line and "only after" in line for line in lines)
+    assert any("| noise |" in line and "before: wrong; after: wrong" in line for line in lines)
     assert "absent" not in text
+    slightly = report.comparison(synthetic(), synthetic(ours=0.205))
+    assert "+2% (noise)" in slightly
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -263,4 +491,4 @@ def test_peers_above_log_probs_share_one_loss():
     case = replace(TINY, level="dpo")
     inputs = make_inputs(case)
     built = dpo_from_log_probs(PLAIN.adapters["hidden"])(inputs)
-    assert abs(built.item() - by_rows(case, inputs, torch.float64)["loss"].item()) < 1e-5
+    assert abs(built.item() - by_rows(case, inputs, torch.float64).outcome["loss"].item()) < 1e-5
