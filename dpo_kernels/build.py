@@ -62,7 +62,9 @@ def library() -> Path:
             if not target.exists():  # nobody built it while we waited
                 _build(target, ninja)
     except OSError as error:
-        raise BuildError(f"cannot write to {target.parent} ({error}): set DPO_KERNELS_CACHE to another folder") from error
+        raise BuildError(
+            f"cannot write to {target.parent} ({error}): set DPO_KERNELS_CACHE to another folder"
+        ) from error
     return target
 
 
@@ -123,7 +125,9 @@ def _compiler() -> tuple[str, str]:
     if command is None:
         raise BuildError("no C++ compiler found: install one (apt install g++), or set CXX")
     try:
-        version = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True).stdout
+        version = subprocess.run(
+            [*shlex.split(command), "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"the C++ compiler {command!r} does not run ({error}): install one, or set CXX") from error
     return command, version.splitlines()[0]

@@ -229,7 +229,9 @@ class _Shape:
     def rows(self) -> int:  # vectors of one number a token: index, label, maximum, sums, gradients
         found = 4 * self.labels  # which labels count
         return (
-            found + self.tokens * (3 * 8 + (20 if self.facts.fused else 12) * self.wide) + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
+            found
+            + self.tokens * (3 * 8 + (20 if self.facts.fused else 12) * self.wide)
+            + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
         )
 
     def tile(self, n: int, v: int) -> int:
@@ -259,7 +261,9 @@ class _Shape:
         return max((one(sweep) for sweep in sweeps), default=0)
 
     def kept_row(self, v: int) -> int:
-        return self.vocab_size * self.compute.itemsize + -(-self.vocab_size // (self.facts.base_columns or v)) * self.wide
+        return (
+            self.vocab_size * self.compute.itemsize + -(-self.vocab_size // (self.facts.base_columns or v)) * self.wide
+        )
 
     def sweep_choices(self) -> list[tuple[Sweep, ...]]:
         """The ways to order the backward loops, fewest GEMMs first."""
@@ -339,8 +343,8 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
     return Plan(
-        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, sweeps, gemms, budget,
-        MappingProxyType(memory),
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, sweeps, gemms,
+        budget, MappingProxyType(memory),
     )  # fmt: skip
 
 

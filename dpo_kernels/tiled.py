@@ -196,9 +196,8 @@ def _sweep(
         totals.append(weight)
     for rows, columns in _tiles(plan, vocab_outside):
         tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
-        dz = folds.dz(
-            grads.block(rows), tile, saved.kept_tile(plan, rows, columns), sweep, None if bias is None else bias[columns]
-        )  # fmt: skip
+        kept = saved.kept_tile(plan, rows, columns)
+        dz = folds.dz(grads.block(rows), tile, kept, sweep, None if bias is None else bias[columns])
         if sweep.hidden and hidden is not None:
             hidden.add(rows, dz.by_token, tile.weight)
         if sweep.weight and weight is not None:

@@ -1,4 +1,4 @@
-"""The implementation for CPUs: the tiled driver with the C++ kernels of csrc/, which fold logits while they are in cache.
+"""The implementation for CPUs: the tiled driver with the C++ kernels of csrc/, which fold logits in cache.
 
 Built just in time at the first call (see `dpo_kernels.build`). Products run in bfloat16 where the CPU has them, and in
 float32 for float32 and float16.
@@ -7,6 +7,7 @@ float32 for float32 and float16.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def logits_backward(
         torch_impl.logits_backward(logits, transform, index, grads, out)
         return
     _ops().logits_backward(
-        flat, index, grads.labels, *_options(transform), grads.grad_log_probs.contiguous(), grads.log_probs.contiguous(),
-        grads.max.contiguous(), grads.log_sum.contiguous(), to,
+        flat, index, grads.labels, *_options(transform), grads.grad_log_probs.contiguous(), grads.log_probs, grads.max,
+        grads.log_sum, to,
     )  # fmt: skip
 
 
@@ -212,14 +213,9 @@ def _loaded() -> bool:
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 dot products and oneDNN may use them (avx512_bf16 or amx)."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _dot_products()
-
-
-def _dot_products() -> bool:
+    """Whether the CPU has bfloat16 dot products and oneDNN may use them."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            flags = next((line for line in file if line.startswith("flags")), "")
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return "avx512_bf16" in flags
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and " avx512_bf16" in flags
