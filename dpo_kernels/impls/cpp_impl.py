@@ -218,4 +218,4 @@ def _multiplies_bfloat16() -> bool:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and " avx512_bf16" in flags
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and " avx512_bf16" in flags
