@@ -15,7 +15,10 @@
 namespace dpo_kernels {
 
 constexpr int64_t kBlock = 64;       // rows and columns of a block of logits: 16 KiB in float32, half of an L1
-constexpr int64_t kDepth = 1024;     // terms of a product at a time: both operands of a block stay in the L2
+// Terms of a product at a time: both operands of a block stay in the L2. In float32 fewer, each summed on its own: a long
+// sum that holds a large term, such as the label's, would round every small one that follows.
+template <typename T>
+constexpr int64_t kDepth = std::is_same_v<T, float> ? 256 : 1024;
 constexpr int64_t kThreads = 64;     // more do not run: what each holds is counted in the memory budget
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -105,15 +108,21 @@ void multiply(
   });
   const int64_t parts = std::clamp<int64_t>(ceil_div(threads(), row_blocks), 1, strips);
   run_tasks(row_blocks * parts, !std::is_same_v<T, float>, [&](int64_t first, int64_t last) {
-    alignas(64) float sums[kBlock * kBlock];
+    constexpr bool apart = std::is_same_v<T, float>;
+    alignas(64) float sums[kBlock * kBlock], part_sums[apart ? kBlock * kBlock : 1];
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / parts * kBlock, rows = std::min(kBlock, m - row), part = task % parts;
       for (int64_t strip = strips * part / parts; strip < strips * (part + 1) / parts; ++strip) {
         const int64_t column = strip * kBlock, columns = std::min(kBlock, n - column);
-        for (int64_t i = 0; i < k; i += kDepth)
+        for (int64_t i = 0; i < k; i += kDepth<T>) {
+          float* to = apart && i > 0 ? part_sums : sums;
           block_product(
-              rows, columns, std::min(kDepth, k - i), a + row * lda + i, lda, room + strip * strip_size + i * columns,
-              columns, sums, kBlock, i > 0);
+              rows, columns, std::min(kDepth<T>, k - i), a + row * lda + i, lda,
+              room + strip * strip_size + i * columns, columns, to, kBlock, !apart && i > 0);
+          if (apart && i > 0)
+            for (int64_t r = 0; r < rows; ++r)
+              for (int64_t c = 0; c < columns; ++c) sums[r * kBlock + c] += part_sums[r * kBlock + c];
+        }
         for (int64_t r = 0; r < rows; ++r) {
           Out* to = out + (row + r) * ldo + column;
           if constexpr (std::is_same_v<Out, float>) {

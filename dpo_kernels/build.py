@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 INSTALLED, CHECKOUT = Path(__file__).with_name("csrc"), Path(__file__).parents[1] / "csrc"
 # The instructions for which ATen's Vectorized has a build, by the name that torch gives what a CPU can do.
@@ -91,6 +90,8 @@ def cached_library() -> Path:
 
 
 def compile_flags() -> list[str]:
+    from torch.utils import cpp_extension  # brings setuptools
+
     capability = _capability()
     defines = f"-DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability} -D_GLIBCXX_USE_CXX11_ABI=1"
     includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
@@ -178,6 +179,8 @@ def _build(target: Path, ninja: str) -> None:
 def _ninja_file(name: str) -> str:
     def escape(text: object) -> str:
         return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    from torch.utils import cpp_extension
 
     sources = _sources("*.cpp")
     libraries = " ".join(
