@@ -216,6 +216,10 @@ class _Shape:
         return self.dtype == accumulate_dtype(self.dtype)
 
     @property
+    def gathers(self) -> bool:  # some labels are ignored: rows of the hidden states are gathered, and scattered
+        return self.labels > self.tokens
+
+    @property
     def operand(self) -> int:  # bytes of a converted operand, 0 where the input itself is one
         if self.converts:
             return self.wide if self.dtype == self.compute else self.wide + self.compute.itemsize
@@ -268,7 +272,7 @@ class _Shape:
         a tile of all tokens is one product, which is its own sum."""
 
         def one(sweep: Sweep) -> int:
-            rows = n if sweep.outer == "tokens" or self.in_place else self.tokens
+            rows = 0 if self.in_place and not self.gathers else n if sweep.outer == "tokens" else self.tokens
             own_sum = self.in_place or (once and self.facts.rounds and self.tokens <= n)
             columns = 0 if own_sum else v if sweep.outer == "vocab" else self.vocab_size
             return self.wide * self.hidden_size * (rows * sweep.hidden + columns * sweep.weight)
@@ -341,8 +345,8 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
     n, v = tile
     left = budget - sum(memory.values())
     at_hand = s.tokens * s.hidden_size * s.product
-    hold = s.operand > 0 and at_hand <= left // 4
-    memory["hidden states, converted once"] = at_hand * hold
+    hold = (s.operand > 0 or s.gathers) and at_hand <= left // 4
+    memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
     kept = 0
     if sweeps and not s.entropy:

@@ -300,7 +300,7 @@ class _Gradient:
         out = make(like.shape, dtype=like.dtype, device=like.device)
         self.out = out.view(-1, like.shape[-1])
         self.index, self.wide, self.folds = index, wide, folds
-        self.direct = like.dtype == wide.dtype  # the gradient is its own accumulator
+        self.direct = like.dtype == wide.dtype and index is None  # the gradient is its own accumulator
         self.total = wide
         self.spans: list[slice] = []  # the rows that `total` holds
 
@@ -322,13 +322,8 @@ class _Gradient:
         assert self.folds is not None
         again = rows.start in self.begun
         self.begun.add(rows.start)
-        if self.once or (self.direct and self.index is None):
+        if self.once or self.direct:
             self.folds.multiply(self.out[rows], a, b, add=again)
-        elif self.direct and self.index is not None:
-            at = self.index[rows]  # distinct rows: gather, add, scatter is exact and deterministic
-            total = self.out.index_select(0, at)
-            self.folds.multiply(total, a, b, add=again)
-            self.out.index_copy_(0, at, total)
         elif self.whole:
             self.folds.multiply(self.total[rows], a, b, add=again)
         else:
