@@ -85,6 +85,19 @@ def _masked(rows: slice) -> dict[str, Tensor]:
     return inputs
 
 
+def _nan_where_masked() -> dict[str, Tensor]:
+    inputs = make_inputs(4, 5)
+    inputs["_input"][inputs["target"] == -100] = float("nan")
+    return inputs
+
+
+def _wide_margin() -> dict[str, Tensor]:
+    inputs = make_inputs(4, 5)
+    labels = inputs["target"][:2].clamp(min=0)
+    inputs["_input"][:2] = -20 * inputs["lin_weight"][labels]  # rules the chosen answers out
+    return inputs
+
+
 def failing_cases() -> dict[str, Case]:
     """Inputs that mean something, on which Liger 0.8.5 raises, gives NaN or a number of something else."""
     torch.manual_seed(0)
@@ -95,6 +108,8 @@ def failing_cases() -> dict[str, Case]:
         "an all-masked chosen half, compute_nll_loss": (plain | {"compute_nll_loss": True}, _masked(slice(0, 2))),
         "everything masked, compute_nll_loss": (plain | {"compute_nll_loss": True}, _masked(slice(None))),
         "an odd batch": (plain, make_inputs(3, 5)),
+        "NaN in a masked token": (plain, _nan_where_masked()),
+        "discopop, a margin of -hundreds": (plain | {"loss_type": "discopop", "beta": 1.0}, _wide_margin()),
         "label_smoothing with sigmoid": (plain | {"label_smoothing": 0.2}, make_inputs(4, 5)),
     }
 

@@ -1,0 +1,143 @@
+"""TRL's trainers as they are, and the same with `dpo_kernels.integrations.trl.enable()`, on one model and one file of pairs.
+
+    python -m benchmarks.trl_switch --model MODEL --data_path dpo.jsonl        a table on the screen
+
+Each run is a process of its own, from the same seed: 20 steps of DPOTrainer with loss curve, seconds a step and peak
+memory; one step each of KTOTrainer and GRPOTrainer with loss and gradient norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+TRAINERS = ("dpo", "kto", "grpo")
+SIDES = ("TRL", "enabled")
+
+
+def run(trainer: str, enabled: bool, model: str, data_path: str, steps: int, batch: int, length: int) -> dict[str, Any]:
+    """Trains; the log's losses and gradient norms, seconds of each step, peak resident MiB."""
+    from transformers import TrainerCallback
+
+    from dpo_kernels.integrations.trl import enable
+
+    class Clock(TrainerCallback):
+        seconds: list[float] = []  # noqa: RUF012  (of the one run of this process)
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    with tempfile.TemporaryDirectory() as folder, enable() if enabled else contextlib.nullcontext():
+        made = make_trainer(trainer, folder, model, data_path, steps, batch, length)
+        made.add_callback(Clock())
+        made.train()
+    logs = [entry for entry in made.state.log_history if "loss" in entry]
+    return {
+        "loss": [entry["loss"] for entry in logs], "grad_norm": [entry["grad_norm"] for entry in logs],
+        "seconds": Clock.seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }  # fmt: skip
+
+
+def make_trainer(trainer: str, folder: str, model: str, data_path: str, steps: int, batch: int, length: int) -> Any:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
+    common = {
+        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": 1e-4,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
+        "bf16": False, "gradient_checkpointing": False, "seed": 0,
+    }  # fmt: skip
+    pairs = [json.loads(line) for line in Path(data_path).read_text(encoding="utf-8").splitlines()]
+    pairs = [pair for pair in pairs if sum(len(m["content"]) for m in pair["chosen"]) < 4 * length][: 2 * steps * batch]
+    if trainer == "dpo":
+        config = trl.DPOConfig(**common, max_length=length)
+        return trl.DPOTrainer(
+            policy, reference, config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
+        )
+    if trainer == "kto":
+        rows = [
+            {"prompt": pair[side][:-1], "completion": pair[side][-1:], "label": side == "chosen"}
+            for pair in pairs
+            for side in ("chosen", "rejected")
+        ]
+        config = trl.KTOConfig(**common, max_length=length)
+        return trl.KTOTrainer(
+            policy, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+    rows = [{"prompt": pair["chosen"][:-1]} for pair in pairs]
+    config = trl.GRPOConfig(**common, num_generations=batch, max_completion_length=16, beta=0.04)
+    return trl.GRPOTrainer(
+        policy, _distinct_letters, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def _distinct_letters(completions: list[Any], **_: Any) -> list[float]:
+    return [float(len(set(c[0]["content"]))) for c in completions]
+
+
+def child(arguments: argparse.Namespace, trainer: str, side: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.trl_switch", *sys.argv[1:], "--one", trainer, "--side", side]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{trainer}, {side}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(trainer: str, runs: dict[str, dict[str, Any]]) -> None:
+    trl, ours = (runs[side] for side in SIDES)
+    print(f"\n{trainer.upper()}Trainer\n\n| step | loss, TRL | loss, enabled | grad norm, TRL | grad norm, enabled |")
+    print("|---|---|---|---|---|")
+    columns = (trl["loss"], ours["loss"], trl["grad_norm"], ours["grad_norm"])
+    for step, row in enumerate(zip(*columns, strict=True), 1):
+        print(f"| {step} | " + " | ".join(f"{float(x):.6g}" for x in row) + " |")
+    apart = max(abs(float(a) - float(b)) for a, b in zip(trl["loss"], ours["loss"], strict=True))
+    print(f"\nlargest difference of the loss {apart:.1e}")
+    for side in SIDES:
+        seconds = runs[side]["seconds"]
+        later = seconds[1:] or seconds
+        print(f"{side}: {statistics.median(later):.2f} s a step (median; {min(later):.2f} to {max(later):.2f}), "
+              f"peak {runs[side]['peak_mib']:,.0f} MiB resident")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.one:
+        random.seed(0)
+        steps = a.steps if a.one == "dpo" else 1
+        print(json.dumps(run(a.one, a.side == "enabled", a.model, a.data_path, steps, a.batch, a.length)))
+        return
+    for trainer in a.trainers:
+        report(trainer, {side: child(a, trainer, side) for side in SIDES})
+
+
+if __name__ == "__main__":
+    main()
