@@ -1,9 +1,9 @@
-"""TRL's trainers as they are, and the same with `dpo_kernels.integrations.trl.enable()`, on one model and one file of pairs.
+"""TRL's trainers as they are, and with `dpo_kernels.integrations.trl.enable()`, on one model and one file of pairs.
 
     python -m benchmarks.trl_switch --model MODEL --data_path dpo.jsonl        a table on the screen
 
 Each run is a process of its own, from the same seed: 20 steps of DPOTrainer with loss curve, seconds a step and peak
-memory; one step each of KTOTrainer and GRPOTrainer with loss and gradient norm.
+memory; one step each of KTOTrainer, GRPOTrainer and RLOOTrainer with loss and gradient norm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-TRAINERS = ("dpo", "kto", "grpo")
+TRAINERS = ("dpo", "kto", "grpo", "rloo")
 SIDES = ("TRL", "enabled")
 
 
@@ -34,14 +34,14 @@ def run(trainer: str, enabled: bool, model: str, data_path: str, steps: int, bat
 
     from dpo_kernels.integrations.trl import enable
 
-    class Clock(TrainerCallback):
-        seconds: list[float] = []  # noqa: RUF012  (of the one run of this process)
+    seconds: list[float] = []
 
+    class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
+            seconds.append(time.perf_counter() - self.began)
 
     with tempfile.TemporaryDirectory() as folder, enable() if enabled else contextlib.nullcontext():
         made = make_trainer(trainer, folder, model, data_path, steps, batch, length)
@@ -50,7 +50,7 @@ def run(trainer: str, enabled: bool, model: str, data_path: str, steps: int, bat
     logs = [entry for entry in made.state.log_history if "loss" in entry]
     return {
         "loss": [entry["loss"] for entry in logs], "grad_norm": [entry["grad_norm"] for entry in logs],
-        "seconds": Clock.seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }  # fmt: skip
 
 
@@ -85,10 +85,14 @@ def make_trainer(trainer: str, folder: str, model: str, data_path: str, steps: i
             policy, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         )
     rows = [{"prompt": pair["chosen"][:-1]} for pair in pairs]
-    config = trl.GRPOConfig(**common, num_generations=batch, max_completion_length=16, beta=0.04)
-    return trl.GRPOTrainer(
-        policy, _distinct_letters, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    config_class, trainer_class = {
+        "grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer),
+    }[trainer]  # fmt: skip
+    config = config_class(**common, num_generations=batch, max_completion_length=16, beta=0.04)
+    return trainer_class(
+        model=policy, reward_funcs=_distinct_letters, args=config, train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
 
 
 def _distinct_letters(completions: list[Any], **_: Any) -> list[float]:

@@ -39,9 +39,9 @@ def test_two_hundred_random_inputs_give_ligers_numbers():
 
 
 def test_only_the_loss_has_a_gradient():
-    loss, others = LigerFusedLinearDPOLoss()(**{
-        name: t.requires_grad_() if t.is_floating_point() else t for name, t in make_inputs(4, 5).items()
-    })
+    loss, others = LigerFusedLinearDPOLoss()(
+        **{name: t.requires_grad_() if t.is_floating_point() else t for name, t in make_inputs(4, 5).items()}
+    )
     assert loss.requires_grad
     assert not any(t.requires_grad for t in others)
     assert [t.shape for t in others] == [(2,), (2,), (), (), (), (2,), (2,)]

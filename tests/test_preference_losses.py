@@ -242,7 +242,9 @@ def test_what_a_loss_can_do_without_is_named_in_the_messages_only():
         assert set(names) <= set(LOSSES)
     for name in LOSSES:
         if name not in POSITIVE_BETA:
-            dpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), 0.0, loss_type=name, **NEEDED.get(name, {}))
+            dpo_loss(
+                torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), 0.0, loss_type=name, **NEEDED.get(name, {})
+            )
 
 
 def fused_inputs():
