@@ -184,6 +184,16 @@ def test_discopop_is_finite_where_trl_has_nan():
     assert dpo_loss(batch.ref, policy, batch.mask, 1.0, loss_type="discopop").loss.item() == pytest.approx(200.0)
 
 
+def test_alpha_divergence_works_in_float64_where_trl_does_not():
+    batch = make_batch(2)
+    with pytest.raises(KeyError, match=r"torch\.float64"):
+        trl_dpo(batch, {"f_divergence_type": "alpha_divergence"})
+    loss = dpo_loss(*batch[:3], f_divergence_type="alpha_divergence").loss
+    narrow = dpo_loss(*(t.float() for t in batch[:2]), batch.mask, f_divergence_type="alpha_divergence").loss
+    assert loss.dtype == torch.float64
+    assert_close(narrow, loss, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
