@@ -3,7 +3,7 @@
     python -m benchmarks.trl_switch --model MODEL --data_path dpo.jsonl        a table on the screen
 
 Each run is a process of its own, from the same seed: 20 steps of DPOTrainer with loss curve, seconds a step and peak
-memory; one step each of KTOTrainer, GRPOTrainer and RLOOTrainer with loss and gradient norm.
+memory; two steps each of KTOTrainer, GRPOTrainer and RLOOTrainer, from equal policy and reference.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
     a = parser.parse_args()
     if a.one:
         random.seed(0)
-        steps = a.steps if a.one == "dpo" else 1
+        steps = a.steps if a.one == "dpo" else 2
         print(json.dumps(run(a.one, a.side == "enabled", a.model, a.data_path, steps, a.batch, a.length)))
         return
     for trainer in a.trainers:

@@ -206,7 +206,7 @@ class DPOTrainer(Trainer):
             self.add_callback(callback)
         if args.precompute_ref_log_probs and self.ref_model is not None:
             self.train_dataset, self.eval_dataset = (
-                None if d is None else with_ref_log_probs(d, self._run_reference, fingerprint, self)
+                None if d is None else with_ref_log_probs(d, self._reference_log_probs, fingerprint, self)
                 for d in (self.train_dataset, self.eval_dataset)
             )
             self.ref_model = None
@@ -240,7 +240,8 @@ class DPOTrainer(Trainer):
         pairs = len(inputs["x_chosen"])
         mask = _both(inputs, "mask")
         output = self._forward(model, inputs, output_router_logits=self.router_aux_loss_coef > 0)
-        policy, ref = output["log_probs"], self._reference_log_probs(inputs)
+        policy, has_reference = output["log_probs"], self.ref_model is not None or "ref_chosen" in inputs
+        ref = self._reference_log_probs(inputs) if has_reference else None  # some losses can do without
         options = self.args.loss_options
         of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else None
         made = make_pairs(ref, policy, mask, options, output.get("log_sum_sq_probs"), of_the_step)
@@ -354,14 +355,10 @@ class DPOTrainer(Trainer):
             labels=_both(inputs, "y"), **options,
         )  # fmt: skip
 
-    def _reference_log_probs(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        """None where there is no reference, which some losses can do without."""
+    @torch.no_grad()
+    def _reference_log_probs(self, inputs: dict[str, Tensor]) -> Tensor:
         if "ref_chosen" in inputs:
             return _both(inputs, "ref")
-        return None if self.ref_model is None else self._run_reference(inputs)
-
-    @torch.no_grad()
-    def _run_reference(self, inputs: dict[str, Tensor]) -> Tensor:
         assert self.ref_model is not None
         with self.accelerator.autocast():
             return self._forward(self.ref_model, inputs)["log_probs"]
