@@ -28,7 +28,16 @@ TRAINERS = ("dpo", "kto", "grpo", "rloo")
 SIDES = ("TRL", "enabled")
 
 
-def run(trainer: str, enabled: bool, model: str, data_path: str, steps: int, batch: int, length: int) -> dict[str, Any]:
+def run(
+    trainer: str,
+    enabled: bool,
+    model: str,
+    data_path: str,
+    steps: int,
+    batch: int,
+    length: int,
+    memory_budget: int | None = None,
+) -> dict[str, Any]:
     """Trains; the log's losses and gradient norms, seconds of each step, peak resident MiB."""
     from transformers import TrainerCallback
 
@@ -43,7 +52,10 @@ def run(trainer: str, enabled: bool, model: str, data_path: str, steps: int, bat
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.began)
 
-    with tempfile.TemporaryDirectory() as folder, enable() if enabled else contextlib.nullcontext():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        enable(memory_budget=memory_budget) if enabled else contextlib.nullcontext(),
+    ):
         made = make_trainer(trainer, folder, model, data_path, steps, batch, length)
         made.add_callback(Clock())
         made.train()
@@ -130,6 +142,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--memory_budget", type=int, help="of enable(), in bytes")
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -137,7 +150,8 @@ def main() -> None:
     if a.one:
         random.seed(0)
         steps = a.steps if a.one == "dpo" else 2
-        print(json.dumps(run(a.one, a.side == "enabled", a.model, a.data_path, steps, a.batch, a.length)))
+        enabled = a.side == "enabled"
+        print(json.dumps(run(a.one, enabled, a.model, a.data_path, steps, a.batch, a.length, a.memory_budget)))
         return
     for trainer in a.trainers:
         report(trainer, {side: child(a, trainer, side) for side in SIDES})
