@@ -170,6 +170,41 @@ def test_as_a_context():
     assert utils._ChunkedLogProbFunction is OWN
 
 
+def test_disable_in_a_block_within_an_enabled_stretch_is_the_last_word():
+    enable()
+    with enable():
+        disable()
+        assert utils._ChunkedLogProbFunction is OWN
+    assert utils._ChunkedLogProbFunction is OWN
+    enable()
+    disable()
+    assert utils._ChunkedLogProbFunction is OWN
+
+
+def test_a_context_can_be_entered_again():
+    context = enable(impl="torch")
+    for _ in range(2):
+        with context:
+            assert utils._ChunkedLogProbFunction.impl == "torch"
+            with context:
+                pass
+            assert utils._ChunkedLogProbFunction.impl == "torch"
+        assert utils._ChunkedLogProbFunction is OWN
+    with enable() as other, context:
+        assert utils._ChunkedLogProbFunction.impl == "torch"
+        with other:
+            assert utils._ChunkedLogProbFunction.impl is None
+        assert utils._ChunkedLogProbFunction.impl == "torch"
+    assert utils._ChunkedLogProbFunction is OWN
+
+
+def test_what_replaced_a_context_outlives_it():
+    with enable():
+        enable(impl="torch")
+    assert utils._ChunkedLogProbFunction.impl == "torch"
+    disable()
+
+
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0", "1.160.0"])
 def test_an_unknown_version_is_an_error_and_nothing_is_patched(monkeypatch, version):
     monkeypatch.setattr(trl, "__version__", version)

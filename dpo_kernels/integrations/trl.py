@@ -12,6 +12,7 @@ which it looks up at each call. That name alone is replaced, and put back by `di
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from types import ModuleType
 from typing import Any
@@ -28,8 +29,6 @@ ARGUMENTS = (
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
     "outputs",
 )  # fmt: skip
-
-_own: Any = None  # TRL's function while ours stands in its place, else None
 
 
 class FusedLogProbs:
@@ -66,7 +65,7 @@ class FusedLogProbs:
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
         if not torch.is_autocast_enabled(hidden.device.type):
-            weight = weight.to(hidden.dtype)  # TRL computes in the hidden states' dtype (cast_lm_head_to_fp32)
+            weight = weight.to(hidden.dtype)  # TRL computes in the hidden states' dtype; a copy beyond the budget
             bias = None if bias is None else bias.to(hidden.dtype)
         return token_stats(
             hidden, weight, targets, bias, outputs=outputs, temperature=temperature, logit_scale=logit_scale,
@@ -75,26 +74,36 @@ class FusedLogProbs:
 
 
 class Enabled:
-    """What `enable` returns: leaving a `with` block puts back what was there before."""
+    """What `enable` returns: as often as it is entered its function stands in TRL, and leaving puts back what was there
+    before, unless `disable()` or another `enable()` has replaced it meanwhile."""
 
-    def __init__(self, utils: ModuleType, before: Any) -> None:
-        self._utils, self._before = utils, before
+    def __init__(self, utils: ModuleType, function: FusedLogProbs) -> None:
+        self._utils, self._function = utils, function
+        self._before: list[Any] = []  # what each `with` block that is open puts back
+        self._found = getattr(utils, NAME)  # by enable(), for the first block to put back
+        setattr(utils, NAME, function)
 
     def __enter__(self) -> Enabled:
+        current, found, self._found = getattr(self._utils, NAME), self._found, None
+        self._before.append(found if found is not None and current is self._function else current)
+        setattr(self._utils, NAME, self._function)
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _own
-        setattr(self._utils, NAME, self._before)
-        if self._before is _own:
-            _own = None
+        before = self._before.pop()
+        if getattr(self._utils, NAME) is self._function:
+            setattr(self._utils, NAME, before)
 
 
 def enable(*, memory_budget: int | None = None, impl: str | None = None) -> Enabled:
     """From now on TRL's trainers compute log-probs with this package. Again, with other options: the last ones count.
 
+    A head in another dtype than the hidden states is copied whole into theirs, as long as no autocast is on: V x D
+    numbers beyond memory_budget, held until backward (2.3 GiB in float32 at 151,936 x 4,096). It happens where TRL's
+    cast_lm_head_to_fp32 widens the hidden states and the head is narrow all the same.
+
     Args:
-        memory_budget: as in `hidden_to_log_probs`.
+        memory_budget: as in `hidden_to_log_probs`, beside that copy.
         impl: as in `hidden_to_log_probs`.
 
     Returns:
@@ -103,23 +112,21 @@ def enable(*, memory_budget: int | None = None, impl: str | None = None) -> Enab
     Raises:
         RuntimeError: this version of TRL is not known to work; nothing is replaced.
     """
-    global _own
     utils = _known_utils()
-    before = getattr(utils, NAME)
-    if _own is None:
-        _own = before
-    setattr(utils, NAME, FusedLogProbs(_own, memory_budget, impl))
-    return Enabled(utils, before)
+    return Enabled(utils, FusedLogProbs(_own(utils), memory_budget, impl))
 
 
 def disable() -> None:
     """TRL's own function is back; nothing happens where it never left."""
-    global _own
-    if _own is not None:
-        import trl.trainer.utils
+    utils = sys.modules.get("trl.trainer.utils")
+    if utils is not None and isinstance(getattr(utils, NAME, None), FusedLogProbs):
+        setattr(utils, NAME, _own(utils))
 
-        setattr(trl.trainer.utils, NAME, _own)
-        _own = None
+
+def _own(utils: ModuleType) -> Any:
+    """TRL's function, whether ours stands in its place or not."""
+    current = getattr(utils, NAME, None)
+    return current.own if isinstance(current, FusedLogProbs) else current
 
 
 def _known_utils() -> ModuleType:
@@ -134,8 +141,7 @@ def _known_utils() -> ModuleType:
         )
     import trl.trainer.utils as utils
 
-    function = getattr(utils, NAME, None) if _own is None else _own
-    forward = getattr(function, "forward", None)
+    forward = getattr(_own(utils), "forward", None)
     arguments = None if forward is None else tuple(inspect.signature(forward).parameters)[1:]  # the first is ctx
     if arguments != ARGUMENTS:
         raise RuntimeError(
