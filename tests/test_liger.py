@@ -10,6 +10,7 @@ from helpers import assert_close
 from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss as Liger
 
 from benchmarks.liger_outputs import (
+    BF16_BOUND,
     LOSS_TYPES,
     OUTPUTS,
     differences,
@@ -38,6 +39,20 @@ def test_two_hundred_random_inputs_give_ligers_numbers():
         assert error <= 1e-5, name
 
 
+def test_bfloat16_differs_from_liger_by_roundings_of_logits():
+    for name, error in differences(50, torch.bfloat16).items():
+        assert error <= BF16_BOUND, name
+
+
+def test_frozen_weights_give_ligers_gradient_of_the_hidden_states():
+    for seed in range(20):
+        case = random_case(seed)
+        ours, theirs = (outputs_and_gradients(c, case, wanted=("_input",)) for c in (LigerFusedLinearDPOLoss, Liger))
+        assert set(ours) == {*OUTPUTS, "d input"}
+        for name, value in theirs.items():
+            assert_close(ours[name], value, 1e-5 * max(1.0, value.abs().max().item()), name)
+
+
 def test_only_the_loss_has_a_gradient():
     loss, others = LigerFusedLinearDPOLoss()(
         **{name: t.requires_grad_() if t.is_floating_point() else t for name, t in make_inputs(4, 5).items()}
@@ -62,8 +77,9 @@ def test_numbers_where_liger_has_none(name):
         assert not (theirs["loss"] - ours["loss"]).abs() < 1e-4  # not a number, or another one
 
 
-def test_an_odd_batch_raises():
+def test_an_odd_batch_raises(monkeypatch):
     options, inputs = failing_cases()["an odd batch"]
+    monkeypatch.setattr(LigerFusedLinearDPOLoss, "_log_probs", None)  # found before any product
     with pytest.raises(ValueError, match="the batch has 3 sequences"):
         LigerFusedLinearDPOLoss(**options)(**inputs)
     assert torch.isfinite(Liger(**options)(**inputs)[0])  # which broadcasts one chosen answer over two rejected ones
@@ -88,6 +104,27 @@ def test_what_it_is_told_wrong():
         LigerFusedLinearDPOLoss(loss_type="kto")
     with pytest.warns(UserWarning, match="label_smoothing is 0.1, which loss_type 'hinge' does not have"):
         LigerFusedLinearDPOLoss(loss_type="hinge", label_smoothing=0.1)
+
+
+def test_a_list_of_losses_and_the_smoothing_of_those_that_have_it(recwarn):
+    inputs = make_inputs(4, 5)
+    names = ["sigmoid", "hinge"]
+    made = LigerFusedLinearDPOLoss(loss_type=names, label_smoothing=0.2)(**inputs)[0]
+    single = [
+        LigerFusedLinearDPOLoss(loss_type="sigmoid", label_smoothing=0.2),
+        LigerFusedLinearDPOLoss(loss_type="hinge"),
+    ]
+    assert not recwarn.list
+    assert_close(made, sum(loss(**inputs)[0] for loss in single), 1e-6)
+
+
+def test_a_changed_attribute_counts_everywhere():
+    inputs = make_inputs(4, 5)
+    changed = LigerFusedLinearDPOLoss()
+    changed.beta, changed.loss_type, changed.average_log_prob = 0.5, "ipo", True
+    fresh = LigerFusedLinearDPOLoss(beta=0.5, loss_type="ipo", average_log_prob=True)
+    for value, truth in zip((a := changed(**inputs))[1] + (a[0],), (b := fresh(**inputs))[1] + (b[0],), strict=True):
+        assert torch.equal(value, truth)
 
 
 def test_autocast_and_bfloat16():

@@ -10,6 +10,8 @@ batch raises instead of broadcasting.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +37,13 @@ class LigerFusedLinearDPOLoss(nn.Module):
         use_ref_model: whether a reference is given in the call.
         average_log_prob: log-probs are means over tokens instead of sums.
         chunk_size: without effect; memory_budget bounds what is held.
-        loss_type: a key of `dpo_kernels.preference_losses.LOSSES`.
-        label_smoothing: as in `dpo_loss`; a loss that has none ignores it, with a warning.
-        discopop_tau: > 0.
+        loss_type: a key of `dpo_kernels.preference_losses.LOSSES`, or several: their sum.
+        label_smoothing: as in `dpo_loss`; ignored, with a warning, where no loss asked for has it.
+        discopop_tau: temperature of discopop, > 0.
         memory_budget: as in `hidden_to_log_probs`.
         impl: as in `hidden_to_log_probs`.
+
+    All of them are attributes, read at each call.
 
     Raises:
         TypeError, ValueError: an option is out of range.
@@ -55,7 +59,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         use_ref_model: bool = True,
         average_log_prob: bool = False,
         chunk_size: int = 1,
-        loss_type: str = "sigmoid",
+        loss_type: str | Sequence[str] = "sigmoid",
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
         *,
@@ -63,21 +67,26 @@ class LigerFusedLinearDPOLoss(nn.Module):
         impl: str | None = None,
     ) -> None:
         super().__init__()
-        if label_smoothing != 0 and loss_type not in SMOOTHED:
-            warnings.warn(
-                f"label_smoothing is {label_smoothing}, which loss_type {loss_type!r} does not have: it is ignored",
-                stacklevel=2,
-            )
         self.ignore_index, self.beta, self.alpha, self.compute_nll_loss = ignore_index, beta, alpha, compute_nll_loss
         self.compiled, self.use_ref_model, self.average_log_prob = compiled, use_ref_model, average_log_prob
         self.chunk_size, self.loss_type, self.label_smoothing = chunk_size, loss_type, label_smoothing
         self.discopop_tau, self.memory_budget, self.impl = discopop_tau, memory_budget, impl
-        self.options = checks.loss_options(
-            LossOptions(
-                beta, "mean" if average_log_prob else "sum", loss_type, discopop_tau=discopop_tau,
-                label_smoothing=label_smoothing if loss_type in SMOOTHED else 0.0,
+        if self.options.label_smoothing != label_smoothing:
+            warnings.warn(
+                f"label_smoothing is {label_smoothing}, which loss_type {loss_type!r} does not have: it is ignored",
+                stacklevel=2,
             )
+
+    @property
+    def options(self) -> LossOptions:
+        """What the attributes make of the loss."""
+        options = LossOptions(
+            beta=self.beta, aggregate="mean" if self.average_log_prob else "sum", loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing, discopop_tau=self.discopop_tau,
         )  # fmt: skip
+        if not any(name in SMOOTHED for name in options.names):
+            options = replace(options, label_smoothing=0.0)
+        return checks.loss_options(options)
 
     def forward(
         self,
@@ -95,18 +104,23 @@ class LigerFusedLinearDPOLoss(nn.Module):
         Raises:
             ValueError: use_ref_model, and no reference is given; or shapes that do not fit, an odd batch among them.
         """
-        mask, ref = target != self.ignore_index, None
+        if len(target) % 2:
+            raise ValueError(
+                f"the batch has {len(target)} sequences: {tuple(target.shape)}; "
+                "expected an even number, first the chosen, then as many rejected"
+            )
+        options, mask, ref = self.options, target != self.ignore_index, None
         if self.use_ref_model:
             if ref_input is None or ref_weight is None:
                 raise ValueError("use_ref_model is True; expected ref_input and ref_weight, or use_ref_model=False")
             with torch.no_grad():
                 ref = self._log_probs(ref_input, ref_weight, target, ref_bias)
-        pairs = make_pairs(ref, self._log_probs(_input, lin_weight, target, bias), mask, self.options)
-        loss = pair_losses(pairs, self.options).mean()
+        pairs = make_pairs(ref, self._log_probs(_input, lin_weight, target, bias), mask, options)
+        loss = pair_losses(pairs, options).mean()
         nll = pairs.chosen_nll.mean() if self.compute_nll_loss else torch.zeros_like(loss)
         if self.compute_nll_loss:
             loss = loss + self.alpha * nll
-        rewards = (self.beta * h for h in pairs.logratios)
+        rewards = (options.beta * h for h in pairs.logratios)
         outputs = (*pairs.logps, *mean_logits(_input, lin_weight, bias), nll, *rewards)
         return loss, tuple(t.detach() for t in outputs)  # type: ignore[return-value]
 
