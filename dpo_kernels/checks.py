@@ -15,6 +15,7 @@ from dpo_kernels.preference_losses import LossOptions
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+AGGREGATES = ("sum", "mean")
 
 
 def transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
@@ -152,7 +153,7 @@ def pairs(ref: Tensor | None, policy: Tensor, mask: Tensor, log_sum_sq_probs: Te
 def loss_options(options: LossOptions) -> LossOptions:
     """Holds a loss's options to their ranges, each by itself and together, and returns them."""
     names = _loss_names(options)
-    _one_of("aggregate", options.aggregate, preference_losses.AGGREGATES)
+    _one_of("aggregate", options.aggregate, AGGREGATES)
     _one_of("f_divergence_type", options.f_divergence_type, tuple(preference_losses.DIVERGENCES))
     _number("beta", options.beta, "a finite number >= 0", low=0)
     _number("label_smoothing", options.label_smoothing, "a number in [0, 1)", low=0, below=1)

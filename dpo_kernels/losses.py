@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpo_kernels import checks
 from dpo_kernels.head import accumulate_dtype
 from dpo_kernels.log_probs import hidden_to_log_probs, token_stats
-from dpo_kernels.preference_losses import AGGREGATES, DIVERGENCES, LossOptions, Pairs, Sides, pair_losses
+from dpo_kernels.preference_losses import DIVERGENCES, LossOptions, Pairs, Sides, pair_losses
 
 
 class DPOLoss(NamedTuple):
@@ -43,8 +43,8 @@ def aggregate_log_probs(
     Raises:
         ValueError: shapes differ, or an unknown aggregate.
     """
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate is {aggregate!r}; expected one of {AGGREGATES}")
+    if aggregate not in checks.AGGREGATES:
+        raise ValueError(f"aggregate is {aggregate!r}; expected one of {checks.AGGREGATES}")
     if log_probs.ndim != 2 or mask.shape != log_probs.shape:
         raise ValueError(
             f"log_probs are {tuple(log_probs.shape)}, mask {tuple(mask.shape)}; expected two equal shapes (R, S)"
@@ -79,9 +79,10 @@ def dpo_loss(
 
     With pc, pr the aggregated policy log-probs of the chosen and rejected answers and rc, rr the reference's:
     loss = mean of -log sigmoid(beta * ((pc - pr) - (rc - rr))) for "sigmoid" (Rafailov et al. 2023, arXiv:2305.18290);
-    rewards are the means of beta * (pc - rc) and beta * (pr - rr). Policy and reference are subtracted token by token
-    before they are summed, since the small difference of two long sums is what the loss lives on. The other losses,
-    their equations, papers and ranges are in `dpo_kernels.preference_losses`, a small function each.
+    rewards are the means of beta * (pc - rc) and beta * (pr - rr), whatever the loss. Policy and reference are
+    subtracted token by token before they are summed, since the small difference of two long sums is what the loss lives
+    on. The other losses, their equations, papers and ranges are in `dpo_kernels.preference_losses`, a small function
+    each.
 
     Args:
         ref_log_probs: (2B, S); no gradient flows into it. None: no reference, every rc and rr is 0.
@@ -92,18 +93,21 @@ def dpo_loss(
         loss_type: a key of `dpo_kernels.preference_losses.LOSSES`, or several: the loss is their weighted sum.
         loss_weights: one number for each of several; None: 1 each.
         label_smoothing: in [0, 1), the share of preferences that may be flipped: conservative DPO with sigmoid; for
-            robust < 0.5, for exo_pair > 0. An error where no loss asked for has it.
+            robust < 0.5, for exo_pair > 0. An error where no loss asked for has it; in a sum it counts in each loss
+            that has it.
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" (f-DPO, Wang et al. 2023,
             arXiv:2309.16240); for losses of a difference of scores.
-        f_alpha_divergence_coef: alpha of the last; 1 is the reverse KL divergence.
+        f_alpha_divergence_coef: alpha of the last, in f' = (t^(alpha - 1) - 1) / (alpha - 1) (one minus the paper's); 1
+            is the reverse KL divergence.
         ld_alpha: None, or in [0, 1]: weight of the tokens beyond the shorter answer's length (LD-DPO, Liu et al. 2024,
-            arXiv:2409.06411), in policy and reference. A mean still divides by all tokens.
+            arXiv:2409.06411), in policy and reference. A mean still divides by all tokens, and a negative
+            log-likelihood (sft, and those within cpo and orpo) counts every token in full.
         use_weighting: each pair's loss is multiplied by w_c * w_r, w = exp(mean of log p - log sum p^2 over the
             answer's tokens), without gradient (WPO, Zhou et al. 2024, arXiv:2406.11827).
         log_sum_sq_probs: (2B, S), `token_stats(..., outputs=("log_sum_sq_probs",))` of the policy, for use_weighting.
-        discopop_tau: > 0.
-        simpo_gamma: >= 0.
-        cpo_alpha: >= 0.
+        discopop_tau: temperature of discopop, > 0.
+        simpo_gamma: target margin of simpo, >= 0.
+        cpo_alpha: weight of cpo's negative log-likelihood, >= 0.
 
     Returns:
         DPOLoss(loss, chosen_rewards, rejected_rewards), scalars of float32 (float64 for float64).
@@ -114,8 +118,9 @@ def dpo_loss(
             the loss asked for.
     """
     options = LossOptions(
-        beta, aggregate, loss_type, loss_weights, label_smoothing, f_divergence_type, f_alpha_divergence_coef, ld_alpha,
-        use_weighting, discopop_tau, simpo_gamma, cpo_alpha,
+        beta=beta, aggregate=aggregate, loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing,
+        f_divergence_type=f_divergence_type, f_alpha_divergence_coef=f_alpha_divergence_coef, ld_alpha=ld_alpha,
+        use_weighting=use_weighting, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma, cpo_alpha=cpo_alpha,
     )  # fmt: skip
     checks.loss_options(options)
     return _dpo_loss(make_pairs(ref_log_probs, policy_log_probs, mask, options, log_sum_sq_probs), options)
@@ -148,10 +153,12 @@ def make_pairs(
     ref = torch.zeros_like(policy_log_probs) if ref_log_probs is None else ref_log_probs.detach()
     wide = accumulate_dtype(torch.promote_types(policy_log_probs.dtype, ref.dtype))
     policy, ref, counts = policy_log_probs.to(wide), ref.to(wide), mask != 0
+    ld_alpha = options.ld_alpha
+    beyond = None if ld_alpha is None else beyond_shared_length(counts)
 
     def aggregated(values: Tensor) -> Sides:
-        if options.ld_alpha is not None:
-            values = torch.where(beyond_shared_length(counts), options.ld_alpha * values, values)
+        if ld_alpha is not None and beyond is not None:
+            values = torch.where(beyond, ld_alpha * values, values)
         return Sides(*aggregate_log_probs(values, mask, options.aggregate).chunk(2))
 
     tokens = Sides(*counts.sum(1).to(wide).chunk(2))

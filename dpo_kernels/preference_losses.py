@@ -7,7 +7,9 @@ number per pair, (B,). Below, for each answer y to its prompt x (c the chosen on
     n = number of tokens that count    d = s_c - s_r    eps = label_smoothing
 
 logp and h are sums over the tokens or means, as `aggregate` says. All values and gradients stay finite in float32, for
-margins of any size that log-probs can have and for answers without a token.
+margins of any size that log-probs can have and for answers without a token. So do norms of gradients, but for ipo and
+ipo_unnormalized under forward_kl and alpha_divergence: their gradient is a product of two exponentials, whose square no
+longer fits.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AGGREGATES = ("sum", "mean")
-EXPONENT_LIMIT = 40.0  # exp(40) squared still fits float32, and so does the norm of a gradient made of it
+EXPONENT_LIMIT = 20.0  # exp goes on as a line from here: see `_continued`
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,17 @@ class LossOptions:
     loss_type: a key of `LOSSES`, or several: their weighted sum.
     loss_weights: one finite number per loss_type; None: 1 each.
     label_smoothing: in [0, 1), the share of pairs whose preference may be flipped; for robust < 0.5, for exo_pair > 0.
-        Only the losses in `SMOOTHED` have it.
+        Only the losses in `SMOOTHED` have it; in a sum it counts in each of those, and the others are as without.
     f_divergence_type: a key of `DIVERGENCES`; other than "reverse_kl" only with the losses in `DIVERGING`.
-    f_alpha_divergence_coef: finite, for "alpha_divergence".
+    f_alpha_divergence_coef: finite, alpha of "alpha_divergence"; 1 is the reverse KL divergence.
     ld_alpha: None or in [0, 1]: weight of the tokens that the longer answer of a pair has beyond the shorter one's
-        length, in policy and reference (LD-DPO, Liu et al. 2024, arXiv:2409.06411).
+        length, in policy and reference (LD-DPO, Liu et al. 2024, arXiv:2409.06411). Negative log-likelihoods (sft, and
+        those within cpo and orpo) count every token in full all the same.
     use_weighting: each pair weighs as much as it is likely under the policy (WPO, Zhou et al. 2024, arXiv:2406.11827);
         not for the losses in `SORTED`, which have no pairs left.
-    discopop_tau: > 0.
-    simpo_gamma: >= 0.
-    cpo_alpha: >= 0.
+    discopop_tau: temperature of discopop, > 0.
+    simpo_gamma: target margin of simpo, >= 0.
+    cpo_alpha: weight of cpo's negative log-likelihood, >= 0.
     """
 
     beta: float = 0.1
@@ -88,7 +90,7 @@ class Pairs:
     logratios: aggregated log pi - log pi_ref, subtracted token by token; beta times it is the reward.
     scores: f' of pi / pi_ref.
     tokens: how many tokens count.
-    is_mean: whether the four above are means over the tokens already.
+    is_mean: whether logps, ref_logps and logratios are means over the tokens, and scores f' of such a mean.
     chosen_nll: the chosen answers' negative log-probs, (B,), scaled so that the mean over pairs is that over tokens.
     weights: None, or what each pair weighs, (B,).
     """
@@ -103,7 +105,7 @@ class Pairs:
     weights: Tensor | None
 
     def per_token(self, values: Sides) -> Sides:
-        """The mean over tokens of aggregated values; 0 for an answer without any."""
+        """Aggregated values over the number of tokens; those of a mean as they are; 0 for an answer without a token."""
         if self.is_mean:
             return values
         return Sides(*(value / count.clamp_min(1) for value, count in zip(values, self.tokens, strict=True)))
@@ -151,7 +153,10 @@ def ipo(pairs: Pairs, options: LossOptions) -> Tensor:
 
 
 def ipo_unnormalized(pairs: Pairs, options: LossOptions) -> Tensor:
-    """(d - 1 / (2 beta))^2: `ipo` to the letter of the paper, with scores that grow with the answer. beta > 0."""
+    """(d - 1 / (2 beta))^2: `ipo` to the letter of the paper, with scores that grow with the answer. beta > 0.
+
+    Azar et al. 2023, arXiv:2310.12036, equation 17. With aggregate "mean" it is `ipo`.
+    """
     return (pairs.scores.margin - 0.5 / options.beta).square()
 
 
@@ -248,7 +253,7 @@ def discopop(pairs: Pairs, options: LossOptions) -> Tensor:
     0.05. m exp(-x) is formed as one exponential: where m is 0 and exp(-x) infinite, their product is no NaN.
     """
     x, tau = options.beta * pairs.scores.margin, options.discopop_tau
-    exponential = (F.logsigmoid(x / tau) - x).clamp(max=EXPONENT_LIMIT).exp()
+    exponential = _continued(torch.exp, F.logsigmoid(x / tau) - x)
     return exponential - torch.sigmoid(-x / tau) * F.logsigmoid(x)
 
 
@@ -281,8 +286,8 @@ def cpo(pairs: Pairs, options: LossOptions) -> Tensor:
 def orpo(pairs: Pairs, options: LossOptions) -> Tensor:
     """`sft`, and -beta log sigmoid(o_c - o_r) with log-odds o = logp / n - log(1 - exp(logp / n)).
 
-    Hong et al. 2024 (ORPO), arXiv:2403.07691, equations 4 to 7, their lambda being beta; no reference. An answer
-    without a token counts with odds of 1.
+    Hong et al. 2024 (ORPO), arXiv:2403.07691, equations 4 to 7, their lambda being beta; no reference. The negative
+    log-likelihood is that of the answer alone. An answer without a token counts with odds of 1.
     """
     odds = [_log_odds(logp, n) for logp, n in zip(pairs.per_token(pairs.logps), pairs.tokens, strict=True)]
     return pairs.chosen_nll - options.beta * F.logsigmoid(odds[0] - odds[1])
@@ -294,9 +299,14 @@ def _smoothed(x: Tensor, eps: float) -> Tensor:
 
 
 def _log_odds(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p <= 0, bounded by the next number below p = 1; 0 where there is no token."""
+    """log(p / (1 - p)) of log p <= 0, bounded at p = 1 - eps; 0 where there is no token."""
     log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
     return torch.where(tokens > 0, log_p - torch.log(-torch.expm1(log_p)), 0)
+
+
+def _continued(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """exp or expm1, and from EXPONENT_LIMIT on their tangent there: finite, and with a gradient that never vanishes."""
+    return function(x.clamp(max=EXPONENT_LIMIT)) + math.exp(EXPONENT_LIMIT) * F.relu(x - EXPONENT_LIMIT)
 
 
 LOSSES: dict[str, Callable[[Pairs, LossOptions], Tensor]] = {
@@ -339,7 +349,7 @@ def _reverse_kl(h: Tensor, options: LossOptions) -> Tensor:
 
 def _forward_kl(h: Tensor, options: LossOptions) -> Tensor:
     """1 - 1 / t."""
-    return -torch.expm1((-h).clamp(max=EXPONENT_LIMIT))
+    return -_continued(torch.expm1, -h)
 
 
 def _js_divergence(h: Tensor, options: LossOptions) -> Tensor:
@@ -348,11 +358,14 @@ def _js_divergence(h: Tensor, options: LossOptions) -> Tensor:
 
 
 def _alpha_divergence(h: Tensor, options: LossOptions) -> Tensor:
-    """(t^(alpha - 1) - 1) / (alpha - 1), and its limit log t at alpha = 1."""
+    """(t^(alpha - 1) - 1) / (alpha - 1), and its limit log t at alpha = 1.
+
+    alpha as TRL 1.16 has it: one minus that of the f-DPO paper, where f' is (1 - t^-alpha) / alpha.
+    """
     power = options.f_alpha_divergence_coef - 1
     if abs(power) < 1e-6:
         return h
-    return torch.expm1((power * h).clamp(max=EXPONENT_LIMIT)) / power
+    return _continued(torch.expm1, power * h) / power
 
 
 # f'(t) of t = exp(h) = pi / pi_ref: Wang et al. 2023 (f-DPO), arXiv:2309.16240, up to constants that cancel.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,7 +13,17 @@ from helpers import assert_close
 
 from benchmarks.losses import CASES, differences, make_batch, trl_dpo
 from dpo_kernels import FusedLinearDPOLoss, dpo_loss, reference, token_stats
-from dpo_kernels.preference_losses import DIVERGENCES, DIVERGING, LOSSES, POSITIVE_BETA, SMOOTHED, SORTED
+from dpo_kernels.preference_losses import (
+    DIVERGENCES,
+    DIVERGING,
+    EXPONENT_LIMIT,
+    LOSSES,
+    POSITIVE_BETA,
+    SMOOTHED,
+    SORTED,
+    LossOptions,
+)
+from dpo_kernels.training import DPOConfig
 
 NEEDED = {"exo_pair": {"label_smoothing": 1e-3}}  # options that a loss cannot do without
 EVERY = [{"loss_type": name, **NEEDED.get(name, {})} for name in LOSSES]
@@ -34,28 +45,83 @@ def test_value_and_gradient_are_those_of_trl_or_of_a_plain_formula(case):
     assert gradient <= case.bound
 
 
-def test_every_loss_has_a_case_an_equation_and_a_paper():
+def test_every_loss_has_a_case_and_a_paper_and_is_short():
     compared = {name for case in CASES for name in [case.options["loss_type"]] if isinstance(name, str)}
     assert compared == set(LOSSES)
     for name, function in LOSSES.items():
         assert function.__name__ == name
-        assert "arXiv:" in function.__doc__ or name == "ipo_unnormalized"
+        assert "arXiv:" in function.__doc__
         assert len(inspect.getsource(function).splitlines()) < 20
 
 
-@pytest.mark.parametrize("options", [*EVERY, *EVERY_DIVERGENCE], ids=label)
-@pytest.mark.parametrize("size", [1e2, 1e6])
+# Around the exponents' limit too, where they are largest before they go on as a line.
+MARGINS = [EXPONENT_LIMIT - 0.1, EXPONENT_LIMIT + 0.1, 2 * EXPONENT_LIMIT - 0.1, 2 * EXPONENT_LIMIT + 0.1, 1e2, 1e6]
+
+
+@pytest.mark.parametrize(
+    "options", [*EVERY, *EVERY_DIVERGENCE, {"loss_type": "discopop", "discopop_tau": 2.0}], ids=label
+)
+@pytest.mark.parametrize("size", MARGINS)
 def test_huge_margins_are_finite_in_float32(options, size):
     """Both signs of every side at once: answers that the policy has made certain, and ruled out."""
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # 4 chosen, then 4 rejected
     ref = torch.full((8, 1), -size)
-    policy = (ref + signs[:, None] * size * 0.999).requires_grad_()
+    policy = (ref + signs[:, None] * size).requires_grad_()
     result = dpo_loss(ref, policy, torch.ones(8, 1), beta=1.0, **options)
     result.loss.backward()
     assert result.loss.dtype == torch.float32
     assert torch.isfinite(torch.stack(result)).all()
     assert torch.isfinite(policy.grad).all()
-    assert math.isfinite(policy.grad.norm())
+    squared = options["loss_type"] in ("ipo", "ipo_unnormalized")
+    if not (squared and options.get("f_divergence_type") in ("forward_kl", "alpha_divergence")):
+        assert math.isfinite(policy.grad.norm())
+
+
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        ({"f_divergence_type": "forward_kl"}, 0),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}, 0),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 2.0}, 1),
+        ({"loss_type": "discopop", "discopop_tau": 2.0}, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("h", [19.0, 21.0, 41.0, 81.0, 1000.0])
+def test_the_side_that_has_gone_wrong_is_pulled_back_from_however_far(options, side, h):
+    """A chosen answer that was ruled out, or a rejected one that was made certain."""
+    policy = torch.zeros(2, 1)
+    policy[side] = -h if side == 0 else h
+    policy.requires_grad_()
+    beta = 2.0 if options.get("loss_type") == "discopop" else 0.1
+    dpo_loss(torch.zeros(2, 1), policy, torch.ones(2, 1), beta, **options).loss.backward()
+    pull = -policy.grad if side == 0 else policy.grad
+    assert pull[side] > 100
+    # Never weaker than nearer by.
+    nearer = (policy.detach() * 0.9).requires_grad_()
+    dpo_loss(torch.zeros(2, 1), nearer, torch.ones(2, 1), beta, **options).loss.backward()
+    assert pull[side] >= (-nearer.grad if side == 0 else nearer.grad)[side] * (1 - 1e-6)
+
+
+def test_three_lists_of_options_have_the_same_defaults():
+    defaults = {field.name: field.default for field in fields(LossOptions)}
+    of_dpo_loss = {name: p.default for name, p in inspect.signature(dpo_loss).parameters.items()}
+    of_config = {field.name: field for field in fields(DPOConfig)}
+    for name, default in defaults.items():
+        assert of_dpo_loss[name] == default, name
+        own = of_config["dpo_aggregate" if name == "aggregate" else name]
+        assert ([default] == own.default_factory()) if name == "loss_type" else (own.default == default), name
+
+
+def test_label_smoothing_in_a_sum_counts_where_a_loss_has_it():
+    ref, policy, mask, _ = make_batch(12)
+    for names in (["hinge", "robust"], ["sigmoid", "exo_pair"]):
+        both = dpo_loss(ref, policy, mask, loss_type=names, label_smoothing=0.1).loss
+        single = [
+            dpo_loss(ref, policy, mask, loss_type=name, label_smoothing=0.1 if name in SMOOTHED else 0.0).loss
+            for name in names
+        ]
+        assert_close(both, sum(single), 1e-12)
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
@@ -246,8 +312,7 @@ def test_options_of_the_wrong_kind(options, message):
         dpo_loss(torch.zeros(6, 7), torch.zeros(6, 7), torch.ones(6, 7), **options)
 
 
-def test_what_a_loss_can_do_without_is_named_in_the_messages_only():
-    """Every name in the lists of properties is a loss, and every loss runs with what they say."""
+def test_every_loss_but_those_that_want_a_positive_beta_runs_at_beta_0():
     for names in (SMOOTHED, DIVERGING, SORTED, POSITIVE_BETA):
         assert set(names) <= set(LOSSES)
     for name in LOSSES:
