@@ -94,7 +94,7 @@ def trl_dpo(batch: Batch, options: dict[str, Any]) -> Tensor:
 
 
 def trl_cpo(batch: Batch, options: dict[str, Any]) -> Tensor:
-    """The loss of TRL's `CPOTrainer` by its own method, and the negative log-likelihood of its `cpo_alpha`."""
+    """The loss of TRL's `CPOTrainer` by its own method; for cpo plus a plain negative log-likelihood of the answer."""
     from trl.experimental.cpo import CPOTrainer
 
     simpo = options["loss_type"] == "simpo"
@@ -108,7 +108,8 @@ def trl_cpo(batch: Batch, options: dict[str, Any]) -> Tensor:
 
 
 def trl_orpo(batch: Batch, options: dict[str, Any]) -> Tensor:
-    """The loss of TRL's `ORPOTrainer` by its own method, which casts to float32."""
+    """The odds-ratio term of TRL's `ORPOTrainer` by its own method, which casts to float32, and a plain negative
+    log-likelihood of the answer: TRL's own is of the prompt too."""
     from trl.experimental.orpo import ORPOTrainer
 
     trainer = SimpleNamespace(beta=options["beta"], accelerator=SimpleNamespace(device=batch.policy.device))
@@ -220,10 +221,12 @@ CASES = [
       for divergence in ("forward_kl", "js_divergence")
       for name, more in (("sigmoid", {}), ("sigmoid_norm", {}), ("hinge", {}), ("ipo", {}), ("discopop", {}),
                          ("robust", {"label_smoothing": 0.1}))),
-    _plain("sigmoid", "f-DPO, 2309.16240", plain_alpha_divergence, f_divergence_type="alpha_divergence",
-           f_alpha_divergence_coef=0.5),
-    LossCase("sigmoid", "f-DPO, 2309.16240", trl_dpo, "TRL 1.16 (float32)", {"loss_type": "sigmoid", "beta": 0.3,
-             "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}, torch.float32, 1e-5),
+    *(_plain("sigmoid", "f-DPO, 2309.16240", plain_alpha_divergence, f_divergence_type="alpha_divergence",
+             f_alpha_divergence_coef=alpha) for alpha in (0.2, 0.5, 1.5)),
+    _trl("sigmoid", "f-DPO, 2309.16240", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0),
+    *(LossCase("sigmoid", "f-DPO, 2309.16240", trl_dpo, "TRL 1.16 (float32)", {"loss_type": "sigmoid", "beta": 0.3,
+               "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}, torch.float32, 1e-5)
+      for alpha in (0.2, 0.5, 1.5)),
     _trl("sigmoid", "f-DPO, 2309.16240", f_divergence_type="js_divergence", ld_alpha=0.5),
     _trl("sigmoid", "LD-DPO, 2409.06411", ld_alpha=0.4),
     _trl("ipo", "LD-DPO, 2409.06411", ld_alpha=0.0),
@@ -233,12 +236,13 @@ CASES = [
     _plain("sft", "WPO, 2406.11827", plain_weighted_nll, use_weighting=True),
     LossCase("simpo", "2405.14734", trl_cpo, "TRL 1.16 CPOTrainer",
              {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8}),
-    LossCase("cpo", "2401.08417", trl_cpo, "TRL 1.16 CPOTrainer", {"loss_type": "cpo", "beta": 0.3, "cpo_alpha": 0.7}),
-    LossCase("cpo", "2401.08417", trl_cpo, "TRL 1.16 CPOTrainer",
+    LossCase("cpo", "2401.08417", trl_cpo, "TRL 1.16's CPO term + plain NLL",
+             {"loss_type": "cpo", "beta": 0.3, "cpo_alpha": 0.7}),
+    LossCase("cpo", "2401.08417", trl_cpo, "TRL 1.16's CPO term + plain NLL",
              {"loss_type": "cpo", "beta": 0.3, "label_smoothing": 0.1}),
     _plain("orpo", "2403.07691", plain_orpo),
-    LossCase("orpo", "2403.07691", trl_orpo, "TRL 1.16 (float32)", {"loss_type": "orpo", "beta": 0.3}, torch.float32,
-             1e-5),
+    LossCase("orpo", "2403.07691", trl_orpo, "TRL 1.16's odds-ratio term (float32) + plain NLL",
+             {"loss_type": "orpo", "beta": 0.3}, torch.float32, 1e-5),
 ]  # fmt: skip
 
 
