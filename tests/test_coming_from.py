@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from trl import DPOConfig
 from dpo_kernels import hidden_to_log_probs
 from dpo_kernels.training.small_model import make_small_model
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PAGE = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text(encoding="utf-8")
 SECTIONS = {
     title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -40,6 +42,18 @@ def test_every_section_has_a_before_and_an_after_of_three_lines():
     assert list(SECTIONS) == ["TRL", "Liger", "Plain PyTorch"]
     for blocks in SECTIONS.values():
         assert [len([line for line in block.splitlines() if line.strip()]) for block in blocks] == [3, 3]
+
+
+def test_the_imports_of_the_readme_work_and_its_three_lines_run():
+    blocks = re.findall(r"```python\n(from dpo_kernels.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        names = tensors()
+        names["lm_head"] = SimpleNamespace(weight=names["weight"])
+        exec(block, names)
+    assert "enable" in names
+    for line in re.findall(r"from dpo_kernels[\w.]* import [\w, ]+", README):
+        exec(line)
 
 
 @pytest.mark.parametrize("section", ["Liger", "Plain PyTorch"])
