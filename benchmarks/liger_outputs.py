@@ -31,7 +31,7 @@ def random_case(seed: int) -> Case:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     loss_type = rng.choice(LOSS_TYPES)
-    options = {
+    options: dict[str, Any] = {
         "beta": rng.choice([0.05, 0.1, 0.5]), "alpha": rng.choice([0.5, 1.0]), "loss_type": loss_type,
         "compute_nll_loss": rng.random() < 0.5, "use_ref_model": rng.random() < 0.7, "compiled": False,
         "average_log_prob": rng.random() < 0.5, "chunk_size": rng.choice([1, 2, 3]),

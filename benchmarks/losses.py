@@ -251,8 +251,8 @@ def differences(case: LossCase, batches: int = 20) -> tuple[float, float]:
     value = gradient = 0.0
     for seed in range(batches):
         batch = make_batch(seed, case.dtype)
-        weighting = {"log_sum_sq_probs": batch.log_sum_sq_probs} if case.options.get("use_weighting") else {}
-        ours = dpo_loss(batch.ref, batch.policy, batch.mask, **case.options, **weighting).loss
+        statistics = batch.log_sum_sq_probs if case.options.get("use_weighting") else None
+        ours = dpo_loss(batch.ref, batch.policy, batch.mask, log_sum_sq_probs=statistics, **case.options).loss
         theirs = case.truth(batch, case.options)
         grads = [torch.autograd.grad(loss, batch.policy)[0] for loss in (ours, theirs)]
         assert torch.isfinite(theirs)

@@ -179,8 +179,8 @@ def backward(
     weight = _Gradient(call.weight, operands.wide, None, folds, plan.tokens) if call.grads.weight else None
     bias = operands.wide.new_zeros(plan.vocab_size) if call.grads.bias else None
     for i, sweep in enumerate(plan.sweeps):
-        wanted = Sweep(sweep.outer, sweep.hidden and call.grads.hidden, sweep.weight and call.grads.weight)
-        _sweep(wanted, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
+        part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight)
+        _sweep(part, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
     return InputGrads(
         None if hidden is None else hidden.out.view(call.hidden.shape),
         None if weight is None else weight.out,
