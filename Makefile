@@ -1,10 +1,12 @@
 # Every target sets up .venv if it is not there. PYTHON picks the interpreter, ARGS goes to train.py.
 PYTHON ?= python3
 ARGS ?=
+# What `make sanitize` runs, with the C++ kernels built for it: numbers at ragged sizes, every dtype, mode and option.
+SANITIZED ?= $(wildcard tests/test_cpp.py) tests/test_log_probs.py tests/test_edges.py
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test lint bench clean
+.PHONY: install train test lint sanitize bench clean
 
 install: $(STAMP)
 
@@ -25,6 +27,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A report of either sanitizer ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the
+# start.
+SANITIZERS = CXX="$(CXX)" DPO_KERNELS_CACHE=build/sanitize \
+	DPO_KERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
+sanitize: $(STAMP)
+	$(SANITIZERS) $(BIN)/python -m dpo_kernels.build
+	$(SANITIZERS) $(BIN)/python -m pytest -W "error:dpo_kernels falls back" --capture=sys $(SANITIZED)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

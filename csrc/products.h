@@ -77,7 +77,8 @@ void pack_transposed(const T* x, int64_t n, int64_t k, int64_t ldx, T* packed) {
       T* to = packed + block * kBlock * depth;
       const int64_t rows = std::min(kBlock, n - block * kBlock), width = block_width(n, block);
       if (rows < width || depth != k) std::memset(static_cast<void*>(to), 0, sizeof(T) * depth * width);
-      if (k % kPair<T> == 0 && ldx % kPair<T> == 0) {  // pairs move as 32-bit words
+      const bool words = reinterpret_cast<uintptr_t>(x) % alignof(float) == 0;  // a view may begin at an odd number
+      if (words && k % kPair<T> == 0 && ldx % kPair<T> == 0) {  // pairs move as 32-bit words
         at::vec::transpose_mxn<float>(
             reinterpret_cast<const float*>(from), ldx / kPair<T>, reinterpret_cast<float*>(to), width,
             static_cast<int>(rows), static_cast<int>(k / kPair<T>));

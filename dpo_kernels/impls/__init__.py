@@ -7,6 +7,7 @@ signatures.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import ModuleType
 
@@ -52,5 +53,10 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Module
         reason = candidate.cannot_run(device)
         if reason is None:
             return candidate
-        warnings.warn(f"dpo_kernels falls back to PyTorch operations, which are slower: {reason}", stacklevel=2)
+        _warn(reason)
     return torch_impl
+
+
+@functools.cache  # once a reason
+def _warn(reason: str) -> None:
+    warnings.warn(f"dpo_kernels falls back to PyTorch operations, which are slower: {reason}", stacklevel=3)

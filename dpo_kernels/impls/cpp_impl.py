@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import build, tiled
+from dpo_kernels import tiled
 from dpo_kernels.head import Call, Grads, TokenStats, Transform
 from dpo_kernels.impls import torch_impl
 from dpo_kernels.plan import FACTS, Facts, Plan, Sweep
@@ -26,21 +26,24 @@ _failure: str | None = None  # why the kernels could not be built or loaded
 
 
 def unavailable(device: torch.device) -> str | None:
+    from dpo_kernels import build  # here, so that `python -m dpo_kernels.build` runs a module that nobody imported yet
+
     if device.type not in DEVICES:
         return f"it runs on CPUs only, not on {device.type}"
     return _failure or (None if _loaded() else build.missing())
 
 
 def cannot_run(device: torch.device) -> str | None:
-    """As `unavailable`, but knows: builds and loads the kernels if that was not done yet."""
+    """As `unavailable`, but knows: builds and loads the kernels if that was not tried yet."""
+    from dpo_kernels import build
+
     global _failure
-    reason = unavailable(device)
-    if reason is None and not _loaded():
+    if device.type in DEVICES and _failure is None and not _loaded():
         try:
-            torch.ops.load_library(str(build.library()))
-        except (build.BuildError, OSError) as error:
-            reason = _failure = str(error)
-    return reason
+            build.load()
+        except build.BuildError as error:
+            _failure = str(error)
+    return unavailable(device)
 
 
 def facts(device: torch.device) -> Facts:
