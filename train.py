@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     script, config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(str(config.output_dir))
     resume_from = checkpoint_to_resume(config, output_dir)
-    tokenizer, policy, reference = load_models(script)
+    tokenizer, policy, reference = load_models(script, config.loss_options.needs_reference)
     with config.main_process_first(desc="reading the pairs"):
         train, held_out = load_pairs(script, config, tokenizer)
     say(config, f"training: {train.report}" + (f"; {len(held_out):,} held out" if held_out else ""))
@@ -145,17 +145,16 @@ def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
     return wanted
 
 
-def load_models(script: ScriptArguments) -> tuple[PreTrainedTokenizerBase, Any, Any]:
-    """Tokenizer, policy and reference; the example's small ones where no weights are named."""
+def load_models(script: ScriptArguments, with_reference: bool) -> tuple[PreTrainedTokenizerBase, Any, Any]:
+    """Tokenizer, policy and reference (or None); the example's small ones where no weights are named."""
     tokenizer: Any
     if script.ref_weight is None:
         policy, tokenizer = make_small_model(EXAMPLE)
-        reference = copy.deepcopy(policy)
+        reference = copy.deepcopy(policy) if with_reference else None
     else:
         tokenizer = AutoTokenizer.from_pretrained(script.ref_weight)
-        policy, reference = (
-            _load(script, path) for path in (script.from_weight or script.ref_weight, script.ref_weight)
-        )
+        policy = _load(script, script.from_weight or script.ref_weight)
+        reference = _load(script, script.ref_weight) if with_reference else None
     if script.chat_template is not None:
         tokenizer.chat_template = Path(script.chat_template).read_text(encoding="utf-8")
     if script.pad_token is not None:

@@ -54,9 +54,9 @@ struct Tile {
   void logits(int64_t column_block, int64_t token_block, float* z) const {
     const int64_t begin = column_block * kBlock, columns = columns_of(column_block);
     const int64_t width = block_width(n, token_block);
-    block_product(
+    deep_product(
         columns, width, features, weight + begin * ldw, ldw,
-        packed + token_block * kBlock * round_up(features, kPair<T>), width, z, kBlock, false);
+        packed + token_block * kBlock * round_up(features, kPair<T>), width, z);
     if (bias == nullptr && transform.trivial()) return;
     for (int64_t c = 0; c < columns; ++c) {
       const Vec shift(bias == nullptr ? 0.f : bias[begin + c]);
@@ -157,10 +157,6 @@ void scale_row(const T* from, float* to, int64_t n, float factor) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor;
 }
 
-bool any_large(Vec base) {
-  return (base.abs() > Vec(kLargeBase)).zero_mask() != (1 << kWidth) - 1;
-}
-
 // Folds a block of logits into the statistics of its tokens, s[i] + t; e in place of z where `exps` says so.
 void fold_block(
     float* block, int64_t columns, int64_t width, int64_t first, const Outputs& want, bool exps,
@@ -187,11 +183,10 @@ void fold_block(
     }
     const Vec old = Vec::loadu(s[kBase] + t);
     const Vec base = at::vec::clamp_min((top * Vec(static_cast<float>(kLog2E))).ceil(), old);
-    const bool large = any_large(base);
     Vec sum(0.f), shifted(0.f), squares(0.f);
     for (c = 0; c < columns; ++c) {
       const Vec value = Vec::loadu(z + c * kBlock);
-      const Vec x = scaled_difference(value, base, large);
+      const Vec x = scaled_difference(value, base);
       const Vec e = exp2(x);
       sum = sum + e;
       if (want.entropy) shifted = at::vec::fmadd(e, at::vec::clamp_min(x, Vec(-127.f)), shifted);
@@ -341,10 +336,9 @@ void gradient_block(
     const Vec scale = Vec::loadu(&rows.scale[token + t]);
     const Vec entropy = has_entropy ? Vec::loadu(&rows.entropy[token + t]) : Vec(0.f);
     const Vec entropy_scale = has_entropy ? Vec::loadu(&rows.entropy_scale[token + t]) : Vec(0.f);
-    const bool large = any_large(whole);
     for (int64_t c = 0; c < columns; ++c) {
       const Vec value = Vec::loadu(z + c * kBlock);
-      const Vec x = scaled_difference(value, whole, large) - rest;
+      const Vec x = scaled_difference(value, whole) - rest;
       Vec factor = scale;
       if (has_entropy) {
         const Vec log_p = at::vec::clamp_min(x, Vec(-127.f)) * Vec(static_cast<float>(kLn2));

@@ -46,14 +46,13 @@ void fold_strip(const T* x, int64_t n, int64_t label, const Transform& transform
   Vec top(-kInf);
   for (int64_t i = 0; i < n; i += kWidth) top = at::vec::clamp_min(top, Vec::loadu(z + i));
   const float base = std::max(std::ceil(max_of(top) * static_cast<float>(kLog2E)), s.base);
-  const bool large = std::abs(base) > kLargeBase;
   Vec even(0.f), odd(0.f);
   int64_t i = 0;
   for (; i + kWidth < n; i += 2 * kWidth) {
-    even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base), large));
-    odd = odd + exp2(scaled_difference(Vec::loadu(z + i + kWidth), Vec(base), large));
+    even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
+    odd = odd + exp2(scaled_difference(Vec::loadu(z + i + kWidth), Vec(base)));
   }
-  if (i < n) even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base), large));
+  if (i < n) even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
   s.sum = s.sum * exp2_whole(s.base - base) + sum_of(even + odd);
   s.base = base;
 }
@@ -64,10 +63,9 @@ void gradient_strip(
     T* out) {
   alignas(64) float z[kStrip];
   read_strip(x, n, transform, z);
-  const bool large = std::abs(exponent.whole) > kLargeBase;
   for (int64_t i = 0; i < n; i += kWidth) {
     const Vec value = Vec::loadu(z + i);
-    const Vec p = exp2(scaled_difference(value, Vec(exponent.whole), large) - Vec(exponent.rest));
+    const Vec p = exp2(scaled_difference(value, Vec(exponent.whole)) - Vec(exponent.rest));
     (transform.capped ? p * Vec(scale) * transform.derivative(value) : p * Vec(scale)).store(z + i);
   }
   if (label >= 0 && label < n) z[label] = at_label;

@@ -15,7 +15,9 @@
 namespace dpo_kernels {
 
 constexpr int64_t kBlock = 64;       // rows and columns of a block of logits: 16 KiB in float32, half of an L1
-constexpr int64_t kDepth = 1024;     // terms of a product at a time: both operands of a block stay in the L2
+// Terms of a product at a time: both operands of a block stay in the L2.
+template <typename T>
+constexpr int64_t kDepth = std::is_same_v<T, float> ? 256 : 1024;
 constexpr int64_t kThreads = 64;     // more do not run: what each holds is counted in the memory budget
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,6 +34,24 @@ template <typename T>
 inline void block_product(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/!std::is_same_v<T, float>);
+}
+
+// The same into a block c of rows kBlock apart, for any k. In float32 each kDepth terms are summed on their own: a long
+// sum rounds small terms to the spacing of what it holds already, such as the label's term.
+template <typename T>
+inline void deep_product(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c) {
+  constexpr bool apart = std::is_same_v<T, float>;
+  alignas(64) float part[apart ? kBlock * kBlock : 1];
+  for (int64_t i = 0; i < k; i += kDepth<T>) {
+    const bool later = i > 0;
+    block_product(
+        m, n, std::min(kDepth<T>, k - i), a + i, lda, b + i * ldb, ldb, apart && later ? part : c, kBlock,
+        !apart && later);
+    if (apart && later)
+      for (int64_t r = 0; r < m; ++r)
+        for (int64_t j = 0; j < n; ++j) c[r * kBlock + j] += part[r * kBlock + j];
+  }
 }
 
 // Runs work(first, last) over [0, count), at most threads() at a time, and frees brgemm's hardware state behind it.
@@ -111,10 +131,7 @@ void multiply(
       const int64_t row = task / parts * kBlock, rows = std::min(kBlock, m - row), part = task % parts;
       for (int64_t strip = strips * part / parts; strip < strips * (part + 1) / parts; ++strip) {
         const int64_t column = strip * kBlock, columns = std::min(kBlock, n - column);
-        for (int64_t i = 0; i < k; i += kDepth)
-          block_product(
-              rows, columns, std::min(kDepth, k - i), a + row * lda + i, lda, room + strip * strip_size + i * columns,
-              columns, sums, kBlock, i > 0);
+        deep_product(rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
         for (int64_t r = 0; r < rows; ++r) {
           Out* to = out + (row + r) * ldo + column;
           if constexpr (std::is_same_v<Out, float>) {

@@ -6,8 +6,6 @@ whose sizes may depend on data, and no graph break. Arguments were checked by th
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from dpo_kernels import checks, impls, tiled
 from dpo_kernels.head import OPTIONAL_OUTPUTS, Call, Grads, TokenStats, Transform, accumulate_dtype
-from dpo_kernels.plan import Plan, plan
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -46,7 +43,7 @@ def token_stats_op(
     index, tokens = _counted(labels, ignore_index)
     module = impls.choose(impl, hidden.device, hidden.dtype)
     with _no_autocast(hidden):
-        made = module.hidden_forward(call, _plan(call, tokens, module), index)
+        made = module.hidden_forward(call, tokens, index)
     dtypes = (torch.bool if name == "is_top1" else made.max.dtype for name in made.stats._fields)
     stats = (
         labels.new_empty(0, dtype=dtype) if value is None else _spread(value, labels, index)
@@ -116,14 +113,12 @@ def token_stats_backward_op(
         hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
         memory_budget,
     )  # fmt: skip
-    index, tokens = _counted(labels, ignore_index)
+    index, _ = _counted(labels, ignore_index)
     module = impls.choose(impl, hidden.device, hidden.dtype)
-    made_for = _plan(call, tokens, module)
-    call = replace(call, grads=_grads(wanted))
     rows = _row_grads(labels, index, log_probs, maximum, log_sum, grad_log_probs, entropy, grad_entropy)
     saved = tiled.Forward(TokenStats(rows.log_probs), rows.max, rows.log_sum, kept, bases, jacobian)
     with _no_autocast(hidden):
-        made = module.hidden_backward(call, made_for, index, rows, saved)
+        made = module.hidden_backward(call, _grads(wanted), index, rows, saved)
     return tuple(hidden.new_empty(0) if g is None else g for g in made)  # type: ignore[return-value]
 
 
@@ -310,15 +305,6 @@ def _call(
 
 def _grads(names: str) -> Grads:
     return Grads(**dict.fromkeys(filter(None, names.split(",")), True))
-
-
-def _plan(call: Call, tokens: int, module: ModuleType) -> Plan:
-    grads = tuple(name for name in ("hidden", "weight", "bias") if getattr(call.grads, name))
-    return plan(
-        tokens, call.hidden.shape[-1], call.weight.shape[0], call.hidden.dtype, grads=grads, outputs=call.outputs,
-        softcap=call.transform.softcap, compute_dtype=call.compute_dtype, memory_budget=call.memory_budget,
-        facts=module.facts(call.hidden.device), labels=call.labels.numel(),
-    )  # fmt: skip
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

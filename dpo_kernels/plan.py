@@ -31,6 +31,8 @@ class Facts:
         follow, and the packed hidden states.
     base_columns: columns of kept probabilities that share a base; None: those of a tile.
     rounds: a product can be written in a dtype narrower than it is summed in.
+    kept_step: kept tokens are a multiple of it; None: of the tile's tokens. A number of its own needs folds whose
+        result for a token does not depend on the tokens beside it.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -39,6 +41,7 @@ class Facts:
     fused: bool = False
     base_columns: int | None = None
     rounds: bool = False
+    kept_step: int | None = None
 
 
 _CPP_TILES = ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64))
@@ -50,9 +53,11 @@ FACTS = {
     "torch, cuda": Facts(
         ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), (), 32 * MIB
     ),
-    "cpp": Facts(_CPP_TILES, (torch.float16,), 12 * MIB, fused=True, base_columns=64, rounds=True),
+    "cpp": Facts(
+        _CPP_TILES, (torch.float16,), 6 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
+    ),
     "cpp, no bfloat16 products": Facts(
-        _CPP_TILES, (torch.float16, torch.bfloat16), 12 * MIB, fused=True, base_columns=64, rounds=True
+        _CPP_TILES, (torch.float16, torch.bfloat16), 6 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
     ),
 }  # fmt: skip
 
@@ -98,11 +103,21 @@ class Plan:
 
     @property
     def vocab_tiles(self) -> int:
-        return -(-self.vocab_size // self.tile_vocab)
+        return len(self.vocab_spans)
 
     @property
-    def token_tiles(self) -> int:
-        return -(-self.tokens // self.tile_tokens)
+    def token_spans(self) -> list[slice]:
+        """The tiles' tokens: those that are kept, then those that are not."""
+        return [
+            slice(first, min(first + self.tile_tokens, stop))
+            for start, stop in ((0, self.kept_tokens), (self.kept_tokens, self.tokens))
+            for first in range(start, stop, self.tile_tokens)
+        ]
+
+    @property
+    def vocab_spans(self) -> list[slice]:
+        step, stop = self.tile_vocab, self.vocab_size if self.tokens else 0
+        return [slice(first, min(first + step, stop)) for first in range(0, stop, step)]
 
     @property
     def bases(self) -> int:
@@ -201,6 +216,10 @@ class _Shape:
         return self.dtype == accumulate_dtype(self.dtype)
 
     @property
+    def gathers(self) -> bool:  # some labels are ignored: rows of the hidden states are gathered, and scattered
+        return self.labels > self.tokens
+
+    @property
     def operand(self) -> int:  # bytes of a converted operand, 0 where the input itself is one
         if self.converts:
             return self.wide if self.dtype == self.compute else self.wide + self.compute.itemsize
@@ -248,14 +267,14 @@ class _Shape:
         beside = self.wide * (self.softcap + self.entropy) + self.compute.itemsize * backward_copy
         return n * v * (self.wide + beside) + operands
 
-    def accumulators(self, n: int, v: int, sweeps: tuple[Sweep, ...]) -> int:
-        """The largest that the sweeps need: a tile's worth on the outer axis, a whole gradient on the inner one."""
+    def accumulators(self, n: int, v: int, sweeps: tuple[Sweep, ...], once: bool = True) -> int:
+        """The largest that the sweeps need: a tile's worth on the outer axis, a whole gradient on the inner one; once:
+        a tile of all tokens is one product, which is its own sum."""
 
         def one(sweep: Sweep) -> int:
-            rows = n if sweep.outer == "tokens" or self.in_place else self.tokens
-            # A single product is its own sum.
-            once = self.in_place or (self.facts.rounds and self.tokens <= n)
-            columns = 0 if once else v if sweep.outer == "vocab" else self.vocab_size
+            rows = 0 if self.in_place and not self.gathers else n if sweep.outer == "tokens" else self.tokens
+            own_sum = self.in_place or (once and self.facts.rounds and self.tokens <= n)
+            columns = 0 if own_sum else v if sweep.outer == "vocab" else self.vocab_size
             return self.wide * self.hidden_size * (rows * sweep.hidden + columns * sweep.weight)
 
         return max((one(sweep) for sweep in sweeps), default=0)
@@ -326,13 +345,18 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
     n, v = tile
     left = budget - sum(memory.values())
     at_hand = s.tokens * s.hidden_size * s.product
-    hold = s.operand > 0 and at_hand <= left // 4
-    memory["hidden states, converted once"] = at_hand * hold
+    hold = (s.operand > 0 or s.gathers) and at_hand <= left // 4
+    memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
     kept = 0
     if sweeps and not s.entropy:
-        fits = left // s.kept_row(v)
-        kept = s.tokens if fits >= s.tokens else fits // n * n
+        kept = s.tokens
+        if left // s.kept_row(v) < s.tokens:
+            # A gradient that one product makes is made of two where some tokens are kept.
+            more = s.accumulators(n, v, sweeps, once=False) - memory["gradient accumulators"]
+            step = s.facts.kept_step or n
+            kept = max(left - more, 0) // s.kept_row(v) // step * step
+            memory["gradient accumulators"] += more if kept else 0
         memory["kept probabilities"] = kept * s.kept_row(v)
     if not s.grads:
         mode, gemms = "score", 1.0
@@ -343,8 +367,8 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
     return Plan(
-        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, sweeps, gemms,
-        budget, MappingProxyType(memory),
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, sweeps,
+        gemms, budget, MappingProxyType(memory),
     )  # fmt: skip
 
 

@@ -9,13 +9,14 @@ is decided here, once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.head import Call, TokenStats, accumulate_dtype
-from dpo_kernels.plan import Plan, Sweep
+from dpo_kernels.head import Call, Grads, TokenStats, accumulate_dtype
+from dpo_kernels.plan import Facts, Plan, Sweep, plan
 
 
 class Tile(NamedTuple):
@@ -115,8 +116,12 @@ class Forward(NamedTuple):
         return Kept(self.kept[rows, columns], self.bases[rows, first:last])
 
 
-def forward(call: Call, plan: Plan, folds: Folds, index: Tensor | None) -> Forward:
-    """index (M,): flat positions of the rows that count; None where all do."""
+def forward(
+    call: Call, tokens: int, index: Tensor | None, facts: Facts, make_folds: Callable[[Call, Plan], Folds]
+) -> Forward:
+    """index (M,): flat positions of the `tokens` rows that count; None where all do."""
+    plan = _plan_for(call, tokens, facts)
+    folds = make_folds(call, plan)
     operands = _Operands(call, plan, index, folds.operand)
     stats = folds.stats(operands.labels)
     wide = operands.wide
@@ -126,8 +131,8 @@ def forward(call: Call, plan: Plan, folds: Folds, index: Tensor | None) -> Forwa
         bases=wide.new_empty((plan.kept_tokens, plan.bases)),
         jacobian=wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size)),
     )  # fmt: skip
-    for columns in _spans(plan.vocab_size if plan.tokens else 0, plan.tile_vocab):
-        for rows in _spans(plan.tokens, plan.tile_tokens):
+    for columns in plan.vocab_spans:
+        for rows in plan.token_spans:
             tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
             kept = made.kept_tile(plan, rows, columns)
             if kept is not None:
@@ -137,7 +142,7 @@ def forward(call: Call, plan: Plan, folds: Folds, index: Tensor | None) -> Forwa
             else:
                 folds.score(stats, tile)
     if plan.mode == "frozen":
-        for rows in _spans(plan.tokens, plan.tile_tokens):
+        for rows in plan.token_spans:
             # A label beyond the vocabulary (its log-prob is NaN already) must not reach past the weight.
             label = operands.labels[rows].clamp(0, plan.vocab_size - 1)
             label_weight = operands.convert(call.weight.index_select(0, label))
@@ -154,8 +159,19 @@ class InputGrads(NamedTuple):
     bias: Tensor | None
 
 
-def backward(call: Call, plan: Plan, folds: Folds, index: Tensor | None, grads: RowGrads, saved: Forward) -> InputGrads:
-    """call.grads names the gradients wanted now, some of those that the plan was made for."""
+def backward(
+    call: Call,
+    wanted: Grads,
+    index: Tensor | None,
+    grads: RowGrads,
+    saved: Forward,
+    facts: Facts,
+    make_folds: Callable[[Call, Plan], Folds],
+) -> InputGrads:
+    """call: as forward got it; wanted: the gradients wanted now, some of those that it planned for."""
+    plan = _plan_for(call, len(grads.labels), facts)
+    call = replace(call, grads=wanted)
+    folds = make_folds(call, plan)
     if plan.mode == "frozen":
         return InputGrads(_scale_jacobian(call, plan, index, grads, saved.jacobian), None, None)
     operands = _Operands(call, plan, index, folds.operand)
@@ -163,8 +179,8 @@ def backward(call: Call, plan: Plan, folds: Folds, index: Tensor | None, grads: 
     weight = _Gradient(call.weight, operands.wide, None, folds, plan.tokens) if call.grads.weight else None
     bias = operands.wide.new_zeros(plan.vocab_size) if call.grads.bias else None
     for i, sweep in enumerate(plan.sweeps):
-        wanted = Sweep(sweep.outer, sweep.hidden and call.grads.hidden, sweep.weight and call.grads.weight)
-        _sweep(wanted, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
+        part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight)
+        _sweep(part, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
     return InputGrads(
         None if hidden is None else hidden.out.view(call.hidden.shape),
         None if weight is None else weight.out,
@@ -189,10 +205,10 @@ def _sweep(
     vocab_outside = sweep.outer == "vocab"
     totals = []
     if sweep.hidden and hidden is not None:
-        hidden.start(list(_spans(plan.tokens, plan.tile_tokens)), whole=vocab_outside, terms=plan.vocab_tiles)
+        hidden.start(plan.token_spans, whole=vocab_outside, terms=len(plan.vocab_spans))
         totals.append(hidden)
     if sweep.weight and weight is not None:
-        weight.start(list(_spans(plan.vocab_size, plan.tile_vocab)), whole=not vocab_outside, terms=plan.token_tiles)
+        weight.start(plan.vocab_spans, whole=not vocab_outside, terms=len(plan.token_spans))
         totals.append(weight)
     for rows, columns in _tiles(plan, vocab_outside):
         tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
@@ -210,7 +226,7 @@ def _scale_jacobian(call: Call, plan: Plan, index: Tensor | None, grads: RowGrad
     if not call.grads.hidden:
         return None
     gradient = _Gradient(call.hidden, jacobian, index)
-    for rows in _spans(plan.tokens, plan.tile_tokens):
+    for rows in plan.token_spans:
         gradient.write(rows, jacobian[rows] * grads.grad_log_probs[rows, None])
     return gradient.out.view(call.hidden.shape)
 
@@ -243,7 +259,7 @@ class _Operands:
 
     def _all_rows(self) -> Tensor:
         result = self.wide.new_empty((self.plan.tokens, self.plan.hidden_size), dtype=self.dtype)
-        for rows in _spans(self.plan.tokens, self.plan.tile_tokens):
+        for rows in self.plan.token_spans:
             result[rows] = self.convert(take_rows(self.call.hidden, self.index, rows))
         return result
 
@@ -284,7 +300,7 @@ class _Gradient:
         out = make(like.shape, dtype=like.dtype, device=like.device)
         self.out = out.view(-1, like.shape[-1])
         self.index, self.wide, self.folds = index, wide, folds
-        self.direct = like.dtype == wide.dtype  # the gradient is its own accumulator
+        self.direct = like.dtype == wide.dtype and index is None  # the gradient is its own accumulator
         self.total = wide
         self.spans: list[slice] = []  # the rows that `total` holds
 
@@ -298,7 +314,7 @@ class _Gradient:
         # A single product is its own sum: it is rounded as it is written.
         self.once = terms == 1 and not self.direct and self.index is None and self.folds.rounds
         if not self.direct and not self.once:
-            height = 0 if not spans else spans[-1 if whole else 0].stop
+            height = max((s.stop if whole else s.stop - s.start for s in spans), default=0)
             self.total = self.wide.new_empty((height, self.out.shape[1]))
 
     def add(self, rows: slice, a: Any, b: Tensor) -> None:
@@ -306,13 +322,8 @@ class _Gradient:
         assert self.folds is not None
         again = rows.start in self.begun
         self.begun.add(rows.start)
-        if self.once or (self.direct and self.index is None):
+        if self.once or self.direct:
             self.folds.multiply(self.out[rows], a, b, add=again)
-        elif self.direct and self.index is not None:
-            at = self.index[rows]  # distinct rows: gather, add, scatter is exact and deterministic
-            total = self.out.index_select(0, at)
-            self.folds.multiply(total, a, b, add=again)
-            self.out.index_copy_(0, at, total)
         elif self.whole:
             self.folds.multiply(self.total[rows], a, b, add=again)
         else:
@@ -351,14 +362,19 @@ def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) 
     tensor[torch.unravel_index(where, tensor.shape[:-1])] = values.to(tensor.dtype)
 
 
-def _spans(length: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, length)) for i in range(0, length, step))
-
-
 def _tiles(plan: Plan, vocab_outside: bool) -> Iterator[tuple[slice, slice]]:
     if vocab_outside:
-        for columns in _spans(plan.vocab_size, plan.tile_vocab):
-            yield from ((rows, columns) for rows in _spans(plan.tokens, plan.tile_tokens))
+        for columns in plan.vocab_spans:
+            yield from ((rows, columns) for rows in plan.token_spans)
     else:
-        for rows in _spans(plan.tokens, plan.tile_tokens):
-            yield from ((rows, columns) for columns in _spans(plan.vocab_size, plan.tile_vocab))
+        for rows in plan.token_spans:
+            yield from ((rows, columns) for columns in plan.vocab_spans)
+
+
+def _plan_for(call: Call, tokens: int, facts: Facts) -> Plan:
+    grads = tuple(name for name in ("hidden", "weight", "bias") if getattr(call.grads, name))
+    return plan(
+        tokens, call.hidden.shape[-1], call.weight.shape[0], call.hidden.dtype, grads=grads, outputs=call.outputs,
+        softcap=call.transform.softcap, compute_dtype=call.compute_dtype, memory_budget=call.memory_budget,
+        facts=facts, labels=call.labels.numel(),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """One forward and backward in a process of its own; prints what it held beyond inputs and gradients, as JSON.
 
-Usage: python memory_probe.py TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS [COUNTED], with GRADS such as hidden,weight
-or none; COUNTED of the tokens count, default all.
+Usage: python memory_probe.py IMPL TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS [COUNTED], with GRADS such as
+hidden,weight or none; COUNTED of the tokens count, default all.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def step(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, budget: int | None) -> None:
-    log_probs = hidden_to_log_probs(hidden, weight, labels, memory_budget=budget)
+def step(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, budget: int | None, impl: str) -> None:
+    log_probs = hidden_to_log_probs(hidden, weight, labels, memory_budget=budget, impl=impl)
     if log_probs.requires_grad:
         log_probs.sum().backward()
 
 
 def main() -> None:
-    tokens, features, vocab = map(int, sys.argv[1:4])
-    dtype, budget, grads = getattr(torch, sys.argv[4]), int(sys.argv[5]), sys.argv[6].split(",")
+    impl, *numbers, dtype_name, budget_text, wants = sys.argv[1:8]
+    tokens, features, vocab = map(int, numbers)
+    dtype, budget, grads = getattr(torch, dtype_name), int(budget_text), wants.split(",")
     hidden = torch.randn(tokens, features, dtype=dtype).requires_grad_("hidden" in grads)
     weight = torch.randn(vocab, features, dtype=dtype).mul_(0.05).requires_grad_("weight" in grads)
     labels = torch.randint(vocab, (tokens,))
-    counted = int(sys.argv[7]) if len(sys.argv) > 7 else tokens
+    counted = int(sys.argv[8]) if len(sys.argv) > 8 else tokens
     labels[counted:] = -100
     # The first call loads libraries; a small one before the measurement keeps them out of it.
     small = [t.detach()[:64].clone().requires_grad_(t.requires_grad) for t in (hidden, weight)]
-    step(small[0], small[1], labels[:64] % 64, None)
+    step(small[0], small[1], labels[:64] % 64, None, impl)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = status("VmRSS")
     start = time.perf_counter()
-    step(hidden, weight, labels, budget)
+    step(hidden, weight, labels, budget, impl)
     seconds = time.perf_counter() - start
     # Autograd hands backward a gradient of each log-prob; outputs and gradients are the caller's.
     returned = sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None) + 4 * tokens
     wanted = tuple(name for name in grads if name != "none")
-    planned = plan(counted, features, vocab, dtype, grads=wanted, memory_budget=budget, labels=tokens)
+    planned = plan(counted, features, vocab, dtype, grads=wanted, memory_budget=budget, impl=impl, labels=tokens)
     print(json.dumps({
         "mode": planned.mode, "gemms": planned.gemms, "budget": budget, "planned": planned.bytes,
         "held": status("VmHWM") - before - returned, "seconds": seconds,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, make_head
+from helpers import IMPLS, assert_close, make_head, use_impl
 
 from dpo_kernels import (
     available_impls,
@@ -21,12 +22,21 @@ from dpo_kernels import (
 )
 from dpo_kernels.head import OPTIONAL_OUTPUTS
 
+WIDEST = torch.float64
 INF, NAN = float("inf"), float("nan")
 MODES = ["hidden", "hidden,weight,bias"]  # frozen head, and keep
 
 
-def small(grads="hidden,weight,bias", dtype=torch.float64):
-    head = make_head(6, 4, 9, dtype, bias=True, ignored=0, grads=grads)
+@pytest.fixture(params=IMPLS, autouse=True)
+def impl(request, monkeypatch) -> str:
+    """Each implementation, in the widest dtype that it computes."""
+    use_impl(monkeypatch, request.param)
+    monkeypatch.setattr(sys.modules[__name__], "WIDEST", {"cpp": torch.float32, "torch": torch.float64}[request.param])
+    return request.param
+
+
+def small(grads="hidden,weight,bias", dtype=None):
+    head = make_head(6, 4, 9, dtype or WIDEST, bias=True, ignored=0, grads=grads)
     return head.hidden, head.weight, head.labels, head.bias
 
 
@@ -255,7 +265,7 @@ def test_bad_options(argument, value, message):
 
 
 def test_bad_kinds_of_options():
-    hidden, weight, labels, _ = small()
+    hidden, weight, labels, _ = small(dtype=torch.float32)
     with pytest.raises(TypeError, match="softcap is '3'; expected a number"):
         hidden_to_log_probs(hidden, weight, labels, softcap="3")
     with pytest.raises(TypeError, match="outputs is the string 'entropy'"):
@@ -307,11 +317,11 @@ def test_logits_mismatches():
 def test_padded_vocabulary_counts():
     """Columns beyond the tokenizer's are part of the softmax, as in every peer."""
     hidden, weight, labels, bias = small()
-    padded = torch.cat([weight, torch.zeros(7, 4)]).double()
-    padded_bias = torch.cat([bias, torch.zeros(7)]).double()
+    padded = torch.cat([weight, torch.zeros(7, 4, dtype=WIDEST)])
+    padded_bias = torch.cat([bias, torch.zeros(7, dtype=WIDEST)])
     got = hidden_to_log_probs(hidden, padded, labels, padded_bias)
     exact = torch.log_softmax(hidden @ padded.T + padded_bias, -1).gather(1, labels[:, None]).squeeze(1)
-    assert_close(got, exact, 1e-12)
+    assert_close(got, exact, 1e-5 if torch.float32 == WIDEST else 1e-12)
     assert (got < hidden_to_log_probs(hidden, weight, labels, bias)).all()
 
 

@@ -17,9 +17,9 @@ from dpo_kernels import (
     logits_to_log_probs,
     ops,
     reference,
-    tiled,
     token_stats,
 )
+from dpo_kernels.impls import cpp_impl, torch_impl
 
 MIB = 2**20
 
@@ -170,23 +170,28 @@ def test_autocast_leaves_float64_alone():
     assert_close(got, reference.hidden_to_log_probs(head.hidden, head.weight, head.labels), 1e-12)
 
 
-def test_no_grad_takes_one_gemm_and_saves_nothing(monkeypatch):
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_no_grad_takes_one_gemm_and_saves_nothing(monkeypatch, impl):
     head = make_head(9, 8, 30)
     products = []
-    original = tiled._Operands.product
-    monkeypatch.setattr(
-        tiled._Operands, "product", lambda self, h, w, at: products.append(len(h) * len(w)) or original(self, h, w, at)
-    )
+    folds = {"cpp": cpp_impl.CppFolds, "torch": torch_impl.TorchFolds}[impl]
+    original = folds.score
+
+    def score(self, stats, tile):
+        products.append(len(tile.hidden) * len(tile.weight))
+        original(self, stats, tile)
+
+    monkeypatch.setattr(folds, "score", score)
     for context in (torch.no_grad, torch.inference_mode):
         products.clear()
         with context():
-            stats = token_stats(head.hidden, head.weight, head.labels)
+            stats = token_stats(head.hidden, head.weight, head.labels, impl=impl)
         assert not stats.log_probs.requires_grad
         assert sum(products) == int((head.labels != -100).sum()) * 30
     made = ops.token_stats_op(
-        head.hidden, head.weight, None, head.labels, -100, 1.0, 1.0, None, "", "", torch.float32, None, None
+        head.hidden, head.weight, None, head.labels, -100, 1.0, 1.0, None, "", "", torch.float32, None, impl
     )
-    assert sum(t.numel() for t in made[7:]) == 0  # kept, tile_max, jacobian
+    assert sum(t.numel() for t in made[7:]) == 0  # kept, bases, jacobian
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -1,11 +1,21 @@
-"""Numbers: every mode, dtype and option of the tiled driver against the float64 reference."""
+"""Numbers: every implementation, mode, dtype and option against the float64 reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_as_good, assert_close, check_against_reference, detached, loss_of, make_head, run
-from hypothesis import given, settings
+from helpers import (
+    IMPLS,
+    assert_as_good,
+    assert_close,
+    check_against_reference,
+    detached,
+    loss_of,
+    make_head,
+    run,
+    use_impl,
+)
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dpo_kernels
@@ -28,6 +38,12 @@ TRANSFORMS = [
     pytest.param({"softcap": 9.0, "temperature": 1.5, "logit_scale": 0.25}, id="all"),
 ]
 GRADS = ["hidden,weight,bias", "hidden,weight", "hidden", "weight", "bias", "hidden,bias", "none"]
+
+
+@pytest.fixture(params=IMPLS, autouse=True)
+def impl(request, monkeypatch) -> str:
+    use_impl(monkeypatch, request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,30 +70,42 @@ def test_bfloat16_at_the_size_of_the_promise():
     check_against_reference(make_head(64, 1024, 4000, torch.bfloat16), 1e-4, outputs=())
 
 
-BUDGETED = [  # mode, outer loops, tokens that count, features, vocabulary, gradients, budget in MiB
-    pytest.param("score", "", 420, 64, 3000, "none", 64, id="score"),
-    pytest.param("frozen", "", 420, 64, 3000, "hidden", 64, id="frozen"),
-    pytest.param("recompute", "tokens", 1050, 512, 3000, "hidden", 14, id="frozen-head-that-does-not-fit"),
-    pytest.param("keep", "vocab", 910, 64, 3000, "hidden,weight", 64, id="keep"),
-    pytest.param("mixed", "vocab", 910, 64, 3000, "hidden,weight", 22, id="mixed"),
-    pytest.param("recompute", "vocab", 910, 64, 3000, "hidden,weight", 14, id="recompute"),
-    pytest.param("mixed", "tokens,vocab", 1400, 256, 1900, "hidden,weight", 13, id="two-sweeps"),
-    pytest.param("recompute", "tokens", 2100, 32, 700, "hidden,weight", 14, id="tokens-outside"),
-]
+BUDGETED = [  # outer loops, tokens that count, features, vocabulary, gradients; mode and budget in MiB
+    pytest.param("", 420, 64, 3000, "none", {"torch": ("score", 64), "cpp": ("score", 7)}, id="score"),
+    pytest.param("", 420, 64, 3000, "hidden", {"torch": ("frozen", 64), "cpp": ("frozen", 7)}, id="frozen"),
+    pytest.param(
+        "tokens", 1050, 512, 3000, "hidden", {"torch": ("recompute", 14), "cpp": ("recompute", 7.25)},
+        id="frozen-head-that-does-not-fit",
+    ),
+    pytest.param("vocab", 910, 64, 3000, "hidden,weight", {"torch": ("keep", 64), "cpp": ("keep", 64)}, id="keep"),
+    pytest.param("vocab", 910, 64, 3000, "hidden,weight", {"torch": ("mixed", 22), "cpp": ("mixed", 21)}, id="mixed"),
+    pytest.param(
+        "vocab", 910, 64, 3000, "hidden,weight", {"torch": ("recompute", 14), "cpp": ("recompute", 6.5)},
+        id="recompute",
+    ),
+    pytest.param(
+        "tokens,vocab", 1400, 256, 1900, "hidden,weight", {"torch": ("mixed", 13), "cpp": ("mixed", 10)},
+        id="two-sweeps",
+    ),
+    pytest.param(
+        "tokens", 2100, 32, 700, "hidden,weight", {"torch": ("recompute", 14), "cpp": ("mixed", 8)}, id="tokens-outside"
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [TRANSFORMS[0], TRANSFORMS[3]])
-@pytest.mark.parametrize(("mode", "outer", "tokens", "features", "vocab", "grads", "budget"), BUDGETED)
-def test_modes(mode, outer, tokens, features, vocab, grads, budget, options, dtype):
+@pytest.mark.parametrize(("outer", "tokens", "features", "vocab", "grads", "expected"), BUDGETED)
+def test_modes(impl, outer, tokens, features, vocab, grads, expected, options, dtype):
     head = make_head(tokens + tokens // 3, features, vocab, dtype, grads=grads, ignored=0)
     head.labels[torch.randperm(len(head.labels))[tokens:]] = -100
+    mode, budget = expected[impl][0], int(expected[impl][1] * MIB)
     made = plan(
         tokens, features, vocab, torch.bfloat16, grads=tuple(g for g in grads.split(",") if g != "none"),
-        softcap=None, memory_budget=int(budget * MIB),
+        softcap=None, memory_budget=budget,
     )  # fmt: skip
     assert (made.mode, ",".join(sweep.outer for sweep in made.sweeps)) == (mode, outer)
-    check_against_reference(head, outputs=(), memory_budget=int(budget * MIB), **options)
+    check_against_reference(head, outputs=(), memory_budget=budget, **options)
 
 
 def test_the_answer_does_not_depend_on_the_budget():
@@ -102,8 +130,8 @@ def test_every_mode_gives_the_same_log_probs_to_the_last_bit(options, budget, dt
         wanted = tuple(name for name in grads.split(",") if name != "none")
         made = plan(int((head.labels != -100).sum()), 32, 5000, dtype, grads=wanted, memory_budget=budget)
         modes.add(made.mode)
-        assert made.vocab_tiles > 2
-    assert {"score", "frozen"} < modes
+        assert made.vocab_tiles > 1
+    assert len(modes) > 2
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -254,7 +282,7 @@ def test_any_stride(level):
         assert_close(grads[0], grads[1], 1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.integers(0, 40),
     features=st.integers(1, 33),

@@ -105,7 +105,7 @@ def test_huge_margins_do_not_overflow():
         ({"beta": -0.1}, r"beta is -0.1; expected a finite number >= 0"),
         ({"beta": float("nan")}, r"beta is nan"),
         ({"aggregate": "median"}, r"aggregate is 'median'; expected one of \('sum', 'mean'\)"),
-        ({"loss_type": "dpo"}, r"loss_type is 'dpo'; expected one of \('sigmoid',\)"),
+        ({"loss_type": "dpo"}, r"loss_type is 'dpo'; expected one of \('sigmoid', 'sigmoid_norm', "),
         ({"mask": torch.ones(6, 8)}, r"log_probs are \(6, 7\), mask \(6, 8\)"),
         ({"ref_log_probs": torch.zeros(3, 7)}, r"ref_log_probs are \(3, 7\), policy_log_probs \(6, 7\)"),
     ],

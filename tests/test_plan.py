@@ -7,23 +7,24 @@ import itertools
 import pytest
 import torch
 
-from dpo_kernels import plan
-from dpo_kernels.plan import DEFAULT_BUDGET, DEVICES
+import dpo_kernels
+from dpo_kernels.plan import DEFAULT_BUDGET, FACTS, plan
 
 MIB = 2**20
+CPP = [facts for name, facts in FACTS.items() if name.startswith("cpp")]
 SIZES = list(itertools.product((0, 1, 511, 8192, 131_072), (1, 64, 4096), (1, 2049, 151_936)))
 GRADS = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden", "weight", "bias")]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("facts", FACTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("budget", [None, 8 * MIB, 40 * MIB, 64 * MIB, 256 * MIB, 4096 * MIB, 2**50])
-def test_every_plan_keeps_its_budget_or_says_the_least(device, dtype, budget):
+def test_every_plan_keeps_its_budget_or_says_the_least(facts, dtype, budget):
     for (tokens, features, vocab), grads, outputs, softcap in itertools.product(
         SIZES, GRADS, [(), ("entropy",)], [None, 30.0]
     ):
         arguments = (tokens, features, vocab, dtype)
-        options = {"grads": grads, "outputs": outputs, "softcap": softcap, "device": device}
+        options = {"grads": grads, "outputs": outputs, "softcap": softcap, "facts": FACTS[facts]}
         try:
             made = plan(*arguments, memory_budget=budget, **options)
         except ValueError as error:
@@ -39,7 +40,7 @@ def test_every_plan_keeps_its_budget_or_says_the_least(device, dtype, budget):
         assert 1 <= made.tile_tokens <= max(tokens, 1)
         assert 1 <= made.tile_vocab <= vocab
         assert 0 <= made.kept_tokens <= tokens
-        assert made.kept_tokens == tokens or made.kept_tokens % made.tile_tokens == 0
+        assert made.kept_tokens == tokens or made.kept_tokens % (FACTS[facts].kept_step or made.tile_tokens) == 0
         assert 1 <= made.gemms <= 5
         assert (made.mode == "score") == (not grads)
         if outputs and grads:
@@ -90,10 +91,9 @@ def test_the_default_budget_grows_with_the_inputs():
     assert plan(131_072, 4096, 128_256).memory_budget == 2 * 2 * 4096 * (131_072 + 128_256)
 
 
-def test_labels_that_are_ignored_count_in_the_budget_and_other_devices_have_plans():
+def test_labels_that_are_ignored_count_in_the_budget():
     some, all_of_them = plan(100, 64, 1000), plan(100, 64, 1000, labels=10_000_000)
     assert all_of_them.bytes - some.bytes == 4 * (10_000_000 - 100)
-    assert plan(100, 64, 1000, device="mps") == plan(100, 64, 1000, device="cpu")
 
 
 def test_a_plan_cannot_be_changed():
@@ -133,3 +133,21 @@ def test_it_tells_a_person_what_will_happen():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(**({"tokens": 4, "hidden_size": 4, "vocab_size": 4} | arguments))
+
+
+def test_the_public_plan_is_that_of_the_implementation_that_will_run():
+    assert dpo_kernels.plan(100, 64, 1000, impl="torch") == plan(100, 64, 1000)
+    assert dpo_kernels.plan(100, 64, 1000, impl="cpp") in [plan(100, 64, 1000, facts=f) for f in CPP]
+    assert dpo_kernels.plan(100, 64, 1000) == dpo_kernels.plan(100, 64, 1000, impl="cpp")
+    assert dpo_kernels.plan(100, 64, 1000, torch.float64) == plan(100, 64, 1000, torch.float64)
+    assert dpo_kernels.plan(100, 64, 1000, device="mps") == plan(100, 64, 1000)
+    assert dpo_kernels.plan(100, 64, 1000, device="cuda") == plan(100, 64, 1000, facts=FACTS["torch, cuda"])
+
+
+def test_a_fused_tile_holds_its_gradient_only_where_there_is_one():
+    score, full = (plan(4096, 1024, 32_000, grads=g, facts=FACTS["cpp"]) for g in ((), ("hidden", "weight")))
+    assert score.memory["tile and operands"] < full.memory["tile and operands"] / 4
+    # A single product over all tokens is its own sum: no accumulator of the weight's gradient.
+    one, more = (plan(n, 1024, 32_000, facts=FACTS["cpp"]) for n in (1024, 1025))
+    assert one.memory["gradient accumulators"] == 4 * 1024 * 1024
+    assert more.memory["gradient accumulators"] == 4 * 1024 * (1025 + 4096)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import tiled
-from dpo_kernels.head import Call, TokenStats, Transform
+from dpo_kernels.head import Call, Grads, TokenStats, Transform
 from dpo_kernels.impls import torch_impl
 from dpo_kernels.plan import FACTS, Facts, Plan, Sweep
 
 DEVICES = ("cpu",)
 # The running statistics of csrc/hidden.cpp before the first tile, in its order: base, five sums and maxima, the label.
 NO_STATS = (-1.5e38, 0.0, 0.0, 0.0, 0.0, -torch.inf, 0.0, torch.nan)
+FAR = 7e5
 _failure: str | None = None  # why the kernels could not be built or loaded
 
 
@@ -49,14 +50,20 @@ def facts(device: torch.device) -> Facts:
     return FACTS["cpp" if _multiplies_bfloat16() else "cpp, no bfloat16 products"]
 
 
-def hidden_forward(call: Call, plan: Plan, index: Tensor | None) -> tiled.Forward:
-    return tiled.forward(call, plan, CppFolds(call, plan), index)
+def hidden_forward(call: Call, tokens: int, index: Tensor | None) -> tiled.Forward:
+    made = tiled.forward(call, tokens, index, facts(call.hidden.device), CppFolds)
+    if _beyond_reach(made.max):
+        del made
+        return torch_impl.hidden_forward(call, tokens, index)
+    return made
 
 
 def hidden_backward(
-    call: Call, plan: Plan, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
+    call: Call, wanted: Grads, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
 ) -> tiled.InputGrads:
-    return tiled.backward(call, plan, CppFolds(call, plan), index, grads, saved)
+    if _beyond_reach(grads.max):
+        return torch_impl.hidden_backward(call, wanted, index, grads, saved)
+    return tiled.backward(call, wanted, index, grads, saved, facts(call.hidden.device), CppFolds)
 
 
 def logits_forward(
@@ -66,8 +73,10 @@ def logits_forward(
     flat = _matrix(logits)
     if flat is None:
         return torch_impl.logits_forward(logits, labels, transform, index, tokens)
-    made = _ops().logits_forward(flat, index, labels, *_options(transform))
-    return made[0], made[1], made[2]
+    log_probs, maximum, log_sum = _ops().logits_forward(flat, index, labels, *_options(transform))
+    if _beyond_reach(maximum):
+        return torch_impl.logits_forward(logits, labels, transform, index, tokens)
+    return log_probs, maximum, log_sum
 
 
 def logits_backward(
@@ -75,7 +84,7 @@ def logits_backward(
 ) -> None:
     """Writes d loss / d logits of the rows that count to out (..., V), which may be logits itself."""
     flat, to = _matrix(logits), _matrix(out)
-    if flat is None or to is None:
+    if flat is None or to is None or _beyond_reach(grads.max):
         torch_impl.logits_backward(logits, transform, index, grads, out)
         return
     _ops().logits_backward(
@@ -189,6 +198,12 @@ class CppFolds:
         return self._buffers[name][: rows * columns].view(rows, columns)
 
 
+def _beyond_reach(maximum: Tensor) -> bool:
+    """Whether a row's largest logit is so large, or so negative, that float32 numbers beside it lie 0.06 apart: the
+    kernels' exponents in base 2 would be a number of its own (csrc/transform.h)."""
+    return bool(((maximum.abs() > FAR) & maximum.isfinite()).any())
+
+
 def _options(transform: Transform) -> tuple[float, float, float | None]:
     return transform.temperature, transform.logit_scale, transform.softcap
 
@@ -221,4 +236,4 @@ def _multiplies_bfloat16() -> bool:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and " avx512_bf16" in flags
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and " avx512_bf16" in flags

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_kernels import tiled
-from dpo_kernels.head import Call, TokenStats, Transform, accumulate_dtype
+from dpo_kernels.head import Call, Grads, TokenStats, Transform, accumulate_dtype
 from dpo_kernels.plan import FACTS, MIB, Facts, Plan, Sweep
 
 # exp of anything below is 0 in float32 and float64; keeps 0 * log 0 out of the entropy.
@@ -51,14 +51,16 @@ def facts(device: torch.device) -> Facts:
     return FACTS.get(f"torch, {device.type}", FACTS["torch, cpu"])
 
 
-def hidden_forward(call: Call, plan: Plan, index: Tensor | None) -> tiled.Forward:
-    return tiled.forward(call, plan, TorchFolds(call, plan), index)
+def hidden_forward(call: Call, tokens: int, index: Tensor | None) -> tiled.Forward:
+    """index (M,): flat positions of the `tokens` rows that count; None where all do."""
+    return tiled.forward(call, tokens, index, facts(call.hidden.device), TorchFolds)
 
 
 def hidden_backward(
-    call: Call, plan: Plan, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
+    call: Call, wanted: Grads, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
 ) -> tiled.InputGrads:
-    return tiled.backward(call, plan, TorchFolds(call, plan), index, grads, saved)
+    """call: as forward got it; wanted: the gradients wanted now."""
+    return tiled.backward(call, wanted, index, grads, saved, facts(call.hidden.device), TorchFolds)
 
 
 def apply_transform(product: Tensor, transform: Transform) -> Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels import hidden_to_log_probs, reference
-from dpo_kernels.head import Transform
+from dpo_kernels import reference, token_stats
+from dpo_kernels.head import TokenStats, Transform
 
 # Where the probe looks at what stands behind the head: small enough for a slope, large enough for a cap.
 PROBE = (1e-4, -1e-4, 0.5, -0.5, 3.0, -3.0, 20.0, -20.0, 200.0, -200.0, 1e9, -1e9)
@@ -38,25 +38,34 @@ class _Request:
     labels: Tensor | None = None  # (R, S): compute log-probs
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
+    stats: TokenStats | None = None  # of the same call; the fields besides log_probs have no gradient
 
 
 class FusedHead:
     """Makes `model(input_ids=..., attention_mask=..., labels=...)` return log-probs of the labels instead of logits.
 
-    After `FusedHead(model)`, a call with labels returns {"log_probs": (R, S) float32, and "aux_loss" where the model
-    has one and router logits are asked for}; labels are already shifted, -100 where a token does not count. A call
-    without labels is the model's own. The model may be wrapped (DDP, FSDP, accelerate) afterwards.
+    After `FusedHead(model)`, a call with labels returns {"log_probs": (R, S) float32, "log_sum_sq_probs" alike where
+    asked for, and "aux_loss" where the model has one and router logits are asked for}; labels are already shifted, -100
+    where a token does not count. A call without labels is the model's own. The model may be wrapped (DDP, FSDP,
+    accelerate) afterwards.
 
     Args:
         model: an `AutoModelForCausalLM`; tied or untied head, with or without bias.
         memory_budget: as in `hidden_to_log_probs`.
         impl: as in `hidden_to_log_probs`.
+        with_log_sum_sq_probs: whether calls return that too (WPO's weights are made of it); it has no gradient.
 
     Raises:
         HeadError: the model has no output head with a floating-point weight of its own.
     """
 
-    def __init__(self, model: Any, memory_budget: int | None = None, impl: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        memory_budget: int | None = None,
+        impl: str | None = None,
+        with_log_sum_sq_probs: bool = False,
+    ) -> None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         weight = getattr(head, "weight", None)
         if head is None or weight is None or weight.ndim != 2 or not weight.is_floating_point():
@@ -71,6 +80,7 @@ class FusedHead:
                 f"trained: {others}; leave the head out of the adapter"
             )
         self.memory_budget, self.impl = memory_budget, impl
+        self.outputs = ("log_sum_sq_probs",) if with_log_sum_sq_probs else ()
         self.transform = Transform()
         self._request = _Request()
         self._vocab_size = weight.shape[0]
@@ -91,6 +101,8 @@ class FusedHead:
                     f"{type(this).__name__} did not call its output head {type(own_head).__name__} in forward"
                 )
             result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
+            if request.stats is not None and request.stats.log_sum_sq_probs is not None:
+                result["log_sum_sq_probs"] = request.stats.log_sum_sq_probs.squeeze(-1)
             if getattr(output, "aux_loss", None) is not None:
                 result["aux_loss"] = output.aux_loss
             return result
@@ -100,11 +112,11 @@ class FusedHead:
         head.fused = self
         head.__class__ = type(f"Fused{type(head).__name__}", (_OutputHead, type(head)), {})
 
-    def log_probs(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
+    def token_stats(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> TokenStats:
         t = self.transform
-        return hidden_to_log_probs(
-            hidden, weight, labels, bias, temperature=t.temperature, logit_scale=t.logit_scale, softcap=t.softcap,
-            memory_budget=self.memory_budget, impl=self.impl,
+        return token_stats(
+            hidden, weight, labels, bias, outputs=self.outputs, temperature=t.temperature, logit_scale=t.logit_scale,
+            softcap=t.softcap, memory_budget=self.memory_budget, impl=self.impl,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -194,7 +206,8 @@ class _OutputHead(nn.Module):
         if request.labels is None:
             return super().forward(hidden, *args, **kwargs)
         bias = getattr(self, "bias", None)
-        return self.fused.log_probs(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
+        request.stats = self.fused.token_stats(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
+        return request.stats.log_probs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the output as the hooks of FSDP and DeepSpeed leave it: their backward hooks hang on it."""

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dpo_kernels.losses import LOSSES, Pairs, aggregate_log_probs, check_loss, pair_logratios
+from dpo_kernels import checks
+from dpo_kernels.losses import aggregate_log_probs, make_pairs
+from dpo_kernels.preference_losses import LossOptions, Sides, pair_losses
 from dpo_kernels.training import checkpoints
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm
 from dpo_kernels.training.data import PairCollator, attention_mask
@@ -58,7 +60,29 @@ class DPOConfig(TrainingArguments):
     )
     beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference, >= 0."})
     dpo_aggregate: Literal["sum", "mean"] = field(default="sum", metadata={"help": "Over the tokens of an answer."})
-    loss_type: str = field(default="sigmoid", metadata={"help": "A key of dpo_kernels.losses.LOSSES."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Names from dpo_kernels.preference_losses.LOSSES; of several the weighted sum."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One number per loss_type; default: 1 each."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "The share of preferences that may be flipped, in [0, 1)."}
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl", metadata={"help": "reverse_kl, forward_kl, js_divergence or alpha_divergence."}
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "alpha of alpha_divergence."})
+    ld_alpha: float | None = field(
+        default=None, metadata={"help": "LD-DPO: weight of the tokens beyond the shorter answer's length, in [0, 1]."}
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "WPO: a pair weighs as much as it is likely under the policy."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of discopop, > 0."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of simpo, >= 0."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of cpo's negative log-likelihood, >= 0."})
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={"help": "Weight of the load-balancing loss of a mixture of experts; default: the model's."},
@@ -77,7 +101,10 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.memory_budget_bytes = parse_bytes(self.memory_budget)
-        check_loss(self.beta, self.dpo_aggregate, self.loss_type)
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        names = {f.name: "dpo_aggregate" if f.name == "aggregate" else f.name for f in fields(LossOptions)}
+        self.loss_options = checks.loss_options(LossOptions(**{to: getattr(self, own) for to, own in names.items()}))
         for name, allowed in RESTRICTED.items():
             if (value := getattr(self, name, allowed[0])) not in allowed:
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
@@ -112,12 +139,14 @@ class DPOTrainer(Trainer):
 
     Each step: x = cat(x_chosen, x_rejected) through policy and reference, `dpo_loss` of their log-probs, plus the
     model's load-balancing loss where it has one. With several processes or gradient accumulation the loss is the mean
-    over all pairs of the step, as if they had been one batch (the load-balancing loss, which is no mean over pairs, is
-    averaged over the parts).
+    over all pairs of the step, as if they had been one batch; negative log-likelihoods (sft, cpo, orpo) are the mean
+    over all its chosen tokens. (What is no mean over pairs, the load-balancing loss, aot and aot_unpaired, is averaged
+    over the parts.)
 
     Args:
         model: policy, an `AutoModelForCausalLM`.
-        ref_model: the reference, frozen here; not needed if the datasets hold its log-probs already.
+        ref_model: the reference, frozen here; not needed if the datasets hold its log-probs already, or if the loss
+            has none (`LossOptions.needs_reference`).
         args: `DPOConfig`.
         train_dataset, eval_dataset: `DPODataset`, or any dataset whose items have the same tensors.
         processing_class: the tokenizer, saved beside the model.
@@ -133,6 +162,7 @@ class DPOTrainer(Trainer):
     train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
     _staged_in: str | None = None
+    _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
     def __init__(
@@ -149,7 +179,7 @@ class DPOTrainer(Trainer):
             raise ValueError("model and ref_model are one object; the reference must stay what it is: load it twice")
         if args.disable_dropout:
             disable_dropout(model)
-        self.head = FusedHead(model, args.memory_budget_bytes, args.impl)
+        self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
         super().__init__(
             model=model, args=args, data_collator=PairCollator(), train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
@@ -181,7 +211,9 @@ class DPOTrainer(Trainer):
             )
             self.ref_model = None
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
-            if self.ref_model is None and dataset is not None and "ref_chosen" not in dataset[0]:
+            if not args.loss_options.needs_reference or self.ref_model is not None or dataset is None:
+                continue
+            if "ref_chosen" not in dataset[0]:
                 raise ValueError(f"no ref_model, and {name} holds no log-probs of one; give a ref_model")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -208,13 +240,16 @@ class DPOTrainer(Trainer):
         pairs = len(inputs["x_chosen"])
         mask = _both(inputs, "mask")
         output = self._forward(model, inputs, output_router_logits=self.router_aux_loss_coef > 0)
-        policy, ref = output["log_probs"], self._reference_log_probs(inputs)
-        chosen, rejected = pair_logratios(ref, policy, mask, self.args.dpo_aggregate)
-        losses = LOSSES[self.args.loss_type](Pairs(chosen, rejected, self.args.beta))
+        policy, has_reference = output["log_probs"], self.ref_model is not None or "ref_chosen" in inputs
+        ref = self._reference_log_probs(inputs) if has_reference else None  # some losses can do without
+        options = self.args.loss_options
+        of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else None
+        made = make_pairs(ref, policy, mask, options, output.get("log_sum_sq_probs"), of_the_step)
+        losses = pair_losses(made, options)
         if "aux_loss" in output:
             losses = losses + self.router_aux_loss_coef * output["aux_loss"]
         loss = losses.mean()
-        metrics = self._pair_metrics(chosen.detach(), rejected.detach(), policy.detach(), mask)
+        metrics = self._pair_metrics(made.logratios, policy.detach(), mask)
         if model.training:
             self._count(inputs, metrics, output.get("aux_loss"))
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
@@ -306,8 +341,12 @@ class DPOTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        pairs = torch.tensor(sum(len(batch["x_chosen"]) for batch in batch_samples), device=device)
-        return self.accelerator.reduce(pairs, reduction="sum")
+        # The pairs of the whole step, and its chosen tokens: a negative log-likelihood is a mean over those.
+        pairs = sum(len(batch["x_chosen"]) for batch in batch_samples)
+        tokens = sum(int(batch["mask_chosen"].count_nonzero()) for batch in batch_samples)
+        of_the_step = self.accelerator.reduce(torch.tensor([pairs, tokens], device=device), reduction="sum")
+        self._tokens_per_chosen = of_the_step[1] / of_the_step[0]
+        return of_the_step[0]
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
         options = {name: value for name, value in options.items() if value}
@@ -324,10 +363,10 @@ class DPOTrainer(Trainer):
         with self.accelerator.autocast():
             return self._forward(self.ref_model, inputs)["log_probs"]
 
-    def _pair_metrics(self, chosen: Tensor, rejected: Tensor, policy: Tensor, mask: Tensor) -> Tensor:
-        """(B, len(PAIR_METRICS)) from log ratios (B,) and the policy's log-probs: what the log shows the means of."""
+    def _pair_metrics(self, logratios: Sides, policy: Tensor, mask: Tensor) -> Tensor:
+        """(B, len(PAIR_METRICS)) from log ratios and the policy's log-probs: what the log shows the means of."""
         aggregate = self.args.dpo_aggregate
-        chosen, rejected = self.args.beta * chosen, self.args.beta * rejected
+        chosen, rejected = (self.args.beta * h.detach() for h in logratios)
         logps_chosen, logps_rejected = aggregate_log_probs(policy, mask, aggregate).chunk(2)
         mean_chosen, mean_rejected = aggregate_log_probs(policy, mask, "mean").chunk(2)
         values = {

@@ -1,0 +1,224 @@
+"""The C++ kernels: their exponential, any number of threads, every build, and checks at the boundary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_close, check_against_reference, detached, make_head, run, use_impl
+
+from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
+from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.impls import cpp_impl
+
+MIB = 2**20
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def cpp(monkeypatch) -> None:
+    assert cpp_impl.cannot_run(torch.device("cpu")) is None
+    use_impl(monkeypatch, "cpp")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and brings back the old one."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def ops():
+    return torch.ops.dpo_kernels_cpp
+
+
+def test_the_exponential_keeps_its_bound():
+    """2^x within 2 units in the last place from -126 to 126, 0 below -127, NaN for NaN."""
+    x = torch.linspace(-126, 126, 4_000_000 // 64 * 64)
+    y, exact = ops().exp2(x), torch.exp2(x.double())
+    ulp = torch.nextafter(exact.float(), torch.tensor(torch.inf)).double() - exact.float().double()
+    assert ((y.double() - exact).abs() / ulp).max() <= 2
+    edges = torch.tensor([-127.5, -1e4, -torch.inf, torch.nan] * 16)
+    assert ops().exp2(edges).view(-1, 4)[0].tolist()[:3] == [0, 0, 0]
+    assert ops().exp2(edges)[3::4].isnan().all()
+    whole = torch.arange(-126.0, 2.0).repeat(2)
+    assert torch.equal(ops().exp2(whole), torch.exp2(whole.double()).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 64, 65, 130, 1100])
+def test_few_rows_and_many(tokens, dtype):
+    check_against_reference(make_head(tokens, 72, 300, dtype, ignored=0), outputs=())
+    check_against_reference(make_head(tokens, 72, 300, dtype, ignored=0, grads="hidden"), outputs=())
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 4096, 4097, 8200])
+def test_vocabularies_around_blocks_and_tiles(vocab):
+    check_against_reference(make_head(70, 16, vocab, torch.bfloat16, bias=True), outputs=OPTIONAL_OUTPUTS)
+
+
+@pytest.mark.parametrize("features", [1, 2, 7, 1023, 1025, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_features_that_are_odd_or_deeper_than_a_block(features, dtype):
+    check_against_reference(make_head(37, features, 190, dtype), 2e-5 * max(1, features / 1024), outputs=())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 100])
+@pytest.mark.parametrize(
+    ("tokens", "vocab"), [pytest.param(300, 5000, id="by-columns"), pytest.param(900, 90, id="by-tokens")]
+)
+def test_any_number_of_threads(threads, tokens, vocab, count, dtype):
+    """Right at any number of threads, repeatable to the last bit at each; all gradients, and a frozen head."""
+    for grads in ("hidden,weight,bias", "hidden"):
+        head = make_head(tokens, 40, vocab, dtype, bias=True, grads=grads)
+        threads(1)
+        alone = run(token_stats, detached(head), outputs=())
+        threads(count)
+        first, second = (run(token_stats, detached(head), outputs=()) for _ in range(2))
+        assert torch.equal(first[0].log_probs, second[0].log_probs)
+        assert_close(first[0].log_probs, alone[0].log_probs, 2e-6)
+        for a, b, c in zip(first[1], second[1], alone[1], strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert torch.equal(a, b)
+                assert_close(a, c, 4 * torch.finfo(dtype).eps * c.abs().max().item())
+
+
+def test_logits_level_splits_a_row_among_threads(threads):
+    threads(4)
+    logits = (torch.randn(2, 40_000) * 4).requires_grad_()
+    labels = torch.tensor([39_999, 3])
+    exact = logits.detach().double().requires_grad_()
+    got, truth = logits_to_log_probs(logits, labels), reference.logits_to_log_probs(exact, labels)
+    assert_close(got, truth, 1e-5)
+    got.sum().backward()
+    truth.sum().backward()
+    assert_close(logits.grad, exact.grad, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_part_of_a_tile_is_kept(dtype):
+    """The dial turns in steps of 64 tokens: within a tile, some keep their probabilities, the others recompute."""
+    head = make_head(700, 64, 3000, dtype, grads="hidden,weight", ignored=0)
+    budget = plan(700, 64, 3000, dtype, memory_budget=64 * MIB).bytes - MIB
+    made = plan(700, 64, 3000, dtype, memory_budget=budget)
+    assert (made.mode, made.tile_tokens) == ("mixed", 700)
+    assert made.kept_tokens % 64 == 0
+    check_against_reference(head, outputs=(), memory_budget=budget)
+
+
+@pytest.mark.parametrize("scale", [1e6, 3e7, -1e9, 3e38])
+def test_far_logits_are_left_to_the_torch_implementation(scale):
+    """Where float32 logits lie 0.06 or more apart, an exponent in base 2 would be a number of its own."""
+    weight = torch.eye(9)
+    hidden = torch.full((2, 9), scale)
+    hidden[1, :3] *= 0.5
+    hidden.requires_grad_()
+    labels = torch.tensor([4, 0])
+    exact = hidden.detach().double().requires_grad_()
+    for function, z in ((hidden_to_log_probs, hidden), (reference.hidden_to_log_probs, exact)):
+        (function(z, weight.to(z.dtype), labels) * torch.tensor([1.0, 0.0])).sum().backward()
+    got, truth = (
+        f(z, w, labels)
+        for f, z, w in (
+            (hidden_to_log_probs, hidden, weight),
+            (reference.hidden_to_log_probs, exact, weight.double()),
+        )
+    )
+    assert_close(got[0], truth[0], 1e-5)
+    assert_close(hidden.grad[0], exact.grad[0], 1e-5)
+    assert_close(logits_to_log_probs(hidden, labels)[0], truth[0], 1e-5)
+
+
+def test_weights_with_a_stride_and_logits_without_rows():
+    base = torch.randn(40, 24)
+    hidden, labels = torch.randn(5, 12), torch.randint(40, (5,))
+    for weight in (base[:, :12], base[:, ::2], base.T.contiguous().T[:, 12:]):
+        assert_close(
+            hidden_to_log_probs(hidden, weight, labels), reference.hidden_to_log_probs(hidden, weight, labels), 1e-5
+        )
+    logits = torch.randn(30, 4, 6).permute(1, 2, 0)  # no row is contiguous
+    labels = torch.randint(30, (4, 6))
+    assert_close(logits_to_log_probs(logits, labels), reference.logits_to_log_probs(logits, labels), 1e-5)
+
+
+def test_every_size_is_checked_at_the_boundary():
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(30, 8), torch.randint(30, (5,))
+    packed, stats = ops().pack(hidden), torch.zeros(8, 5)
+
+    def fold(packed=packed, weight=weight, labels=labels, stats=stats, row=0, exps=None, bases=None, total=None):
+        ops().fold(packed, weight, None, labels, 0, 1.0, 1.0, None, stats, row, "", exps, bases, total)
+
+    fold()
+    for wrong, message in [
+        ({"packed": packed[:-1]}, "packed is"),
+        ({"packed": packed.bfloat16()}, "packed is"),
+        ({"weight": weight.double()}, "weight is Double; expected float or bfloat16"),
+        ({"weight": weight.T}, "weight has strides"),
+        ({"labels": labels.int()}, "labels is Int"),
+        ({"labels": labels[:0]}, "an empty tile"),
+        ({"stats": stats[:7].contiguous()}, "stats is"),
+        ({"row": 1}, "for rows 1 to 6"),
+        ({"row": -1}, "for rows -1"),
+        ({"exps": torch.empty(5, 30)}, "exps and their bases come together"),
+        ({"exps": torch.empty(5, 29), "bases": torch.empty(5, 1)}, "exps is"),
+        ({"exps": torch.empty(5, 30), "bases": torch.empty(5, 2)}, "bases is"),
+        ({"total": torch.empty(5, 8)}, "total needs exps"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            fold(**wrong)
+    out, room = torch.empty(5, 30), torch.empty(30 * 8)
+    ops().multiply(out, hidden, weight.T.contiguous(), False, room)
+    assert_close(out, hidden @ weight.T, 1e-5)
+    for arguments, message in [
+        ((out[:4], hidden, weight.T.contiguous(), False, room), "out is"),
+        ((out, hidden, weight.T.contiguous(), False, room[1:]), "room is"),
+        ((out, hidden, weight, False, room), "b is"),
+        ((out.bfloat16(), hidden, weight.T.contiguous(), True, room), "cannot add to BFloat16"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops().multiply(*arguments)
+    with pytest.raises(RuntimeError, match=r"index\[0\] is 9; logits have 5 rows"):
+        ops().logits_forward(torch.randn(5, 9), torch.tensor([9]), torch.tensor([0]), 1.0, 1.0, None)
+
+
+OTHER_BUILD = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from helpers import check_against_reference, make_head
+from dpo_kernels import build
+from dpo_kernels.head import OPTIONAL_OUTPUTS
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for options in ({}, {"softcap": 9.0, "temperature": 1.5, "logit_scale": 0.25}):
+        head = make_head(130, 40, 700, dtype, bias=True)
+        check_against_reference(head, impl="cpp", outputs=OPTIONAL_OUTPUTS, **options)
+        check_against_reference(head, impl="cpp", outputs=(), **options)
+print(json.dumps({"library": build.cached_library().name}))
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_builds_for_lesser_cpus(capability):
+    """The same sources for AVX2 and for no vector instructions at all; a name of its own for each in the cache."""
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_BUILD, str(Path(__file__).parent)],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"_{capability}_" in json.loads(done.stdout)["library"]
+
+
+def test_without_bfloat16_products_operands_are_widened(monkeypatch):
+    monkeypatch.setattr(cpp_impl, "_multiplies_bfloat16", lambda: False)
+    assert torch.bfloat16 in cpp_impl.facts(torch.device("cpu")).widens
+    for grads in ("hidden,weight,bias", "hidden"):
+        head = make_head(130, 40, 700, torch.bfloat16, bias=True, grads=grads)
+        check_against_reference(head, outputs=())
+        check_against_reference(head, outputs=(), memory_budget=8 * MIB)
