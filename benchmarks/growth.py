@@ -67,9 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     before = torch.get_num_threads()
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": results.machine(torch.device("cpu")), "threads": results.threads(), "versions": results.versions(), "commit": results.commit(),
+        "machine": results.machine(torch.device("cpu")),
+        "threads": results.threads(),
+        "versions": results.versions(),
+        "commit": results.commit(),
         "impl": options.impl,
-    }  # fmt: skip
+    }
     try:
         points = list(measured(options.largest, options.impl))
     finally:
@@ -173,8 +176,9 @@ def markdown(points: list[Point], facts: dict[str, Any], picture: str) -> str:
     parts = [
         f"# How time grows: {facts['machine']}, {facts['date']}",
         f"`python -m benchmarks.growth`, impl {facts['impl']}, bfloat16, {FEATURES:,} features, "
-        f"commit {facts['commit']}. {versions}. Bare: `torch.mm` into tensors that exist, 1 for a forward and 3 "
-        "for a full step; GFLOP/s are of those products, so that what ours computes twice counts once. Medians of interleaved rounds.",
+        f"commit {facts['commit']}. {versions}. Bare: `torch.mm` into tensors that exist, 1 for a forward and 3 for a "
+        "full step; GFLOP/s are of those products, so that what ours computes twice counts once. Medians of "
+        "interleaved rounds.",
     ]
     for curve, fixed in (("tokens", f"{VOCAB:,} vocabulary entries"), ("vocabulary", f"{TOKENS:,} tokens")):
         lines = [
