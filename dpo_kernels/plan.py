@@ -26,7 +26,8 @@ class Facts:
 
     tiles: (tokens, vocabulary) of a tile, best first; small ones are for small budgets.
     widens: dtypes whose operands products need in the accumulation dtype.
-    scratch: bytes that library calls, or all threads together, may hold inside a call.
+    scratch: bytes that library calls, or all threads together, may hold inside a call; the first call of a process also
+        loads and generates code.
     fused: logits are folded where they are made: of a tile only its gradient is held, as operands of the products that
         follow, and the packed hidden states.
     base_columns: columns of kept probabilities that share a base; None: those of a tile.
@@ -54,10 +55,10 @@ FACTS = {
         ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), (), 32 * MIB
     ),
     "cpp": Facts(
-        _CPP_TILES, (torch.float16,), 6 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
+        _CPP_TILES, (torch.float16,), 16 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
     ),
     "cpp, no bfloat16 products": Facts(
-        _CPP_TILES, (torch.float16, torch.bfloat16), 6 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
+        _CPP_TILES, (torch.float16, torch.bfloat16), 16 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
     ),
 }  # fmt: skip
 
