@@ -233,7 +233,7 @@ SMALL = [
     ),
     *_curve(
         Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=("dpo_kernels",)), "budget", "memory_budget",
-        tuple(size * MIB for size in (24, 32, 40, 56, 72)),
+        tuple(size * MIB for size in (28, 36, 48, 72)),
     ),
 ]  # fmt: skip
 

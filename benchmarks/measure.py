@@ -33,7 +33,7 @@ class Row:
     bytes: held at the second step's peak beyond the inputs, gradients included; first_bytes: at the first step's, with
     what libraries take once; a reason where they could not be measured. returned_bytes: outputs and gradients.
     predicted_bytes: what dpo_kernels plans to hold beyond inputs and those; library_bytes: the part of it that is an
-    allowance for the GEMM library.
+    allowance for libraries and threads.
     mode, gemms: the plan's, for ours; for all others gemms is what the case needs.
     errors, allowed: against float64; log_probs and loss absolute (the largest), gradients relative (Frobenius norm).
     """
@@ -266,7 +266,7 @@ def describe_plan(row: Row, case: Case, device: torch.device) -> None:
         return
     row.mode, row.gemms = planned.mode, planned.gemms + (case.level == "dpo")
     if case.level == "hidden":
-        row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["GEMM library"]
+        row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
 
 
 @lru_cache(maxsize=1)  # the points of the budget curve share one

@@ -133,7 +133,10 @@ def _ours(name: str, impl: str | None) -> Peer:
             inputs.hidden, inputs.weight, inputs.labels, ref_hidden=inputs.ref_hidden, ref_weight=inputs.ref_weight
         ).loss
 
-    return Peer(name, _levels(hidden, logits, dpo), impl=impl)
+    adapters = _levels(hidden, logits, dpo)
+    if impl is not None:
+        del adapters["dpo"]  # the primitive tells implementations apart; the loss on top is the same
+    return Peer(name, adapters, impl=impl)
 
 
 # PyTorch -------------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def _budget(run: Results) -> plt.Figure | None:
         times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
     driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
     bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in rows], "k--", marker="x", label="planned")
-    bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without the GEMM library")
+    bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without libraries and threads")
     bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
     times.margins(x=0.1)
     times.set_ylim(0.8 * min(gemms), None)

@@ -37,12 +37,12 @@ needs_proc = pytest.mark.skipif(
         pytest.param("torch", "recompute", "bfloat16", "hidden,weight", 32, id="torch-recompute"),
         pytest.param("torch", "mixed", "float32", "hidden,weight", 150, id="torch-mixed"),
         pytest.param("torch", "keep", "bfloat16", "hidden,weight", 200, id="torch-keep"),
-        pytest.param("cpp", "score", "bfloat16", "none", 18, id="cpp-score"),
-        pytest.param("cpp", "frozen", "bfloat16", "hidden", 34, id="cpp-frozen"),
-        pytest.param("cpp", "recompute", "bfloat16", "hidden,weight", 34, id="cpp-recompute"),
-        pytest.param("cpp", "mixed", "float32", "hidden,weight", 160, id="cpp-mixed"),
-        pytest.param("cpp", "mixed", "float16", "hidden,weight", 90, id="cpp-mixed-float16"),
-        pytest.param("cpp", "keep", "bfloat16", "hidden,weight", 210, id="cpp-keep"),
+        pytest.param("cpp", "score", "bfloat16", "none", 20, id="cpp-score"),
+        pytest.param("cpp", "frozen", "bfloat16", "hidden", 36, id="cpp-frozen"),
+        pytest.param("cpp", "recompute", "bfloat16", "hidden,weight", 36, id="cpp-recompute"),
+        pytest.param("cpp", "mixed", "float32", "hidden,weight", 162, id="cpp-mixed"),
+        pytest.param("cpp", "mixed", "float16", "hidden,weight", 92, id="cpp-mixed-float16"),
+        pytest.param("cpp", "keep", "bfloat16", "hidden,weight", 212, id="cpp-keep"),
     ],
 )
 def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
@@ -52,7 +52,7 @@ def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
     assert result["planned"] <= budget * MIB
     assert result["held"] <= budget * MIB, f"held {result['held'] / MIB:.1f} MiB of {budget}"
     # The plan is no empty bound either: what it predicts is what is held, but for the library's or the threads' share.
-    allowance = 12 * MIB if impl == "torch" else 16 * MIB
+    allowance = 12 * MIB if impl == "torch" else 18 * MIB
     assert abs(result["held"] - result["planned"]) <= 0.1 * result["planned"] + allowance
 
 

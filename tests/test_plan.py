@@ -99,7 +99,7 @@ def test_labels_that_are_ignored_count_in_the_budget():
 def test_a_plan_cannot_be_changed():
     made = plan(5, 5, 5)
     with pytest.raises(TypeError):
-        made.memory["GEMM library"] = 0
+        made.memory["libraries and threads"] = 0
     with pytest.raises(TypeError, match="grads is the string 'hidden'; expected a sequence of names"):
         plan(5, 5, 5, grads="hidden")
 
