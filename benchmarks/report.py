@@ -27,9 +27,9 @@ HOW_TO_READ = (
 LEVELS = ("logits", "hidden", "dpo", "train")
 BUDGET_NOTE = (
     "Planned is what the driver's own tensors take and an allowance for libraries and threads (18 MiB with the C++ "
-    "kernels, 12 with PyTorch operations on a CPU, 32 on a GPU); the budget bounds it, and a first step that holds more "
-    "than its budget fails. The first step of a process takes the libraries' share, which they keep: the second step "
-    "does without, and belongs beside what is planned for the driver alone."
+    "kernels, 12 with PyTorch operations on a CPU, 32 on a GPU); the budget bounds it, and a first step that holds "
+    "more than its budget fails. The first step of a process takes the libraries' share, which they keep: the second "
+    "step does without, and belongs beside what is planned for the driver alone."
 )
 
 

@@ -30,7 +30,6 @@ void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t colum
       t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " is ", t.sizes(), "; expected (", rows, ", ",
       columns, ")");
   TORCH_CHECK(t.device().is_cpu() && floating(t), name, " is ", t.scalar_type(), " on ", t.device());
-  // Rows may overlap only where they are one and the same.
   TORCH_CHECK(
       t.stride(1) == 1 || columns <= 1, name, " has strides ", t.strides(), "; expected contiguous rows");
 }
@@ -39,6 +38,16 @@ void check_vector(const char* name, const Tensor& t, int64_t size, at::ScalarTyp
   TORCH_CHECK(
       t.dim() == 1 && t.size(0) == size && t.scalar_type() == dtype && t.is_contiguous() && t.device().is_cpu(), name,
       " is ", t.scalar_type(), " of ", t.sizes(), "; expected ", size, " contiguous ", dtype);
+}
+
+// A matrix that is written: no two of its rows overlap.
+void check_written(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  check_matrix(name, t, rows, columns);
+  TORCH_CHECK(rows <= 1 || t.stride(0) >= columns, name, " has rows that overlap: strides ", t.strides());
+}
+
+void check_written(const char* name, const Maybe& t, int64_t rows, int64_t columns) {
+  if (t.has_value()) check_written(name, *t, rows, columns);
 }
 
 void check_vector(const char* name, const Maybe& t, int64_t size) {
@@ -93,10 +102,12 @@ void fold_op(
   TORCH_CHECK(
       stats.dim() == 2 && stats.size(0) == kRowStats && stats.is_contiguous() && stats.scalar_type() == at::kFloat &&
           row >= 0 && row + n <= stats.size(1),
-      "stats is ", stats.sizes(), " for rows ", row, " to ", row + n);
-  check_matrix("exps", exps, n, v);
+      "stats is ", stats.scalar_type(), " of ", stats.sizes(), " for rows ", row, " to ", row + n);
+  TORCH_CHECK(stats.device().is_cpu(), "stats is on ", stats.device());
+  TORCH_CHECK(first + v <= 1 << 24, "columns up to ", first + v, "; the first maximum is known up to ", 1 << 24);
+  check_written("exps", exps, n, v);
   check_bases(exps, bases, n, v);
-  check_matrix("total", total, n, weight.size(1));
+  check_written("total", total, n, weight.size(1));
   TORCH_CHECK(!total.has_value() || (exps.has_value() && total->scalar_type() == at::kFloat), "total needs exps");
   fold(args, stats, row, parse(outputs), {exps, bases, total});
 }
@@ -122,8 +133,8 @@ void gradient_op(
   check_vector("entropy", entropy, n);
   check_vector("grad_entropy", grad_entropy, n);
   TORCH_CHECK(entropy.has_value() == grad_entropy.has_value(), "entropy and its gradient come together");
-  check_matrix("by_token", by_token, n, v);
-  check_matrix("by_vocab", by_vocab, v, n);
+  check_written("by_token", by_token, n, v);
+  check_written("by_vocab", by_vocab, v, n);
   check_vector("grad_bias", grad_bias, v);
   check_matrix("kept", kept, n, v);
   check_bases(kept, bases, n, v);
@@ -136,7 +147,7 @@ void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add, Tensor 
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   check_matrix("a", a, m, k);
   check_matrix("b", b, k, n);
-  check_matrix("out", out, m, n);
+  check_written("out", out, m, n);
   TORCH_CHECK(m > 0 && n > 0 && k > 0, "an empty product: ", a.sizes(), " x ", b.sizes());
   check_vector("room", room, n * round_up(k, a.scalar_type() == at::kFloat ? 1 : 2), a.scalar_type());
   TORCH_CHECK(!add || out.scalar_type() == at::kFloat, "cannot add to ", out.scalar_type());
@@ -179,7 +190,7 @@ void logits_backward_op(
     const Tensor& log_sum, Tensor out) {
   const LogitsArgs args = checked_logits(logits, index, labels, temperature, logit_scale, softcap);
   for (const Tensor* t : {&grad, &log_probs, &maximum, &log_sum}) check_vector("a row's vector", *t, labels.size(0), at::kFloat);
-  check_matrix("out", out, logits.size(0), logits.size(1));
+  check_written("out", out, logits.size(0), logits.size(1));
   TORCH_CHECK(out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", logits ", logits.scalar_type());
   logits_backward(args, grad, log_probs, maximum, log_sum, out);
 }

@@ -26,9 +26,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNoBase = -1.5e38f;  // of a row without a finite logit yet
-
 // Rows of the running statistics (kRowStats, M): base; sums of e, of e * log2 e, of e^2 and of z; the label's logit;
 // the largest other logit and its column.
 enum { kBase, kSum, kSumShifted, kSumSquares, kSumLogits, kTop, kTopAt, kLabelLogit };
@@ -102,7 +99,17 @@ struct Grid {
       : column_blocks(column_blocks),
         token_blocks(token_blocks),
         column_lanes(std::min(threads(), column_blocks)),
-        token_lanes(split_tokens ? std::clamp<int64_t>(threads() / column_lanes, 1, token_blocks) : 1) {}
+        token_lanes(1) {
+    // The lanes whose largest share is smallest; of equals, those that share columns alone.
+    for (int64_t columns = column_lanes; split_tokens && columns > 0; --columns) {
+      const int64_t tokens = std::clamp<int64_t>(threads() / columns, 1, token_blocks);
+      if (share(columns, tokens) < share(column_lanes, token_lanes)) column_lanes = columns, token_lanes = tokens;
+    }
+  }
+
+  int64_t share(int64_t columns, int64_t tokens) const {
+    return ceil_div(column_blocks, columns) * ceil_div(token_blocks, tokens);
+  }
 
   // Calls work(lane of columns, column block, first and last token block) for every block, in order within a lane.
   template <typename F>

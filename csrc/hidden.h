@@ -47,7 +47,7 @@ struct GradientOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v)
   const std::optional<at::Tensor>& by_vocab;  // (v, n)
   const std::optional<at::Tensor>& bias;      // (v,) float: sums over tokens are added to it
-  const std::optional<at::Tensor>& kept;      // (n, v), exps of fold; may be by_token
+  const std::optional<at::Tensor>& kept;      // (n, v), exps of fold
   const std::optional<at::Tensor>& bases;     // of fold
 };
 

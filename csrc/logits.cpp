@@ -18,8 +18,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kStrip = 1024;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNoBase = -1.5e38f;
 
 // Running statistics of part of a row.
 struct Sums {

@@ -112,38 +112,46 @@ inline void pack_strip(const T* x, int64_t k, int64_t ldx, int64_t width, T* pac
 // out (m, n) = a (m, k) b (k, n), or +=, sums in float32. Rows are lda, ldb and ldo apart. An out of another dtype is
 // rounded once and cannot be added to. room: n * round_up(k, kPair<T>) numbers, for b in packed strips of kBlock columns.
 //
-// Threads share blocks of rows, and strips too where there are few rows, so that no two write the same number and each
-// writes whole rows. A block of sums stays in the L1 cache until it is complete.
+// Threads share blocks of rows by strips, so that no two write the same number; a thread's blocks follow each other along
+// the rows. A block of sums stays in the L1 cache until it is complete. Few rows take each strip while it is in cache.
 template <typename T, typename Out>
 void multiply(
     Out* out, int64_t ldo, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, bool add,
     T* room) {
   const int64_t strips = ceil_div(n, kBlock), row_blocks = ceil_div(m, kBlock);
   const int64_t strip_size = kBlock * round_up(k, kPair<T>);
-  run_tasks(strips, false, [&](int64_t first, int64_t last) {
-    for (int64_t strip = first; strip < last; ++strip)
-      pack_strip(b + strip * kBlock, k, ldb, std::min(kBlock, n - strip * kBlock), room + strip * strip_size);
-  });
-  const int64_t parts = std::clamp<int64_t>(ceil_div(threads(), row_blocks), 1, strips);
-  run_tasks(row_blocks * parts, !std::is_same_v<T, float>, [&](int64_t first, int64_t last) {
+  auto columns_of = [&](int64_t strip) { return std::min(kBlock, n - strip * kBlock); };
+  auto pack = [&](int64_t strip) {
+    pack_strip(b + strip * kBlock, k, ldb, columns_of(strip), room + strip * strip_size);
+  };
+  auto block = [&](int64_t row_block, int64_t strip) {
     alignas(64) float sums[kBlock * kBlock];
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t row = task / parts * kBlock, rows = std::min(kBlock, m - row), part = task % parts;
-      for (int64_t strip = strips * part / parts; strip < strips * (part + 1) / parts; ++strip) {
-        const int64_t column = strip * kBlock, columns = std::min(kBlock, n - column);
-        deep_product(rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
-        for (int64_t r = 0; r < rows; ++r) {
-          Out* to = out + (row + r) * ldo + column;
-          if constexpr (std::is_same_v<Out, float>) {
-            if (add)
-              for (int64_t c = 0; c < columns; ++c) to[c] += sums[r * kBlock + c];
-            else std::memcpy(to, sums + r * kBlock, sizeof(float) * columns);
-          } else {
-            convert(sums + r * kBlock, to, columns);
-          }
-        }
+    const int64_t row = row_block * kBlock, rows = std::min(kBlock, m - row);
+    const int64_t column = strip * kBlock, columns = columns_of(strip);
+    deep_product(rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
+    for (int64_t r = 0; r < rows; ++r) {
+      Out* to = out + (row + r) * ldo + column;
+      if constexpr (std::is_same_v<Out, float>) {
+        if (add)
+          for (int64_t c = 0; c < columns; ++c) to[c] += sums[r * kBlock + c];
+        else std::memcpy(to, sums + r * kBlock, sizeof(float) * columns);
+      } else {
+        convert(sums + r * kBlock, to, columns);
       }
     }
+  };
+  constexpr bool bfloat16 = !std::is_same_v<T, float>;
+  if (row_blocks == 1) {
+    run_tasks(strips, bfloat16, [&](int64_t first, int64_t last) {
+      for (int64_t strip = first; strip < last; ++strip) pack(strip), block(0, strip);
+    });
+    return;
+  }
+  run_tasks(strips, false, [&](int64_t first, int64_t last) {
+    for (int64_t strip = first; strip < last; ++strip) pack(strip);
+  });
+  run_tasks(row_blocks * strips, bfloat16, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) block(task / strips, task % strips);
   });
 }
 

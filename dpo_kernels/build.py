@@ -17,6 +17,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -37,9 +38,12 @@ CAPABILITY_FLAGS = {
     "DEFAULT": "",
 }
 FLAGS = (
-    "-std=c++20 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -Wall -Wextra "
+    "-std=c++20 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-strict-aliasing -Wall -Wextra "
     "-Wno-maybe-uninitialized -Wno-uninitialized"  # false alarms of GCC 12 in its own headers
 )
+
+
+_loaded: Path | None = None  # by this process
 
 
 class BuildError(RuntimeError):
@@ -52,11 +56,17 @@ def load() -> Path:
     Raises:
         BuildError: it cannot be built, or not be loaded.
     """
+    global _loaded
     path = library()
+    if _loaded == path:
+        return path
+    if _loaded is not None:
+        raise BuildError(f"{_loaded} is loaded already, and a process can have one: start another for {path}")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise BuildError(f"cannot load {path} ({error}): delete it, and it is built again") from error
+    _loaded = path
     return path
 
 
@@ -178,7 +188,7 @@ def _ninja() -> str:
 
 def _facts() -> list[str]:
     """What a build depends on beside its sources."""
-    return [torch.__version__, *_compiler(), *compile_flags(), sys.platform]
+    return [torch.__version__, *_compiler(), *compile_flags(), sys.platform, platform.machine()]
 
 
 @contextlib.contextmanager
@@ -199,14 +209,17 @@ def _lock(key: str, wait: bool = True) -> Iterator[None]:
 
 def _build(target: Path, ninja: str) -> None:
     """Builds under the lock of target.stem, which the caller holds."""
-    print(f"dpo_kernels: building the C++ kernels for {_capability()}, once, about 20 s ...", end="", file=sys.stderr)
+    print(f"dpo_kernels: building the C++ kernels for {_capability()}, once, about 15 s ...", end="", file=sys.stderr)
     sys.stderr.flush()
     start = time.perf_counter()
     _remove_leftovers(target.stem)
     log = target.with_suffix(".log")
     with tempfile.TemporaryDirectory(prefix=f"build-{target.stem}-", dir=target.parent) as folder:
         Path(folder, "build.ninja").write_text(_ninja_file(target.name))
-        done = subprocess.run([ninja, "-C", folder], capture_output=True, text=True)
+        try:
+            done = subprocess.run([ninja, "-C", folder], capture_output=True, text=True)
+        except OSError as error:
+            raise BuildError(f"ninja does not run ({error}): pip install --force-reinstall ninja") from error
         said = done.stdout + done.stderr
         if done.returncode:
             print(" failed", file=sys.stderr)
@@ -224,7 +237,7 @@ def _build(target: Path, ninja: str) -> None:
 
 def _remove_leftovers(key: str) -> None:
     """Removes the folders of builds that were killed: of this key, and of others whose lock nobody holds."""
-    for folder in _cache().glob("build-*"):
+    for folder in _cache().glob("build-dpo_kernels_*"):
         other = folder.name.removeprefix("build-").rpartition("-")[0]
         with contextlib.suppress(OSError), contextlib.nullcontext() if other == key else _lock(other, wait=False):
             shutil.rmtree(folder, ignore_errors=True)

@@ -319,7 +319,8 @@ def _counted(labels: Tensor, ignore_index: int) -> tuple[Tensor | None, int]:
 
 
 def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
-    return tensor.reshape(-1) if index is None else tensor.reshape(-1).index_select(0, index)
+    flat = tensor.reshape(-1)
+    return flat.contiguous() if index is None else flat.index_select(0, index)
 
 
 def _spread(values: Tensor, labels: Tensor, index: Tensor | None) -> Tensor:

@@ -238,7 +238,7 @@ class _Operands:
         self.call, self.plan, self.index, self.dtype = call, plan, index, dtype
         self.wide = torch.empty(0, dtype=accumulate_dtype(call.hidden.dtype), device=call.hidden.device)
         flat = call.labels.reshape(-1)
-        self.labels = (flat if index is None else flat.index_select(0, index)).to(torch.int64)
+        self.labels = (flat if index is None else flat.index_select(0, index)).to(torch.int64).contiguous()
         self._weight, self._hidden = _Slice(), _Slice()
         self._all = self._all_rows() if plan.hold_hidden else None
 

@@ -32,6 +32,7 @@ def csrc(tmp_path, monkeypatch) -> Iterator[Path]:
     folder.mkdir()
     (folder / "answer.cpp").write_text('#include "answer.h"\n')
     (folder / "answer.h").write_text(ANSWER)
+    monkeypatch.setattr(build, "_loaded", None)  # these libraries are none of ours: several may be loaded
     monkeypatch.setattr(build, "INSTALLED", folder)
     monkeypatch.setenv("DPO_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DPO_KERNELS_CXXFLAGS", raising=False)
@@ -279,12 +280,12 @@ def test_a_killed_build_leaves_no_shut_lock_and_no_half_library(whole_group, csr
 
 def test_leftovers_of_other_keys_go_unless_they_are_being_built(csrc):
     cache = build.cached_library().parent
-    for key in ("dead", "alive"):
-        (cache / f"build-{key}-x1").mkdir(parents=True)
-        (cache / f"build-{key}-x1" / "a.o").write_text("")
-    with build._lock("alive"):
+    for name in ("build-dpo_kernels_dead-x1", "build-dpo_kernels_alive-x1", "build-release"):  # the last is not ours
+        (cache / name).mkdir(parents=True)
+        (cache / name / "a.o").write_text("")
+    with build._lock("dpo_kernels_alive"):
         build.library()
-    assert [path.name for path in cache.glob("build-*")] == ["build-alive-x1"]
+    assert sorted(path.name for path in cache.glob("build-*")) == ["build-dpo_kernels_alive-x1", "build-release"]
 
 
 FIRST_USE = """

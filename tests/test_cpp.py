@@ -149,6 +149,49 @@ def test_weights_with_a_stride_and_logits_without_rows():
     assert_close(logits_to_log_probs(logits, labels), reference.logits_to_log_probs(logits, labels), 1e-5)
 
 
+def test_labels_of_one_dimension_with_a_stride():
+    hidden, weight = torch.randn(10, 8), torch.randn(30, 8)
+    logits = torch.randn(10, 30)
+    for labels in (torch.randint(30, (20,))[::2], torch.tensor(3).expand(10)):
+        assert_close(
+            hidden_to_log_probs(hidden, weight, labels), reference.hidden_to_log_probs(hidden, weight, labels), 1e-5
+        )
+        assert_close(logits_to_log_probs(logits, labels), reference.logits_to_log_probs(logits, labels), 1e-5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default):
+    head = make_head(10, 8, 30)
+    expected = hidden_to_log_probs(head.hidden, head.weight, head.labels)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(hidden_to_log_probs(head.hidden, head.weight, head.labels), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("vocab", [9, 200])
+def test_forward_and_backward_agree_on_which_logits_are_far(vocab):
+    """Just below the limit the kernels' own maximum, a rounded-up base, lies above it, the true one below."""
+    for largest in torch.linspace(cpp_impl.FAR - 2, cpp_impl.FAR + 1, 13).tolist():
+        hidden = torch.full((2, vocab), largest)
+        hidden[:, 4] += 1
+        hidden[:, 5:] -= 20
+        exact = hidden.double().requires_grad_()
+        hidden.requires_grad_()
+        labels = torch.tensor([4, 0])
+        hidden_to_log_probs(hidden, torch.eye(vocab).requires_grad_(), labels).sum().backward()
+        reference.hidden_to_log_probs(exact, torch.eye(vocab, dtype=torch.float64), labels).sum().backward()
+        assert_close(hidden.grad, exact.grad, 0.05)  # float32 logits lie 0.06 apart here
+
+
+def test_bfloat16_without_onednn():
+    head = make_head(40, 16, 200, torch.bfloat16)
+    with torch.backends.mkldnn.flags(enabled=False):
+        check_against_reference(head, outputs=())
+    check_against_reference(head, outputs=())
+
+
 def test_every_size_is_checked_at_the_boundary():
     hidden, weight, labels = torch.randn(5, 8), torch.randn(30, 8), torch.randint(30, (5,))
     packed, stats = ops().pack(hidden), torch.zeros(8, 5)

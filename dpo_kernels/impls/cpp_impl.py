@@ -51,17 +51,22 @@ def facts(device: torch.device) -> Facts:
 
 
 def hidden_forward(call: Call, tokens: int, index: Tensor | None) -> tiled.Forward:
-    made = tiled.forward(call, tokens, index, facts(call.hidden.device), CppFolds)
-    if _beyond_reach(made.max):
-        del made
+    if not _readable(call):
         return torch_impl.hidden_forward(call, tokens, index)
-    return made
+    made = tiled.forward(call, tokens, index, facts(call.hidden.device), CppFolds)
+    if not _beyond_reach(made.max):
+        return made
+    del made
+    made = torch_impl.hidden_forward(call, tokens, index)
+    # Our maximum is up to 1 above the true one, which backward sees: what sent us here must be beyond reach there too.
+    far = torch.where(made.max.abs() > FAR - 1, made.max.sign() * 2, 0)
+    return made._replace(max=made.max + far, log_sum=made.log_sum - far)
 
 
 def hidden_backward(
     call: Call, wanted: Grads, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
 ) -> tiled.InputGrads:
-    if _beyond_reach(grads.max):
+    if not _readable(call) or _beyond_reach(grads.max):
         return torch_impl.hidden_backward(call, wanted, index, grads, saved)
     return tiled.backward(call, wanted, index, grads, saved, facts(call.hidden.device), CppFolds)
 
@@ -98,7 +103,8 @@ class CppRowStats:
 
     def __init__(self, call: Call, labels: Tensor) -> None:
         self.outputs, self.labels, self.vocab_size = call.outputs, labels, call.weight.shape[0]
-        self.rows = torch.tensor(NO_STATS).repeat_interleave(len(labels)).view(len(NO_STATS), len(labels))
+        start = torch.tensor(NO_STATS, dtype=torch.float32, device="cpu")
+        self.rows = start.repeat_interleave(len(labels)).view(len(start), len(labels))
 
     def finish(self) -> tuple[TokenStats, Tensor, Tensor]:
         made = _ops().finish(self.rows, self.labels, self.vocab_size)
@@ -189,13 +195,17 @@ class CppFolds:
         bias = self.call.bias
         if bias is not None:
             bias = bias[tile.columns].to(self.call.compute_dtype).float().contiguous()
-        weight = _rows_contiguous(tile.weight)
-        return self._packed[1], weight, bias, labels, tile.columns.start, *_options(self.call.transform)
+        return self._packed[1], tile.weight, bias, labels, tile.columns.start, *_options(self.call.transform)
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._buffers or self._buffers[name].numel() < rows * columns:
             self._buffers[name] = torch.empty(rows * columns, dtype=dtype or self.operand)
         return self._buffers[name][: rows * columns].view(rows, columns)
+
+
+def _readable(call: Call) -> bool:
+    """Whether the kernels can read the weight where it lies: they take rows of any stride, not columns."""
+    return call.weight.stride(1) == 1 or call.weight.shape[1] == 1
 
 
 def _beyond_reach(maximum: Tensor) -> bool:
@@ -229,11 +239,18 @@ def _loaded() -> bool:
     return hasattr(torch.ops.dpo_kernels_cpp, "fold")
 
 
-@functools.cache
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 dot products and oneDNN may use them."""
+    return torch.backends.mkldnn.enabled is True and _has_dot_products()
+
+
+@functools.cache
+def _has_dot_products() -> bool:
+    """Whether the CPU has bfloat16 dot products, and oneDNN multiplies with them when asked to."""
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
+        if " avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+            return False
+        ones = torch.ones(16, 16, dtype=torch.bfloat16)
+        _ops().multiply(torch.empty(16, 16, dtype=torch.float32), ones, ones, False, ones.new_empty(256))
+    except (OSError, RuntimeError):
         return False
-    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and " avx512_bf16" in flags
+    return True
