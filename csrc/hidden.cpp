@@ -91,25 +91,30 @@ Tile<T> make_tile(const TileArgs& args) {
       Transform(args.temperature, args.logit_scale, args.softcap)};
 }
 
-// How threads share a tile: by columns, and by tokens too where there are fewer column blocks than threads.
+// How threads share a tile: by columns, and by tokens too where that makes the largest share smaller.
 struct Grid {
-  int64_t column_blocks, token_blocks, column_lanes, token_lanes;
+  int64_t column_blocks, token_blocks, column_lanes, token_lanes = 1;
 
-  Grid(int64_t column_blocks, int64_t token_blocks, bool split_tokens)
-      : column_blocks(column_blocks),
-        token_blocks(token_blocks),
-        column_lanes(std::min(threads(), column_blocks)),
-        token_lanes(1) {
-    // The lanes whose largest share is smallest; of equals, those that share columns alone.
-    for (int64_t columns = column_lanes; split_tokens && columns > 0; --columns) {
+  // For sums down the columns: the lanes of columns do not depend on the tokens, so that a token's sums are the same to
+  // the last bit whichever tokens stand beside it.
+  static Grid of_sums(int64_t column_blocks, int64_t token_blocks) {
+    Grid grid{column_blocks, token_blocks, std::min(threads(), column_blocks)};
+    grid.token_lanes = std::clamp<int64_t>(threads() / grid.column_lanes, 1, token_blocks);
+    return grid;
+  }
+
+  // For blocks that have nothing to do with each other, or only along the columns' tokens.
+  static Grid of_blocks(int64_t column_blocks, int64_t token_blocks, bool split_tokens) {
+    Grid best{column_blocks, token_blocks, std::min(threads(), column_blocks)};
+    for (int64_t columns = best.column_lanes; split_tokens && columns > 0; --columns) {
       const int64_t tokens = std::clamp<int64_t>(threads() / columns, 1, token_blocks);
-      if (share(columns, tokens) < share(column_lanes, token_lanes)) column_lanes = columns, token_lanes = tokens;
+      const Grid other{column_blocks, token_blocks, columns, tokens};
+      if (other.largest_share() < best.largest_share()) best = other;
     }
+    return best;
   }
 
-  int64_t share(int64_t columns, int64_t tokens) const {
-    return ceil_div(column_blocks, columns) * ceil_div(token_blocks, tokens);
-  }
+  int64_t largest_share() const { return ceil_div(column_blocks, column_lanes) * ceil_div(token_blocks, token_lanes); }
 
   // Calls work(lane of columns, column block, first and last token block) for every block, in order within a lane.
   template <typename F>
@@ -237,7 +242,7 @@ void merge_lane(float* const* stats, float* const* lane, int64_t begin, int64_t 
 template <typename T>
 void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outputs& want, const FoldOutputs& out) {
   const Tile<T> tile = make_tile<T>(args);
-  const Grid grid(tile.column_blocks(), tile.token_blocks(), true);
+  const Grid grid = Grid::of_sums(tile.column_blocks(), tile.token_blocks());
   const int64_t padded = tile.token_blocks() * kBlock;
   float* stats[kRowStats];
   for (int64_t i = 0; i < kRowStats; ++i) stats[i] = row_stats.data_ptr<float>() + i * row_stats.stride(0) + row;
@@ -360,7 +365,7 @@ void gradient_block(
 template <typename T>
 void gradient_tile(const TileArgs& args, const RowGradients& row_gradients, const GradientOutputs& out) {
   const Tile<T> tile = make_tile<T>(args);
-  const Grid grid(tile.column_blocks(), tile.token_blocks(), !out.bias.has_value());
+  const Grid grid = Grid::of_blocks(tile.column_blocks(), tile.token_blocks(), !out.bias.has_value());
   const RowFactors rows(row_gradients, tile.token_blocks() * kBlock, tile.transform);
   const Matrix by_token(out.by_token), by_vocab(out.by_vocab), kept(out.kept), bases(out.bases);
   float* bias = out.bias.has_value() ? out.bias->data_ptr<float>() : nullptr;

@@ -60,9 +60,9 @@ def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
 @pytest.mark.parametrize("impl", ["cpp", "torch"])
 def test_a_budget_holds_where_most_labels_are_ignored(impl):
     """Vectors are of the tokens that count; of the others a few bytes a label."""
-    result = probe(impl, 6_000_000, 1, 3000, "bfloat16", 40 * MIB, "hidden,weight", 100)
-    assert result["planned"] <= 40 * MIB
-    assert result["held"] <= 40 * MIB, f"held {result['held'] / MIB:.1f} MiB"
+    result = probe(impl, 6_000_000, 1, 3000, "bfloat16", 44 * MIB, "hidden,weight", 100)
+    assert result["planned"] <= 44 * MIB
+    assert result["held"] <= 44 * MIB, f"held {result['held'] / MIB:.1f} MiB"
 
 
 def test_nothing_of_a_call_waits_for_the_garbage_collector():
