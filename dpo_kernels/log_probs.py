@@ -192,5 +192,5 @@ def plan(
     return planning.plan(
         tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,
         compute_dtype=compute_dtype, memory_budget=memory_budget,
-        facts=impls.choose(impl, device, dtype).facts(device), labels=labels,
+        facts=impls.choose(impl, device, dtype).facts(device, tokens, hidden_size), labels=labels,
     )  # fmt: skip

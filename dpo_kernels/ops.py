@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpo_kernels import checks, impls, tiled
 from dpo_kernels.head import OPTIONAL_OUTPUTS, Call, Grads, TokenStats, Transform, accumulate_dtype
+from dpo_kernels.plan import aligned
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -76,7 +77,7 @@ def _(
         *stats,
         hidden.new_empty((counted,), dtype=wide),
         hidden.new_empty((counted,), dtype=wide),
-        hidden.new_empty((kept, weight.shape[0]), dtype=compute_dtype),
+        hidden.new_empty((kept, aligned(weight.shape[0])), dtype=compute_dtype),
         hidden.new_empty((kept, tiles), dtype=wide),
         hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
     )

@@ -17,6 +17,7 @@ import torch
 from dpo_kernels.head import OPTIONAL_OUTPUTS, Grads, accumulate_dtype
 
 MIB = 2**20
+ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
 DEFAULT_BUDGET = 1024 * MIB
 
 
@@ -34,6 +35,8 @@ class Facts:
     rounds: a product can be written in a dtype narrower than it is summed in.
     kept_step: kept tokens are a multiple of it; None: of the tile's tokens. A number of its own needs folds whose
         result for a token does not depend on the tokens beside it.
+    lean: a tile is folded in one pass, with nothing beside it but its gradient.
+    streams: forward needs no tile in memory unless it accumulates a Jacobian: it takes the vocabulary in one piece.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -43,9 +46,12 @@ class Facts:
     base_columns: int | None = None
     rounds: bool = False
     kept_step: int | None = None
+    lean: bool = False
+    streams: bool = False
 
 
 _CPP_TILES = ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64))
+_TRITON_TILES = ((4096, 4096), (2048, 4096), (2048, 2048), (1024, 1024), (512, 512), (256, 256), (128, 256))
 FACTS = {
     "torch, cpu": Facts(
         ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)),
@@ -53,6 +59,13 @@ FACTS = {
     ),
     "torch, cuda": Facts(
         ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), (), 32 * MIB
+    ),
+    # The first tile in float32 and its gradient nearly fit an L2 cache of 50 MB; waits for a measurement.
+    "triton, cuda": Facts(_TRITON_TILES, (), 48 * MIB, base_columns=64, rounds=True, kept_step=128, lean=True),
+    "triton, hip": Facts(_TRITON_TILES, (), 48 * MIB, base_columns=64, rounds=True, kept_step=128, lean=True),
+    "triton, interpreted": Facts(
+        ((256, 512), (128, 256), (64, 128), (64, 64)), (torch.bfloat16, torch.float16), 12 * MIB, base_columns=32,
+        kept_step=64, lean=True,
     ),
     "cpp": Facts(
         _CPP_TILES, (torch.float16,), 18 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
@@ -93,6 +106,7 @@ class Plan:
     kept_tokens: int
     hold_hidden: bool
     base_columns: int
+    whole_forward: bool
     sweeps: tuple[Sweep, ...]
     gemms: float
     memory_budget: int
@@ -119,6 +133,16 @@ class Plan:
     def vocab_spans(self) -> list[slice]:
         step, stop = self.tile_vocab, self.vocab_size if self.tokens else 0
         return [slice(first, min(first + step, stop)) for first in range(0, stop, step)]
+
+    @property
+    def kept_columns(self) -> int:
+        """Numbers from one row of kept probabilities to the next."""
+        return aligned(self.vocab_size)
+
+    @property
+    def forward_spans(self) -> list[slice]:
+        """The columns that forward takes at once."""
+        return [slice(0, self.vocab_size)] if self.whole_forward and self.tokens else self.vocab_spans
 
     @property
     def bases(self) -> int:
@@ -264,9 +288,14 @@ class _Shape:
             packed = self.product * (left + right)
             sides = self.grads.hidden + (self.grads.weight or self.grads.bias)
             return operands + packed + self.product * n * v * sides + self.wide * n * -(-v // 64) * self.grads.hidden
-        backward_copy = bool(self.grads) and not self.converts and not self.in_place  # dz in the compute dtype
-        beside = self.wide * (self.softcap + self.entropy) + self.compute.itemsize * backward_copy
-        return n * v * (self.wide + beside) + operands
+        # dz, or the frozen head's operand, where it is not the tile of logits itself
+        beside = self.product * (bool(self.grads) and (self.facts.streams or self.product != self.wide))
+        logits = self.wide * (not self.facts.streams)
+        if not self.facts.lean:
+            beside += self.wide * (self.softcap + self.entropy)
+        bases = self.wide * n * -(-v // self.facts.base_columns) if self.facts.base_columns else 0
+        columns = aligned(v) if self.facts.lean else v
+        return n * columns * (logits + beside) + bases + operands
 
     def accumulators(self, n: int, v: int, sweeps: tuple[Sweep, ...], once: bool = True) -> int:
         """The largest that the sweeps need: a tile's worth on the outer axis, a whole gradient on the inner one; once:
@@ -282,7 +311,8 @@ class _Shape:
 
     def kept_row(self, v: int) -> int:
         return (
-            self.vocab_size * self.compute.itemsize + -(-self.vocab_size // (self.facts.base_columns or v)) * self.wide
+            aligned(self.vocab_size) * self.compute.itemsize
+            + -(-self.vocab_size // (self.facts.base_columns or v)) * self.wide
         )
 
     def sweep_choices(self) -> list[tuple[Sweep, ...]]:
@@ -359,6 +389,7 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
             kept = max(left - more, 0) // s.kept_row(v) // step * step
             memory["gradient accumulators"] += more if kept else 0
         memory["kept probabilities"] = kept * s.kept_row(v)
+    whole = s.facts.streams and not s.operand and (not s.frozen or bool(sweeps))
     if not s.grads:
         mode, gemms = "score", 1.0
     elif not sweeps:
@@ -368,9 +399,14 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
     return Plan(
-        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, sweeps,
-        gemms, budget, MappingProxyType(memory),
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, whole,
+        sweeps, gemms, budget, MappingProxyType(memory),
     )  # fmt: skip
+
+
+def aligned(columns: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
 def _mib(size: int) -> str:

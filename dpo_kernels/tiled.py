@@ -96,8 +96,8 @@ class Folds(Protocol):
 
 
 class Forward(NamedTuple):
-    """For rows that count: stats, max and log_sum (M,), and what the mode holds: kept (K, V), its bases (K, ...),
-    jacobian (M, D).
+    """For rows that count: stats, max and log_sum (M,), and what the mode holds: kept (K, V and up), its bases
+    (K, ...), jacobian (M, D).
 
     The maximum and the logarithm of the sum stay apart: their sum would cost digits of every probability in backward.
     """
@@ -127,11 +127,12 @@ def forward(
     wide = operands.wide
     made = Forward(
         TokenStats(wide), wide, wide,
-        kept=call.hidden.new_empty((plan.kept_tokens, plan.vocab_size), dtype=call.compute_dtype),
+        kept=call.hidden.new_empty((plan.kept_tokens, plan.kept_columns), dtype=call.compute_dtype),
         bases=wide.new_empty((plan.kept_tokens, plan.bases)),
         jacobian=wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size)),
     )  # fmt: skip
-    for columns in plan.vocab_spans:
+    made.kept[:, plan.vocab_size :].zero_()  # no column's, but an output of the op
+    for columns in plan.forward_spans:
         for rows in plan.token_spans:
             tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
             kept = made.kept_tile(plan, rows, columns)
@@ -360,6 +361,15 @@ def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) 
     """The counterpart of take_rows: writes values (n, C) to those rows."""
     where = torch.arange(rows.start, rows.stop, device=tensor.device) if index is None else index[rows]
     tensor[torch.unravel_index(where, tensor.shape[:-1])] = values.to(tensor.dtype)
+
+
+def as_matrix(logits: Tensor) -> Tensor | None:
+    """(..., V) as a matrix with contiguous rows, without a copy; None if its strides have none."""
+    try:
+        flat = logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return None
+    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else None
 
 
 def _tiles(plan: Plan, vocab_outside: bool) -> Iterator[tuple[slice, slice]]:

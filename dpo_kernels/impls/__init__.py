@@ -1,8 +1,8 @@
 """The implementations, fastest first, and the choice among them.
 
-An implementation is a module with `unavailable(device)` (None if it can run there, else the reason), `facts(device)`
-for the plan, `hidden_forward`, `hidden_backward`, `logits_forward` and `logits_backward`; `torch_impl` shows their
-signatures.
+An implementation is a module with `unavailable(device)` (None if it can run there, else the reason), `facts(device,
+tokens, features)` for the plan, `hidden_forward`, `hidden_backward`, `logits_forward` and `logits_backward`;
+`torch_impl` shows their signatures.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from types import ModuleType
 
 import torch
 
-from dpo_kernels.impls import cpp_impl, torch_impl
+from dpo_kernels.impls import cpp_impl, torch_impl, triton_impl
 
-NAMES = ("triton", "cpp", "torch")
-MODULES: dict[str, ModuleType] = {"cpp": cpp_impl, "torch": torch_impl}
+MODULES: dict[str, ModuleType] = {"triton": triton_impl, "cpp": cpp_impl, "torch": torch_impl}
 
 
 def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]:
@@ -25,8 +24,7 @@ def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]
     Nothing is built: "cpp" can run where it is built already, or where a compiler and ninja are there to build it.
     """
     device = torch.device(device)
-    absent = "this version of dpo_kernels does not include it; impl='torch' runs anywhere"
-    return {name: MODULES[name].unavailable(device) if name in MODULES else absent for name in NAMES}
+    return {name: module.unavailable(device) for name, module in MODULES.items()}
 
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -40,12 +38,12 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Module
         ValueError: no implementation has that name.
         RuntimeError: it cannot run on this device; says why.
     """
-    if name is not None and name not in NAMES:
-        raise ValueError(f"impl is {name!r}; expected None or one of {NAMES}")
-    if dtype == torch.float64 and name != "triton":
+    if name is not None and name not in MODULES:
+        raise ValueError(f"impl is {name!r}; expected None or one of {tuple(MODULES)}")
+    if dtype == torch.float64:
         return torch_impl
     if name is not None:
-        reason = MODULES[name].cannot_run(device) if name in MODULES else available_impls(device)[name]
+        reason = MODULES[name].cannot_run(device)
         if reason is not None:
             raise RuntimeError(f"impl {name!r} cannot run on {device}: {reason}")
         return MODULES[name]

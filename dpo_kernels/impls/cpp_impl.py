@@ -46,7 +46,7 @@ def cannot_run(device: torch.device) -> str | None:
     return unavailable(device)
 
 
-def facts(device: torch.device) -> Facts:
+def facts(device: torch.device, tokens: int = 0, features: int = 0) -> Facts:
     return FACTS["cpp" if _multiplies_bfloat16() else "cpp, no bfloat16 products"]
 
 
@@ -75,7 +75,7 @@ def logits_forward(
     logits: Tensor, labels: Tensor, transform: Transform, index: Tensor | None, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log-probs, maximum and log sum exp(z - maximum), (M,) each, of the rows that count of logits (..., V)."""
-    flat = _matrix(logits)
+    flat = tiled.as_matrix(logits)
     if flat is None:
         return torch_impl.logits_forward(logits, labels, transform, index, tokens)
     log_probs, maximum, log_sum = _ops().logits_forward(flat, index, labels, *_options(transform))
@@ -88,7 +88,7 @@ def logits_backward(
     logits: Tensor, transform: Transform, index: Tensor | None, grads: tiled.RowGrads, out: Tensor
 ) -> None:
     """Writes d loss / d logits of the rows that count to out (..., V), which may be logits itself."""
-    flat, to = _matrix(logits), _matrix(out)
+    flat, to = tiled.as_matrix(logits), tiled.as_matrix(out)
     if flat is None or to is None or _beyond_reach(grads.max):
         torch_impl.logits_backward(logits, transform, index, grads, out)
         return
@@ -216,15 +216,6 @@ def _beyond_reach(maximum: Tensor) -> bool:
 
 def _options(transform: Transform) -> tuple[float, float, float | None]:
     return transform.temperature, transform.logit_scale, transform.softcap
-
-
-def _matrix(logits: Tensor) -> Tensor | None:
-    """(..., V) as a matrix with contiguous rows, without a copy; None if its strides have none."""
-    try:
-        flat = logits.view(-1, logits.shape[-1])
-    except RuntimeError:
-        return None
-    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else None
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:

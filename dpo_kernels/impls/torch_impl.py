@@ -47,7 +47,7 @@ def unavailable(device: torch.device) -> str | None:
 cannot_run = unavailable
 
 
-def facts(device: torch.device) -> Facts:
+def facts(device: torch.device, tokens: int = 0, features: int = 0) -> Facts:
     return FACTS.get(f"torch, {device.type}", FACTS["torch, cpu"])
 
 

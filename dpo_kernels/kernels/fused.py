@@ -1,0 +1,285 @@
+"""Kernels that multiply: a block of logits is made, folded and forgotten by one program, never in memory.
+
+    forward_kernel     states of strips of the vocabulary, and what the modes keep and frozen write of exp(z)
+    recompute_kernel   d loss / d a, from logits made again
+
+hidden (n, D) and weight (V, D) are read through tensor descriptors (DESCRIPTORS) or pointers. Sums are float32; float32
+operands are multiplied as `PRECISION` says.
+"""
+
+import triton
+import triton.language as tl
+
+from dpo_kernels.kernels.online import (
+    LOG_ZERO,  # noqa: F401  (read by the functions that are inlined here)
+    VECTORS,
+    cap_derivative,
+    fold,
+    merge,
+    no_rows,
+    store_state,
+    transform,
+)
+from dpo_kernels.kernels.rows import load_row_grads, row_gradient
+
+
+@triton.jit
+def multiply(
+    hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
+    DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """hidden[row:] @ weight[column:].T, (ROWS, COLUMNS) float32. Rows and columns beyond the last are finite or copies:
+    the caller leaves them out. EVEN: D is a multiple of DEPTH."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if DESCRIPTORS:
+        for k in tl.range(0, D, DEPTH):
+            h = hidden.load([row, k])
+            w = weight.load([column, k])
+            if WIDEN:
+                h, w = h.to(tl.float32), w.to(tl.float32)
+            total = tl.dot(h, w.T, total, input_precision=PRECISION)
+    else:
+        rows = tl.minimum(row + tl.arange(0, ROWS), n - 1).to(tl.int64)
+        columns = tl.minimum(column + tl.arange(0, COLUMNS), V - 1).to(tl.int64)
+        depth = tl.arange(0, DEPTH)
+        h_pointer = hidden + rows[:, None] * hidden_stride + depth[None, :] * hidden_step
+        w_pointer = weight + columns[None, :] * weight_stride + depth[:, None] * weight_step
+        for k in tl.range(0, D, DEPTH):
+            if EVEN:
+                h = tl.load(h_pointer)
+                w = tl.load(w_pointer)
+            else:
+                h = tl.load(h_pointer, mask=(depth < D - k)[None, :], other=0.0)
+                w = tl.load(w_pointer, mask=(depth < D - k)[:, None], other=0.0)
+            if WIDEN:
+                h, w = h.to(tl.float32), w.to(tl.float32)
+            total = tl.dot(h, w, total, input_precision=PRECISION)
+            h_pointer += DEPTH * hidden_step
+            w_pointer += DEPTH * weight_step
+    return total
+
+
+@triton.jit
+def add_bias(a, bias, columns, V, BIASED: tl.constexpr):
+    if BIASED:
+        a += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    return a
+
+
+@triton.jit
+def store_block(
+    out, block, row, column, stride, inside, end,
+    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows `inside` and the columns before `end` of a block; a descriptor knows both itself."""
+    if DESCRIPTORS:
+        out.store([row, column], block.to(out.dtype))
+    else:
+        # Only the block's own place needs 64 bits: an offset for every element would fill the registers.
+        corner = out + tl.cast(row, tl.int64) * stride + column
+        offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+        mask = inside[:, None] & (column + tl.arange(0, COLUMNS) < end)[None, :]
+        tl.store(corner + offsets, block.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def halves(a, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns; they stay in the registers they are in."""
+    return tl.split(tl.permute(tl.reshape(a, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def fold_part(
+    state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride, inner, outer,
+    BIASED: tl.constexpr, CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, KEEP: tl.constexpr, BASE_COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The state after the products a (R, COLUMNS) from `column` on; writes their exponentials if KEEP."""
+    columns = column + tl.arange(0, COLUMNS)
+    z = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
+    block, e, base = fold(z, columns, local, end, first, OUTPUTS)
+    if KEEP:
+        if CAPPED:
+            e *= cap_derivative(z, outer)
+        store_block(exps, e, row, column, exps_stride, inside, end, DESCRIPTORS, ROWS, COLUMNS)
+        corner = bases + tl.cast(row, tl.int64) * bases_stride + column // BASE_COLUMNS
+        tl.store(corner + tl.arange(0, ROWS) * bases_stride, base, mask=inside & (column < end))
+    return merge(state, block, OUTPUTS)
+
+
+@triton.jit
+def write_part(
+    a, row, column, inside, bias, out, V, out_stride, inner, outer, slope, row_grads, BIASED: tl.constexpr,
+    CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes d loss / d a of the products a (R, COLUMNS) from `column` on."""
+    local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = row_grads
+    columns = column + tl.arange(0, COLUMNS)
+    z = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
+    dz = row_gradient(
+        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, outer, slope, CAPPED, OUTPUTS
+    )
+    store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, ROWS, COLUMNS)
+
+
+@triton.jit
+def forward_kernel(
+    hidden,  # (n, D), or its descriptor
+    weight,  # (V, D), or its descriptor
+    bias,  # (V,)
+    labels,  # (n,) int64
+    partials,  # (strips, VECTORS, n) float32, written
+    exps,  # (n, V) in the compute dtype, written if KEEP: exp(z - base), times the cap's derivative
+    bases,  # (n, slots) float32, written if KEEP: a row's maximum over the columns folded at once, in the first of
+    #     their slots of BASE_COLUMNS columns
+    n,
+    V,
+    D,
+    first,
+    strip,  # columns of a strip, a multiple of COLUMNS
+    hidden_stride,
+    hidden_step,
+    weight_stride,
+    weight_step,
+    exps_stride,
+    bases_stride,
+    inner,
+    outer,
+    BIASED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    KEEP: tl.constexpr,
+    BASE_COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALVED: tl.constexpr,
+):
+    """States of rows, one of each strip of the vocabulary: product, online log-sum-exp and gather in one kernel.
+
+    Programs that run together are GROUP blocks of rows, whose hidden states stay in the L2 cache, by a few strips, of
+    whose weight each column block is read once for the group.
+
+    FLOP: 2 n D V. Traffic: the weight once for every GROUP * ROWS rows, hidden states once; if KEEP, n V numbers
+    written. On an H200 (780 TFLOP/s): 13.1 ms of (8192, 4096, 151936).
+    """
+    row_blocks = tl.cdiv(n, ROWS)
+    strips = tl.cdiv(V, strip)
+    program = tl.program_id(0)
+    group = program // (GROUP * strips)
+    height = tl.minimum(row_blocks - group * GROUP, GROUP)
+    within = program % (GROUP * strips)
+    row = (group * GROUP + within % height) * ROWS
+    part = within // height
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < n
+    local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
+    start = part * strip
+    end = tl.minimum(start + strip, V)
+    state = no_rows(ROWS)
+    for column in tl.range(start, end, COLUMNS):
+        a = multiply(
+            hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
+            DESCRIPTORS, WIDEN, PRECISION, EVEN, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        if HALVED:
+            left, right = halves(a, ROWS, COLUMNS)
+            state = fold_part(
+                state, left, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
+                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, DESCRIPTORS, ROWS, COLUMNS // 2,
+            )  # fmt: skip
+            state = fold_part(
+                state, right, row, column + COLUMNS // 2, end, inside, local, bias, exps, bases, V, first,
+                exps_stride, bases_stride, inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, DESCRIPTORS,
+                ROWS, COLUMNS // 2,
+            )  # fmt: skip
+        else:
+            state = fold_part(
+                state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
+                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, DESCRIPTORS, ROWS, COLUMNS,
+            )  # fmt: skip
+    store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
+
+
+@triton.jit
+def recompute_kernel(
+    hidden,  # (n, D), or its descriptor
+    weight,  # (V, D), or its descriptor
+    bias,  # (V,)
+    out,  # (n, V) in the compute dtype, written
+    labels,  # (n,) int64
+    log_probs,  # (n,) float32, like all that follow
+    maxima,
+    log_sums,
+    grads,
+    entropies,
+    grad_entropies,
+    n,
+    V,
+    D,
+    first,
+    hidden_stride,
+    hidden_step,
+    weight_stride,
+    weight_step,
+    out_stride,
+    inner,
+    outer,
+    slope,
+    BIASED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALVED: tl.constexpr,
+):
+    """d loss / d a of a tile, from logits made again by the products that forward_kernel formed, in the same order.
+
+    FLOP: 2 n D V. Traffic: n V numbers written in the compute dtype, the operands as in forward_kernel. On an H200
+    (780 TFLOP/s, 4.3 TB/s): 176 us for a tile of (4096, 4096) at D = 4096, of which the stores would take 8.
+    """
+    row_blocks = tl.cdiv(n, ROWS)
+    column_blocks = tl.cdiv(V, COLUMNS)
+    program = tl.program_id(0)
+    group = program // (GROUP * column_blocks)
+    height = tl.minimum(row_blocks - group * GROUP, GROUP)
+    within = program % (GROUP * column_blocks)
+    row = (group * GROUP + within % height) * ROWS
+    column = within // height * COLUMNS
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < n
+    a = multiply(
+        hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
+        DESCRIPTORS, WIDEN, PRECISION, EVEN, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    row_grads = load_row_grads(
+        labels, log_probs, maxima, log_sums, grads, entropies, grad_entropies, rows, inside, first, OUTPUTS
+    )
+    if HALVED:
+        left, right = halves(a, ROWS, COLUMNS)
+        write_part(
+            left, row, column, inside, bias, out, V, out_stride, inner, outer, slope, row_grads, BIASED, CAPPED,
+            OUTPUTS, DESCRIPTORS, ROWS, COLUMNS // 2,
+        )  # fmt: skip
+        write_part(
+            right, row, column + COLUMNS // 2, inside, bias, out, V, out_stride, inner, outer, slope, row_grads,
+            BIASED, CAPPED, OUTPUTS, DESCRIPTORS, ROWS, COLUMNS // 2,
+        )  # fmt: skip
+    else:
+        write_part(
+            a, row, column, inside, bias, out, V, out_stride, inner, outer, slope, row_grads, BIASED, CAPPED, OUTPUTS,
+            DESCRIPTORS, ROWS, COLUMNS,
+        )  # fmt: skip

@@ -1,0 +1,255 @@
+"""Compiles what `triton_impl` would launch, for chips that are not here, and reads what the compiler made of it.
+
+    python tests/aot.py [--targets sm_80 sm_90 sm_100 gfx942] [--dtypes bfloat16 float32] [--json FILE]
+                        [--replace rows=256 columns=256 ...]
+
+Calls of every mode and option run on CPU tensors, with the tables of the target and every launch recorded instead of
+made; a launch is compiled as the runtime would specialise it (integers that are 1 or divisible by 16, aligned
+pointers, tensor descriptors). --replace plants other numbers in the tables of products. Must run in a process of its
+own: the kernels must not be interpreted here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dpo_kernels import logits_to_log_probs, token_stats
+from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.impls import triton_impl
+from dpo_kernels.kernels import tables
+
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    arch: tables.Arch
+    shared: int  # bytes that a block can have
+    product: str  # the tensor cores' instruction
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), tables.Arch("cuda", 8), 163 * 1024, "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), tables.Arch("cuda", 9), 227 * 1024, "HGMMA"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), tables.Arch("cuda", 10), 227 * 1024, "UTC[A-Z]*MMA"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), tables.Arch("hip", 9), 64 * 1024, "v_mfma"),
+}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+MULTIPLY = ("forward_kernel", "recompute_kernel")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+PLAIN: dict[str, Any] = {}
+CAPPED = {"softcap": 30.0, "temperature": 0.7, "logit_scale": 1.3}
+
+
+class Launch(NamedTuple):
+    """A kernel as the runtime would specialise it."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    warps: int
+    stages: int | None
+
+    @property
+    def name(self) -> str:
+        """What tells this launch from others of the kernel."""
+        known = dict(self.constants)
+        flags = [k.lower() for k in ("BIASED", "CAPPED", "KEEP", "INDEXED", "DESCRIPTORS") if known.get(k)]
+        flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "WRITE") if known.get(k)]
+        types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
+        return ",".join([*dict.fromkeys(types), *flags])
+
+
+def specialise(module: str, name: str, warps: int, stages: int | None, arguments: dict[str, Any]) -> Launch:
+    kernel = getattr(triton_impl._kernels(module), name)
+    signature, constants, aligned = [], [], []
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        kind = "constexpr"
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            kind = f"*{NAMES[value.dtype]}"
+            aligned.append(parameter.name)
+        elif isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, int):
+            kind = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(parameter.name)
+        else:
+            kind = "fp32"
+        signature.append((parameter.name, kind))
+    return Launch(module, name, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
+
+
+def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int]) -> list[Launch]:
+    """Every launch of every path, mode and dtype, plain and with all options; each once."""
+    found: dict[Launch, None] = {}
+
+    def record(module: str, name: str, _programs: int, warps: int, stages: int | None = None, /, **arguments: Any):
+        found[specialise(module, name, warps, stages, arguments)] = None
+
+    triton_impl._launch = record
+    triton_impl._arch = lambda device: target.arch
+    triton_impl.TritonFolds.multiply = lambda self, out, a, b, add: out.zero_()
+    triton_impl.cannot_run = lambda device: None
+    tables.PRODUCTS = {key: product._replace(**replace) for key, product in tables.PRODUCTS.items()}
+    paths = tables.PATHS[target.arch.kind]
+    for path in {p.name for p in paths}:
+        tables.PATHS[target.arch.kind] = (tables.Path(0, 0, path, ""),)
+        for dtype in dtypes:
+            for options, outputs in ((PLAIN, ()), (CAPPED, OPTIONAL_OUTPUTS)):
+                for grads in ("none", "hidden", "hidden,weight"):
+                    for budget in (None, 2**26):
+                        _run(dtype, options, outputs, grads, budget)
+                if options:
+                    _run(dtype, options, (), "hidden", None)
+                    _run(dtype, options, (), "hidden,weight", None)
+                if path == "fused":
+                    _run(dtype, options, outputs, "hidden", None, features=272)
+                    _run(dtype, options, (), "hidden,weight", None, features=272)
+                    _run(dtype, options, outputs, "hidden,weight", 2**26, features=272)
+    tables.PATHS[target.arch.kind] = paths
+    return list(found)
+
+
+def _run(
+    dtype: torch.dtype, options: dict, outputs: tuple, grads: str, budget: int | None, features: int = 256
+) -> None:
+    tokens, vocab = 256, 64 * 1024
+    hidden, weight = torch.ones(tokens, features, dtype=dtype), torch.ones(vocab, features, dtype=dtype)
+    bias = torch.zeros(vocab, dtype=dtype) if options else None
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    hidden.requires_grad_("hidden" in grads)
+    weight.requires_grad_("weight" in grads)
+    made = token_stats(hidden, weight, labels, bias, outputs=outputs, memory_budget=budget, impl="triton", **options)
+    if grads != "none":
+        (made.log_probs if made.entropy is None else made.log_probs + made.entropy).sum().backward()
+    else:
+        logits = torch.zeros(tokens, vocab // 4, dtype=dtype, requires_grad=True)
+        labels[:9] = -100 if options else 0
+        logits_to_log_probs(logits, labels, impl="triton", **options).sum().backward()
+
+
+def inspect(target_name: str, launch: Launch) -> dict[str, Any]:
+    """Compiles; registers, spills, shared memory, and the instructions that count."""
+    target = TARGETS[target_name]
+    kernel = getattr(triton_impl._kernels(launch.module), launch.kernel)
+    names = [p.name for p in kernel.params]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    options = {"num_warps": launch.warps} | ({} if launch.stages is None else {"num_stages": launch.stages})
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    row: dict[str, Any] = {"kernel": launch.kernel, "variant": launch.name, "target": target_name}
+    try:
+        made = triton.compile(source, target=target.gpu, options=options)
+    except Exception as error:  # what the compiler refuses is a finding, not a crash
+        return row | {"error": f"{type(error).__name__}: {error}"[-600:].replace("\n", " ")}
+    row["shared"] = made.metadata.shared
+    return row | (_read_cuda(made, target) if target.gpu.backend == "cuda" else _read_hip(made, target))
+
+
+def _read_cuda(made: Any, target: Target) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\b{pattern}\b", sass))
+
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return {
+        "registers": int(registers[1]), "spills": count("LDL[.A-Z0-9]*") + count("STL[.A-Z0-9]*"),
+        "products": count(target.product + r"[.A-Z0-9_x]*"), "wide": count(r"LDG[.A-Z0-9]*\.128[.A-Z0-9]*"),
+        "narrow": count(r"LDG[.A-Z0-9]*") - count(r"LDG[.A-Z0-9]*\.128[.A-Z0-9]*"),
+    }  # fmt: skip
+
+
+def _read_hip(made: Any, target: Target) -> dict[str, Any]:
+    text = made.asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+    assert registers is not None
+    assert spilled is not None
+    wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+    return {
+        "registers": int(registers[1]), "spills": int(spilled[1]) + text.count("scratch_"),
+        "products": text.count(target.product), "wide": wide,
+        "narrow": len(re.findall(r"(?:global|buffer)_load_", text)) - wide,
+    }  # fmt: skip
+
+
+def fault(row: dict[str, Any]) -> str | None:
+    """What is wrong with a compiled kernel, if anything."""
+    if "error" in row:
+        return row["error"]
+    if row["spills"]:
+        return f"{row['spills']} spills"
+    if row["shared"] > TARGETS[row["target"]].shared:
+        return f"{row['shared']:,} bytes of shared memory of {TARGETS[row['target']].shared:,}"
+    if row["kernel"] in MULTIPLY and not row["products"]:
+        return f"no {TARGETS[row['target']].product}"
+    if row["kernel"] in ("fold_kernel", "gradient_kernel", "kept_kernel", "rebase_kernel") and not row["wide"]:
+        return "no 16-byte loads"
+    return None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = ("registers", "spills", "shared", "products", "wide", "narrow")
+    lines = ["| kernel | variant | target | " + " | ".join(columns) + " | |", "|---" * 3 + "|---:" * 6 + "|---|"]
+    for row in rows:
+        cells = [row["kernel"], row["variant"], row["target"], *(str(row.get(c, "")) for c in columns)]
+        lines.append(f"| {' | '.join(cells)} | {fault(row) or ''} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
+    parser.add_argument("--kernels", nargs="+", help="only these")
+    parser.add_argument("--replace", nargs="*", default=[], metavar="FIELD=NUMBER")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    replace = {name: int(number) for name, number in (item.split("=") for item in options.replace)}
+    jobs = [
+        (name, launch)
+        for name in options.targets
+        for launch in launches(TARGETS[name], [getattr(torch, d) for d in options.dtypes], replace)
+        if not options.kernels or launch.kernel in options.kernels
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(inspect, *zip(*jobs, strict=True)))
+    rows.sort(key=lambda row: (row["kernel"], row["variant"], row["target"]))
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    faults = [row for row in rows if fault(row)]
+    print(f"\n{len(rows)} kernels compiled by triton {triton.__version__}, {len(faults)} of them with a fault")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
