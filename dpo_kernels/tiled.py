@@ -128,7 +128,7 @@ def forward(
     made = Forward(
         TokenStats(wide), wide, wide,
         kept=call.hidden.new_empty((plan.kept_tokens, plan.kept_columns), dtype=call.compute_dtype),
-        bases=wide.new_empty((plan.kept_tokens, plan.bases)),
+        bases=wide.new_zeros((plan.kept_tokens, plan.bases)),
         jacobian=wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size)),
     )  # fmt: skip
     made.kept[:, plan.vocab_size :].zero_()  # no column's, but an output of the op
