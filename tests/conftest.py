@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: without a GPU its interpreter runs the kernels
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dpo_kernels import TokenStats, impls, reference, token_stats
 
-IMPLS = ("cpp", "torch")
+IMPLS = ("triton", "cpp", "torch")
 
 
 def use_impl(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A call that names no implementation takes this one."""
     monkeypatch.setattr(impls, "MODULES", {known: impls.MODULES[known] for known in (name, "torch")})
+    monkeypatch.setattr(impls.MODULES[name], "DEVICES", ("cpu",))
 
 
 class Head(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 
 from dpo_kernels.impls import cpp_impl, torch_impl, triton_impl
 
+NAMES = ("triton", "cpp", "torch")
 MODULES: dict[str, ModuleType] = {"triton": triton_impl, "cpp": cpp_impl, "torch": torch_impl}
 
 
@@ -38,8 +39,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Module
         ValueError: no implementation has that name.
         RuntimeError: it cannot run on this device; says why.
     """
-    if name is not None and name not in MODULES:
-        raise ValueError(f"impl is {name!r}; expected None or one of {tuple(MODULES)}")
+    if name is not None and name not in NAMES:
+        raise ValueError(f"impl is {name!r}; expected None or one of {NAMES}")
     if dtype == torch.float64:
         return torch_impl
     if name is not None:
