@@ -2,10 +2,14 @@
 
 Which rows count depends on the labels, so an op finds them itself: to torch.compile it is one opaque node with outputs
 whose sizes may depend on data, and no graph break. Arguments were checked by the caller.
+
+While a CUDA graph is captured sizes may not depend on data: then every row is computed, ignored ones with a stand-in
+label and hidden states of 0, and their results and gradients are set to 0.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,13 +45,13 @@ def token_stats_op(
         hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
         memory_budget,
     )  # fmt: skip
-    index, tokens = _counted(labels, ignore_index)
+    call, index, tokens = _rows_of_call(call)
     module = impls.choose(impl, hidden.device, hidden.dtype)
     with _no_autocast(hidden):
         made = module.hidden_forward(call, tokens, index)
     dtypes = (torch.bool if name == "is_top1" else made.max.dtype for name in made.stats._fields)
     stats = (
-        labels.new_empty(0, dtype=dtype) if value is None else _spread(value, labels, index)
+        labels.new_empty(0, dtype=dtype) if value is None else _spread(value, labels, index, ignore_index)
         for value, dtype in zip(made.stats, dtypes, strict=True)
     )
     return (*stats, made.max, made.log_sum, made.kept, made.bases, made.jacobian)
@@ -114,9 +118,14 @@ def token_stats_backward_op(
         hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
         memory_budget,
     )  # fmt: skip
-    index, _ = _counted(labels, ignore_index)
+    call, index, tokens = _rows_of_call(call)
+    if tokens != len(maximum):
+        raise RuntimeError(
+            f"backward has {tokens} rows, forward had {len(maximum)}: capture both in one CUDA graph, or neither"
+        )
     module = impls.choose(impl, hidden.device, hidden.dtype)
-    rows = _row_grads(labels, index, log_probs, maximum, log_sum, grad_log_probs, entropy, grad_entropy)
+    grad_log_probs, grad_entropy = (_of_counted(g, labels, ignore_index) for g in (grad_log_probs, grad_entropy))
+    rows = _row_grads(call.labels, index, log_probs, maximum, log_sum, grad_log_probs, entropy, grad_entropy)
     saved = tiled.Forward(TokenStats(rows.log_probs), rows.max, rows.log_sum, kept, bases, jacobian)
     with _no_autocast(hidden):
         made = module.hidden_backward(call, _grads(wanted), index, rows, saved)
@@ -173,12 +182,12 @@ def logits_log_probs_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log_probs and, for backward, the maximum and log_sum, each of the labels' shape."""
     checks.labels_in_range(labels, ignore_index, logits.shape[-1])
-    index, tokens = _counted(labels, ignore_index)
+    known, index, tokens = _labels_and_rows(labels, ignore_index)
     module = impls.choose(impl, logits.device, logits.dtype)
     transform = Transform(temperature, logit_scale, softcap)
     with _no_autocast(logits):
-        made = module.logits_forward(logits, _rows(labels, index).long(), transform, index, tokens)
-    return tuple(_spread(value, labels, index) for value in made)  # type: ignore[return-value]
+        made = module.logits_forward(logits, _rows(known, index).long(), transform, index, tokens)
+    return tuple(_spread(value, labels, index, ignore_index) for value in made)  # type: ignore[return-value]
 
 
 @logits_log_probs_op.register_fake
@@ -204,6 +213,8 @@ def logits_log_probs_backward_op(
     out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     transform = Transform(temperature, logit_scale, softcap)
     _write_logits_gradient(grad, logits, labels, log_probs, maximum, log_sum, ignore_index, transform, impl, out)
+    if _capturing(labels):
+        out.masked_fill_((labels == ignore_index).unsqueeze(-1), 0)
     return out
 
 
@@ -246,9 +257,11 @@ def _write_logits_gradient(
     impl: str | None,
     out: Tensor,
 ) -> None:
-    index, _ = _counted(labels, ignore_index)
+    known, index, _ = _labels_and_rows(labels, ignore_index)
     maximum, log_sum = _rows(maximum, index), _rows(log_sum, index)
-    rows = _row_grads(labels, index, log_probs, maximum, log_sum, grad, None, None)
+    rows = _row_grads(
+        known, index, log_probs, maximum, log_sum, _of_counted(grad, labels, ignore_index), None, None
+    )  # fmt: skip
     with _no_autocast(logits):
         impls.choose(impl, logits.device, logits.dtype).logits_backward(logits, transform, index, rows, out)
 
@@ -313,10 +326,33 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _counted(labels: Tensor, ignore_index: int) -> tuple[Tensor | None, int]:
-    """Flat positions of the labels that count, None where all do, and how many they are."""
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _labels_and_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, int]:
+    """The labels, flat positions of those that count, None where all do, and how many they are."""
+    if _capturing(labels):
+        return labels.masked_fill(labels == ignore_index, 0), None, labels.numel()
     index = (checks.flat(labels) != ignore_index).nonzero().squeeze(1)
-    return (None if len(index) == labels.numel() else index), len(index)
+    return labels, (None if len(index) == labels.numel() else index), len(index)
+
+
+def _rows_of_call(call: Call) -> tuple[Call, Tensor | None, int]:
+    """The call as an implementation gets it, with the positions and the number of rows that enter its products."""
+    labels, index, tokens = _labels_and_rows(call.labels, call.ignore_index)
+    if _capturing(labels):
+        # Not even NaN in a row that is ignored may reach the weight's gradient; the copy counts in the budget.
+        hidden = call.hidden.masked_fill((call.labels == call.ignore_index).unsqueeze(-1), 0)
+        budget = call.memory_budget
+        left = None if budget is None else max(1, budget - hidden.numel() * hidden.element_size())
+        call = replace(call, hidden=hidden, labels=labels, memory_budget=left)
+    return call, index, tokens
+
+
+def _of_counted(grad: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor | None:
+    """The gradients of results that are 0 whatever the inputs are dropped, where rows are not."""
+    return grad.masked_fill(labels == ignore_index, 0) if grad is not None and _capturing(labels) else grad
 
 
 def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
@@ -324,11 +360,13 @@ def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
     return flat.contiguous() if index is None else flat.index_select(0, index)
 
 
-def _spread(values: Tensor, labels: Tensor, index: Tensor | None) -> Tensor:
+def _spread(values: Tensor, labels: Tensor, index: Tensor | None, ignore_index: int) -> Tensor:
     """Values (M,) of the rows that count, in the labels' shape, 0 elsewhere."""
     out = values.new_zeros(labels.shape)  # no view of anything: FSDP hangs hooks on what a module returns
     if index is None:
         out.view(-1).copy_(values)
+        if _capturing(labels):
+            out.masked_fill_(labels == ignore_index, 0)
     else:
         out.view(-1).index_copy_(0, index, values)
     return out

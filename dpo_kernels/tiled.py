@@ -89,7 +89,8 @@ class Folds(Protocol):
         """Turns total into d log_prob / d hidden; label_weight (n, D): W at the labels."""
 
     def dz(self, grads: RowGrads, tile: Tile, kept: Kept | None, wanted: Sweep, bias: Tensor | None) -> Dz:
-        """d loss / d a, from what keep wrote if given (may overwrite it); its sums over tokens are added to bias."""
+        """d loss / d a, from what keep wrote if given, which stays as it is: backward may run again. Its sums over
+        tokens are added to bias."""
 
     def multiply(self, out: Tensor, a: Any, b: Tensor, add: bool) -> None:
         """out = a @ b, or out += a @ b, in at least the accumulation dtype, rounded once to out's."""
@@ -279,6 +280,8 @@ class _Slice:
         if self.value is None or self.at != at:
             self.value = None  # frees the last slice before the next is made
             taken = source()
+            if self.buffer is not None and len(self.buffer) < len(taken):
+                self.buffer = None  # the first slice may be shorter than the next
             self.value = convert(taken, None if self.buffer is None else self.buffer[: len(taken)])
             if self.buffer is None and self.value is not taken:
                 self.buffer = self.value

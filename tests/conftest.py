@@ -21,3 +21,11 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from helpers import WORST
+
+    for (impl, dtype), worst in sorted(WORST.items()):
+        numbers = ", ".join(f"{name} {worst[name]:.1e}" for name in ("log_probs", "gradients") if name in worst)
+        terminalreporter.write_line(f"largest errors of {impl} in {dtype}, {worst['cases']} cases: {numbers}")

@@ -106,6 +106,18 @@ def assert_as_good(got: Tensor, same_dtype: Tensor, exact: Tensor, factor: float
 LOG_PROB_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 
 
+# The largest errors that `check_against_reference` met, by implementation and dtype: of log-probs, absolute, and of
+# gradients, relative to the largest number of the exact one. pytest prints them at the end.
+WORST: dict[tuple[str, str], dict[str, float]] = {}
+
+
+def note_errors(impl: str | None, dtype: torch.dtype, **errors: float) -> None:
+    worst = WORST.setdefault((impl or "default", str(dtype).removeprefix("torch.")), {"cases": 0})
+    worst["cases"] += 1
+    for name, error in errors.items():
+        worst[name] = max(worst.get(name, 0.0), error)
+
+
 def check_against_reference(head: Head, log_prob_tolerance: float | None = None, **options) -> None:
     """Statistics against float64, gradients against float64 and relative to plain PyTorch in the same dtype."""
     reference_options = {k: v for k, v in options.items() if k not in ("memory_budget", "impl")}
@@ -123,3 +135,14 @@ def check_against_reference(head: Head, log_prob_tolerance: float | None = None,
         assert (value is None) == (truth is None), name
         if value is not None:
             assert_as_good(value, plain, truth, what=f"gradient of {name}")
+    worst_gradient = (
+        max(
+            ((g.double() - e).abs().max() / e.abs().max()).item()
+            for g, e in zip(grads, exact_grads, strict=True)
+            if g is not None and e.abs().max() > 0
+        )
+        if any(e is not None and e.abs().max() > 0 for e in exact_grads)
+        else 0.0
+    )
+    log_prob_error = (got.log_probs.double() - exact.log_probs).abs().max().item()
+    note_errors(options.get("impl"), head.hidden.dtype, log_probs=log_prob_error, gradients=worst_gradient)

@@ -31,7 +31,7 @@ MODES = ["hidden", "hidden,weight,bias"]  # frozen head, and keep
 def impl(request, monkeypatch) -> str:
     """Each implementation, in the widest dtype that it computes."""
     use_impl(monkeypatch, request.param)
-    monkeypatch.setattr(sys.modules[__name__], "WIDEST", {"cpp": torch.float32, "torch": torch.float64}[request.param])
+    monkeypatch.setattr(sys.modules[__name__], "WIDEST", torch.float64 if request.param == "torch" else torch.float32)
     return request.param
 
 

@@ -151,21 +151,22 @@ class TritonFolds(torch_impl.TorchFolds):
         n, v = len(tile.hidden), len(tile.weight)
         if self.fused:
             kept = tiled.Kept(
-                self._scratch("exps", n, v, self.operand),
+                self._dz(n, v),
                 self._scratch("bases", n, -(-v // self.plan.base_columns), torch.float32),
             )
             self._forward(stats, tile, kept)
             share = kept.exp
             _launch(
                 "rows", "rebase_kernel", -(-n // self._rows.rows), self._rows.warps,
-                exps=share, bases=kept.bases, share_base=stats.base(tile.rows), total=total, n=n, V=v,
+                exps=share, bases=kept.bases, labels=stats.labels[tile.rows], first=tile.columns.start,
+                share_base=stats.base(tile.rows), total=total, n=n, V=v,
                 D=total.shape[1], stride=share.stride(0), bases_stride=kept.bases.stride(0),
                 slots=-(-v // self._bases["BASE_COLUMNS"]), total_stride=total.stride(0), tolerance=SHARE_TOLERANCE,
                 **self._bases, ROWS=self._rows.rows, COLUMNS=self._rows.columns,
             )  # fmt: skip
         else:
             product = self._multiplied(tile)
-            share = product if self.operand == product.dtype else self._scratch("exps", n, v, self.operand)
+            share = self._dz(n, v)
             self._fold(stats, tile, product, share=share, total=total)
         self.multiply(total, share, tile.weight, add=True)
 
@@ -181,11 +182,11 @@ class TritonFolds(torch_impl.TorchFolds):
         if kept is not None:
             dz = self._from_kept_exps(grads, kept, tile)
         elif self.fused:
-            dz = self._scratch("dz", n, v, self.operand)
+            dz = self._dz(n, v)
             self._recompute(grads, tile, dz)
         else:
             product = self._multiplied(tile)
-            dz = product if self.operand == product.dtype else self._scratch("dz", n, v, self.operand)
+            dz = self._dz(n, v)
             _gradient(product, None, dz, self._bias(tile), grads, self.call.transform, tile.columns.start)
         if bias is not None:
             bias += dz.sum(0, dtype=bias.dtype)
@@ -204,6 +205,10 @@ class TritonFolds(torch_impl.TorchFolds):
 
     def _tile(self, n: int, v: int) -> Tensor:
         return self._scratch("product", n, v, self.wide)
+
+    def _dz(self, n: int, v: int) -> Tensor:
+        """The left operand of the products that follow: the tile of logits itself, where it has that dtype."""
+        return self._scratch("product" if self.operand == self.wide else "dz", n, v, self.operand)
 
     def _bias(self, tile: tiled.Tile) -> Tensor | None:
         return None if self.call.bias is None else self.call.bias[tile.columns].to(self.call.compute_dtype)
@@ -279,6 +284,7 @@ class TritonFolds(torch_impl.TorchFolds):
             "fused", "forward_kernel", -(-n // product.rows) * strips, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, bases=bases, strip=strip, exps_stride=exps_stride,
             bases_stride=bases.stride(0), OUTPUTS=_bits(stats.outputs), KEEP=kept is not None,
+            WIDE=kept is not None and kept.exp.dtype == torch.float32,
             BASE_COLUMNS=self.plan.base_columns, **arguments,
         )  # fmt: skip
         _merge(stats, tile.rows, partials, labels, strip, tile.columns.start, v)
@@ -296,18 +302,18 @@ class TritonFolds(torch_impl.TorchFolds):
 
     def _from_kept_exps(self, grads: tiled.RowGrads, kept: tiled.Kept, tile: tiled.Tile) -> Tensor:
         n, v = kept.exp.shape
-        rows = self._rows
+        rows, out = self._rows, self._dz(n, v)
         arguments = _row_grads(grads)
         for unused in ("entropies", "grad_entropies"):
             del arguments[unused]
-        transform = _transform(self.call.transform)
         _launch(
             "rows", "kept_kernel", -(-n // rows.rows) * -(-v // rows.columns), rows.warps,
-            exps=kept.exp, bases=kept.bases, **arguments, n=n, V=v, first=tile.columns.start, stride=kept.exp.stride(0),
-            bases_stride=kept.bases.stride(0), outer=transform["outer"], slope=self.call.transform.slope,
-            CAPPED=transform["CAPPED"], **self._bases, ROWS=rows.rows, COLUMNS=rows.columns,
+            exps=kept.exp, bases=kept.bases, out=out, out_stride=out.stride(0), **arguments, n=n, V=v,
+            first=tile.columns.start, stride=kept.exp.stride(0), bases_stride=kept.bases.stride(0),
+            slope=self.call.transform.slope, CAPPED=self.call.transform.softcap is not None, **self._bases,
+            ROWS=rows.rows, COLUMNS=rows.columns,
         )  # fmt: skip
-        return kept.exp if kept.exp.dtype == self.operand else kept.exp.to(self.operand)
+        return out
 
 
 def _fold_rows(

@@ -13,7 +13,6 @@ import triton.language as tl
 from dpo_kernels.kernels.online import (
     LOG_ZERO,  # noqa: F401  (read by the functions that are inlined here)
     VECTORS,
-    cap_derivative,
     fold,
     merge,
     no_rows,
@@ -93,15 +92,19 @@ def halves(a, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def fold_part(
     state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride, inner, outer,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, KEEP: tl.constexpr, BASE_COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The state after the products a (R, COLUMNS) from `column` on; writes their exponentials if KEEP."""
     columns = column + tl.arange(0, COLUMNS)
-    z = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
+    z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
     block, e, base = fold(z, columns, local, end, first, OUTPUTS)
     if KEEP:
         if CAPPED:
-            e *= cap_derivative(z, outer)
+            e = tl.where(columns[None, :] == local[:, None], 1.0, e)
+            if not WIDE:
+                t = z / outer  # holds no registers through the fold, and loses less than the rounding that follows
+                derivative = 1.0 - t * t
+            e *= derivative
         store_block(exps, e, row, column, exps_stride, inside, end, DESCRIPTORS, ROWS, COLUMNS)
         corner = bases + tl.cast(row, tl.int64) * bases_stride + column // BASE_COLUMNS
         tl.store(corner + tl.arange(0, ROWS) * bases_stride, base, mask=inside & (column < end))
@@ -117,9 +120,9 @@ def write_part(
     """Writes d loss / d a of the products a (R, COLUMNS) from `column` on."""
     local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = row_grads
     columns = column + tl.arange(0, COLUMNS)
-    z = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
+    z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
     dz = row_gradient(
-        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, outer, slope, CAPPED, OUTPUTS
+        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED, OUTPUTS
     )
     store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, ROWS, COLUMNS)
 
@@ -131,7 +134,8 @@ def forward_kernel(
     bias,  # (V,)
     labels,  # (n,) int64
     partials,  # (strips, VECTORS, n) float32, written
-    exps,  # (n, V) in the compute dtype, written if KEEP: exp(z - base), times the cap's derivative
+    exps,  # (n, V) in the compute dtype, written if KEEP: exp(z - base), 0 at the label; if CAPPED 1 at the
+    #     label, all times the cap's derivative, which WIDE numbers hold to the last digit
     bases,  # (n, slots) float32, written if KEEP: a row's maximum over the columns folded at once, in the first of
     #     their slots of BASE_COLUMNS columns
     n,
@@ -152,6 +156,7 @@ def forward_kernel(
     OUTPUTS: tl.constexpr,
     KEEP: tl.constexpr,
     BASE_COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -193,17 +198,17 @@ def forward_kernel(
             left, right = halves(a, ROWS, COLUMNS)
             state = fold_part(
                 state, left, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
-                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, DESCRIPTORS, ROWS, COLUMNS // 2,
+                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS, ROWS, COLUMNS // 2,
             )  # fmt: skip
             state = fold_part(
                 state, right, row, column + COLUMNS // 2, end, inside, local, bias, exps, bases, V, first,
-                exps_stride, bases_stride, inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, DESCRIPTORS,
+                exps_stride, bases_stride, inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS,
                 ROWS, COLUMNS // 2,
             )  # fmt: skip
         else:
             state = fold_part(
                 state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
-                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, DESCRIPTORS, ROWS, COLUMNS,
+                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS, ROWS, COLUMNS,
             )  # fmt: skip
     store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
 

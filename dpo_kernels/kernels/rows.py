@@ -2,7 +2,7 @@
 
     fold_kernel       states of rows, and what the modes keep and frozen write of exp(z)
     gradient_kernel   d loss / d a from a
-    kept_kernel       d loss / d a from kept exp(z), in place
+    kept_kernel       d loss / d a from kept exp(z)
     rebase_kernel     kept exp(z) as the frozen head's operand
 
 Each program reads a strip of a few rows; rows lie `stride` numbers apart, in int64, and programs on grid axis 0.
@@ -17,7 +17,6 @@ from dpo_kernels.kernels.online import (
     LOG_ZERO,
     LOWEST,
     VECTORS,
-    cap_derivative,
     expm1,
     fold,
     merge,
@@ -33,7 +32,8 @@ SHARE = tl.constexpr(2)
 
 @triton.jit
 def load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED: tl.constexpr, BIASED: tl.constexpr):
-    """Logits of a block; a: its pointer, offsets (R,) of its rows. Columns from `end` on are 0."""
+    """Logits of a block and the cap's derivative; a: its pointer, offsets (R,) of its rows. Products of columns from
+    `end` on are 0."""
     mask = inside[:, None] & (columns < end)[None, :]
     z = tl.load(a + offsets[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if BIASED:
@@ -66,7 +66,7 @@ def fold_kernel(
     labels,  # (n,) int64
     bias,  # (V,)
     partials,  # (strips, VECTORS, n) float32, written
-    exps,  # (n, V), written: exp(z - base), times the cap's derivative
+    exps,  # (n, V), written: as forward_kernel does; SHARE: 0 at the label
     bases,  # (n, slots) float32, written if KEPT: the base, once for every base_columns columns
     share_base,  # (n,) float32, read and written if SHARE
     total,  # (n, D) float32, rescaled if SHARE
@@ -111,11 +111,12 @@ def fold_kernel(
     state = no_rows(ROWS)
     for column in tl.range(start, end, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
-        z = load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED, BIASED)
+        z, _ = load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED, BIASED)
         block, _, _ = fold(z, columns, local, end, first, OUTPUTS)
         state = merge(state, block, OUTPUTS)
     store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
     if WRITE != NOTHING:
+        AT_LABEL: tl.constexpr = 1.0 if WRITE == KEPT and CAPPED else 0.0
         base = tl.maximum(state[0], LOWEST)
         if WRITE == KEPT:
             for slot in range(slots):
@@ -124,18 +125,17 @@ def fold_kernel(
             base = follow(base, share_base, total, rows, inside, D, total_stride, tolerance, COLUMNS)
         for column in tl.range(start, end, COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
-            z = load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED, BIASED)
-            e = tl.exp(z - base[:, None])
+            z, derivative = load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED, BIASED)
+            e = tl.where(columns[None, :] == local[:, None], AT_LABEL, tl.exp(z - base[:, None]))
             if CAPPED:
-                e *= cap_derivative(z, outer)
-            e = tl.where(columns[None, :] == local[:, None], 0.0, e)
+                e *= derivative
             mask = inside[:, None] & (columns < end)[None, :]
             tl.store(exps + place[:, None] * exps_stride + columns[None, :], e.to(exps.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def row_gradient(
-    z, columns, labels, log_prob, maximum, log_sum, grad, entropy, grad_entropy, outer, slope,
+    z, columns, labels, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope,
     CAPPED: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """d loss / d a (R, C) from logits: -p (g + gH (log p + H)), -g expm1(log p) - ... at the label, through the cap."""
@@ -150,7 +150,7 @@ def row_gradient(
         dz = tl.exp(below) * (-grad * tl.exp(-log_sum))[:, None]
     dz = tl.where(columns[None, :] == labels[:, None], at_label[:, None], dz)
     if CAPPED:
-        dz *= cap_derivative(z, outer)
+        dz *= derivative
     return dz * slope
 
 
@@ -213,9 +213,9 @@ def gradient_kernel(
     local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = load_row_grads(
         labels, log_probs, maxima, log_sums, grads, entropies, grad_entropies, rows, inside, first, OUTPUTS
     )
-    z = load_block(a, place * stride, columns, V, bias, inner, outer, inside, CAPPED, BIASED)
+    z, derivative = load_block(a, place * stride, columns, V, bias, inner, outer, inside, CAPPED, BIASED)
     dz = row_gradient(
-        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, outer, slope, CAPPED, OUTPUTS
+        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED, OUTPUTS
     )
     mask = inside[:, None] & (columns < V)[None, :]
     tl.store(out + (place * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
@@ -223,8 +223,9 @@ def gradient_kernel(
 
 @triton.jit
 def kept_kernel(
-    exps,  # (n, V) as fold_kernel or forward_kernel kept it; overwritten with d loss / d a
+    exps,  # (n, V) as fold_kernel or forward_kernel kept it
     bases,  # (n, slots) float32
+    out,  # (n, V), written
     labels,  # (n,) int64
     log_probs,  # (n,) float32, like all that follow
     maxima,
@@ -235,7 +236,7 @@ def kept_kernel(
     first,
     stride,
     bases_stride,
-    outer,
+    out_stride,
     slope,
     CAPPED: tl.constexpr,
     BASE_COLUMNS: tl.constexpr,  # that share a base
@@ -243,7 +244,7 @@ def kept_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """d loss / d a from kept exponentials, in their place.
+    """d loss / d a from kept exponentials, which stay as they are: backward may run again.
 
     Traffic: n V numbers read and written, in the compute dtype. On an H200 (4.3 TB/s): 1.2 ms of (8192, 151936).
     """
@@ -255,29 +256,30 @@ def kept_kernel(
     local, log_prob, maximum, log_sum, grad, _, _ = load_row_grads(
         labels, log_probs, maxima, log_sums, grads, grads, grads, rows, inside, first, 0
     )
-    at_label = -grad * expm1(log_prob)
-    if CAPPED:
-        at_label *= cap_derivative(log_prob + log_sum + maximum, outer)
+    at_label = (-grad * expm1(log_prob))[:, None]
     mask = inside[:, None] & (columns < V)[None, :]
     base = tl.load(
         bases + (place * bases_stride)[:, None] + (columns // BASE_COLUMNS * SLOTS)[None, :], mask=mask, other=0.0
     )
-    pointer = exps + (place * stride)[:, None] + columns[None, :]
-    e = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    e = tl.load(exps + (place * stride)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     dz = -grad[:, None] * e * tl.exp(base - maximum[:, None] - log_sum[:, None])
-    dz = tl.where(columns[None, :] == local[:, None], at_label[:, None], dz) * slope
-    tl.store(pointer, dz.to(exps.dtype.element_ty), mask=mask)
+    if CAPPED:
+        at_label *= e  # the cap's derivative
+    dz = tl.where(columns[None, :] == local[:, None], at_label, dz) * slope
+    tl.store(out + (place * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rebase_kernel(
     exps,  # (n, V) as forward_kernel kept it; overwritten
     bases,  # (n, slots) float32
+    labels,  # (n,) int64
     share_base,  # (n,) float32, read and written
     total,  # (n, D) float32, rescaled
     n,
     V,
     D,
+    first,
     stride,
     bases_stride,
     slots,
@@ -288,7 +290,7 @@ def rebase_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Kept exponentials relative to one base a row, which follows the maximum as in fold_kernel's SHARE.
+    """Kept exponentials, but 0 at the label, relative to one base a row: what fold_kernel's SHARE writes.
 
     Traffic: n V numbers read and written, in the compute dtype; n D float32 where a row's base moves.
     """
@@ -301,6 +303,7 @@ def rebase_kernel(
         mask = inside[:, None] & (at < slots)[None, :]
         found = tl.load(bases + (place * bases_stride)[:, None] + (at * SLOTS)[None, :], mask=mask, other=LOWEST)
         largest = tl.maximum(largest, found)
+    local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
     base = follow(tl.max(largest, 1), share_base, total, rows, inside, D, total_stride, tolerance, COLUMNS)
     for column in tl.range(0, V, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
@@ -309,4 +312,5 @@ def rebase_kernel(
         from_base = tl.load(bases + (place * bases_stride)[:, None] + slot, mask=mask, other=0.0)
         pointer = exps + (place * stride)[:, None] + columns[None, :]
         e = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) * tl.exp(from_base - base[:, None])
+        e = tl.where(columns[None, :] == local[:, None], 0.0, e)
         tl.store(pointer, e.to(exps.dtype.element_ty), mask=mask)

@@ -1,0 +1,434 @@
+"""The Triton kernels: in the interpreter where there is no GPU (tests/conftest.py), against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from helpers import assert_close, check_against_reference, detached, loss_of, make_head, note_errors, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, ops, reference, token_stats
+from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.impls import torch_impl, triton_impl
+from dpo_kernels.kernels import tables
+from dpo_kernels.kernels.online import expm1, tanh
+from dpo_kernels.plan import FACTS, plan
+
+MIB = 2**20
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"softcap": 6.0, "temperature": 1.5, "logit_scale": 0.7}, id="capped"),
+]
+ARCH = tables.Arch("interpreted", 0)
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu holds the device to the same")
+pytestmark = needs_interpreter
+
+
+@pytest.fixture(params=["fused", "tiles"])
+def path(request, monkeypatch) -> str:
+    """Everything on one path."""
+    monkeypatch.setitem(tables.PATHS, "interpreted", (tables.Path(0, 0, request.param, "asked for by the test"),))
+    return request.param
+
+
+def small_tiles(monkeypatch, *tiles: tuple[int, int], scratch: int = 0) -> None:
+    """Tiles that a small shape has many of."""
+    facts = FACTS["triton, interpreted"]
+    monkeypatch.setitem(FACTS, "triton, interpreted", replace(facts, tiles=tiles, scratch=scratch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", TRANSFORMS)
+@pytest.mark.parametrize("grads", ["none", "hidden", "hidden,weight", "weight,bias", "hidden,weight,bias"])
+@pytest.mark.parametrize("outputs", [(), OPTIONAL_OUTPUTS], ids=["log_probs", "all"])
+def test_numbers(path, dtype, options, grads, outputs):
+    head = make_head(100, 48, 700, dtype, bias="bias" in grads, grads=grads)
+    check_against_reference(head, outputs=outputs, impl="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "features", "vocab"),
+    [
+        pytest.param(1, 16, 5, id="one-token-tiny-vocabulary"),
+        pytest.param((5, 13), 32, 129, id="one-past-the-last-block"),
+        pytest.param(33, 80, 64, id="one-block"),
+        pytest.param(70, 7, 600, id="features-that-fused-kernels-cannot-read"),
+    ],
+)
+def test_shapes(path, dtype, tokens, features, vocab):
+    check_against_reference(make_head(tokens, features, vocab, dtype, bias=True), outputs=(), impl="triton")
+
+
+MODES = [  # gradients, budget in KiB, mode, outer loops
+    pytest.param("none", 900, "score", "", id="score"),
+    pytest.param("hidden", 900, "frozen", "", id="frozen"),
+    pytest.param("hidden,weight", 900, "keep", "vocab", id="keep"),
+    pytest.param("hidden,weight", 340, "mixed", "vocab", id="mixed"),
+    pytest.param("hidden,weight", 250, "recompute", "vocab", id="recompute"),
+    pytest.param("hidden,weight", 200, "recompute", "tokens,vocab", id="two-sweeps"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", TRANSFORMS)
+@pytest.mark.parametrize(("grads", "budget", "mode", "outer"), MODES)
+def test_modes(path, monkeypatch, grads, budget, mode, outer, options, dtype):
+    small_tiles(monkeypatch, (128, 128))
+    head = make_head(200, 64, 500, dtype, grads=grads)
+    if dtype == torch.bfloat16:
+        wanted = tuple(name for name in grads.split(",") if name != "none")
+        counted = int((head.labels != -100).sum())
+        facts = triton_impl.facts(torch.device("cpu"), counted, 64)
+        made = plan(
+            counted, 64, 500, dtype, grads=wanted, memory_budget=budget * 1024, facts=facts, labels=200
+        )  # fmt: skip
+        assert (made.mode, ",".join(sweep.outer for sweep in made.sweeps)) == (mode, outer)
+    check_against_reference(head, outputs=(), impl="triton", memory_budget=budget * 1024, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", TRANSFORMS)
+def test_every_mode_gives_the_same_log_probs_to_the_last_bit(path, monkeypatch, options, dtype):
+    small_tiles(monkeypatch, (128, 128))
+    monkeypatch.setattr(tables, "PROGRAMS", 2)
+    results = []
+    for grads, budget in (("none", 900), ("hidden", 900), ("hidden,weight", 900), ("weight", 900), ("none", 500)):
+        torch.manual_seed(0)
+        head = make_head(150, 64, 500, dtype, grads=grads, ignored=0)
+        results.append(
+            hidden_to_log_probs(
+                head.hidden, head.weight, head.labels, impl="triton", memory_budget=budget * 1024, **options
+            )
+        )
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+@pytest.mark.parametrize("spread", [4.0, 200.0])
+def test_the_frozen_heads_sum_follows_the_maximum(path, monkeypatch, order, spread):
+    """Logits that grow from tile to tile rescale the sum; falling ones never do."""
+    small_tiles(monkeypatch, (64, 64))
+    head = make_head(40, 16, 320, grads="hidden", ignored=0)
+    ramp = torch.linspace(0, spread, 320, dtype=torch.float32)
+    bias = ramp if order == "rising" else ramp.flip(0)
+    check_against_reference(head._replace(bias=bias), outputs=(), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", TRANSFORMS)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("rows", "vocab", "ignored"), [((2, 9), 700, 0.3), ((1,), 2100, 0.0), ((70,), 33, 0.0)])
+def test_logits(dtype, options, inplace, rows, vocab, ignored):
+    labels = torch.randint(vocab, rows)
+    logits = torch.randn(*rows, vocab) * 3
+    logits.scatter_add_(-1, labels.unsqueeze(-1), torch.rand(*rows, 1) * 20)
+    labels[torch.rand(rows) < ignored] = -100
+    leaf = logits.to(dtype).detach().clone().requires_grad_()
+    exact = logits.to(dtype).double().detach().clone().requires_grad_()
+    grad = torch.randn(rows)
+    truth = reference.logits_to_log_probs(exact, labels, **options)
+    truth.backward(grad.double())
+    got = logits_to_log_probs(leaf * 1, labels, impl="triton", inplace_backward=inplace, **options)
+    got.backward(grad)
+    assert_close(got, truth, 1e-5)
+    rounding = torch.finfo(dtype).eps * exact.grad.abs().max().item()
+    assert_close(leaf.grad, exact.grad, rounding + 2e-6)
+    error = (leaf.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    note_errors(
+        "triton, from logits", dtype, log_probs=(got.double() - truth).abs().max().item(), gradients=error.item()
+    )
+
+
+def test_logits_are_split_over_programs_where_rows_are_few(monkeypatch):
+    labels, logits = torch.randint(5000, (3,)), torch.randn(3, 5000)
+    launched = []
+    launch = triton_impl._launch
+    monkeypatch.setattr(triton_impl, "_launch", lambda *a, **k: (launched.append(a[:3]), launch(*a, **k)))
+    assert_close(
+        logits_to_log_probs(logits, labels, impl="triton"), reference.logits_to_log_probs(logits, labels), 1e-5
+    )
+    assert launched[0] == ("rows", "fold_kernel", 10)
+
+
+@pytest.mark.parametrize("strips", [1, 3])
+def test_strips_do_not_change_the_answer(monkeypatch, strips):
+    head = make_head(20, 32, 640, bias=True)
+    monkeypatch.setattr(tables, "strip", lambda *_: 640 if strips == 1 else 256)
+    check_against_reference(head, outputs=OPTIONAL_OUTPUTS, impl="triton")
+
+
+def test_layouts(path):
+    """Operands of any strides and an expanded gradient; the fused kernels leave those that do not start aligned."""
+    head = make_head((4, 15), 32, 300, ignored=0)
+    exact = run(reference.token_stats, detached(head, torch.float64), outputs=())[0].log_probs
+    strided = torch.stack([head.hidden.detach(), head.hidden.detach()], -1)[..., 0].requires_grad_()
+    transposed = head.weight.detach().T.contiguous().T.requires_grad_()
+    got = hidden_to_log_probs(strided, transposed, head.labels, impl="triton")
+    assert_close(got, exact, 1e-5)
+    got.backward(torch.ones(()).expand(4, 15))
+    run(reference.token_stats, head, outputs=())
+    again = hidden_to_log_probs(head.hidden, head.weight, head.labels, impl="triton")
+    wanted = torch.autograd.grad(again.sum(), (head.hidden, head.weight))
+    for value, same in zip((strided.grad, transposed.grad), wanted, strict=True):
+        assert_close(value, same, 1e-5)
+
+
+@pytest.mark.parametrize("grads", ["hidden,weight", "hidden"])
+def test_autocast(path, grads):
+    head = make_head(50, 32, 300, grads=grads)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = hidden_to_log_probs(head.hidden, head.weight, head.labels, impl="triton")
+    got.sum().backward()
+    rounded = detached(head, torch.bfloat16)
+    exact = reference.hidden_to_log_probs(rounded.hidden.double(), rounded.weight.double(), head.labels)
+    assert_close(got, exact, 1e-5)
+    assert head.hidden.grad.dtype == torch.float32
+
+
+def test_sure_models_keep_their_digits(path):
+    """log p = -69 exp(-20): 1 - p and 1 + p are of no use."""
+    weight = torch.zeros(70, 16)
+    weight[3, 0] = 20.0
+    hidden = torch.zeros(2, 16)
+    hidden[:, 0] = 1.0
+    labels = torch.tensor([3, 3])
+    hidden.requires_grad_()
+    got = hidden_to_log_probs(hidden, weight, labels, impl="triton")
+    exact = reference.hidden_to_log_probs(hidden.double(), weight.double(), labels)
+    assert ((got.double() - exact) / exact).abs().max() < 1e-5
+    (gradient,) = torch.autograd.grad(got.sum(), hidden)
+    (truth,) = torch.autograd.grad(exact.sum(), hidden)
+    assert ((gradient - truth) / truth)[:, 0].abs().max() < 1e-4
+
+
+def test_rows_of_very_negative_logits_do_not_underflow(path):
+    head = make_head(20, 16, 300, ignored=0)
+    shifted = head._replace(bias=torch.full((300,), -9000.0))
+    exact = run(reference.token_stats, detached(shifted, torch.float64), outputs=())[0]
+    got = run(token_stats, detached(shifted), outputs=(), impl="triton")[0]
+    assert_close(got.log_probs, exact.log_probs, 4e-3)  # the logits themselves are 1e-3 apart in float32
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.integers(1, 90), features=st.sampled_from([16, 48]), vocab=st.integers(1, 400), seed=st.integers(0, 999),
+    dtype=st.sampled_from(DTYPES), grads=st.sampled_from(["hidden", "hidden,weight", "weight,bias"]),
+    options=st.sampled_from([{}, {"softcap": 5.0}, {"temperature": 0.5}]), outputs=st.sampled_from([(), ("entropy",)]),
+)  # fmt: skip
+def test_random_calls(path, tokens, features, vocab, seed, dtype, grads, options, outputs):
+    torch.manual_seed(seed)
+    head = make_head(tokens, features, vocab, dtype, bias="bias" in grads, grads=grads)
+    check_against_reference(head, 3e-4, outputs=outputs, impl="triton", **options)
+
+
+class TestCapture:
+    """While a CUDA graph is captured nothing may depend on how many labels count; the device's part is in tests/gpu."""
+
+    @pytest.fixture(autouse=True)
+    def capturing(self, monkeypatch):
+        self.now = False
+        monkeypatch.setattr(ops, "_capturing", lambda tensor: self.now)
+
+    @pytest.mark.parametrize("grads", ["hidden", "hidden,weight,bias"])
+    @pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")], ids=["log_probs", "entropy"])
+    def test_hidden(self, grads, outputs):
+        head = make_head((2, 20), 16, 90, bias=True, grads=grads)
+        with torch.no_grad():
+            head.hidden[head.labels == -100] = torch.nan
+        eager, eager_grads = run(token_stats, detached(head), outputs=outputs, impl="triton")
+        self.now = True
+        got, grads_ = run(token_stats, detached(head), outputs=outputs, impl="triton")
+        for value, same in zip((*got, *grads_), (*eager, *eager_grads), strict=True):
+            assert (value is None) == (same is None)
+            if value is not None:
+                assert_close(value, same, 1e-5)
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_logits(self, inplace):
+        logits, labels = torch.randn(12, 70), torch.randint(70, (12,))
+        labels[[2, 5]] = -100
+        logits[2] = torch.nan
+        results = []
+        for self.now in (False, True):
+            leaf = logits.clone().requires_grad_()
+            log_probs = logits_to_log_probs(leaf * 1, labels, inplace_backward=inplace, impl="triton")
+            log_probs.sum().backward()
+            results.append((log_probs, leaf.grad))
+        for value, same in zip(*results, strict=True):
+            assert_close(value, same, 1e-6)
+
+    def test_half_a_capture_is_refused(self):
+        head = make_head(20, 16, 90)
+        stats = token_stats(head.hidden, head.weight, head.labels, impl="triton")
+        self.now = True
+        with pytest.raises(RuntimeError, match=r"backward has 20 rows, forward had \d+: capture both"):
+            loss_of(stats).backward()
+
+    def test_the_copy_counts_in_the_budget(self):
+        head = make_head(20, 16, 90)
+        self.now = True
+        with pytest.raises(ValueError, match="memory_budget is 1 bytes"):
+            token_stats(head.hidden, head.weight, head.labels, impl="triton", memory_budget=20 * 16 * 4)
+
+
+@pytest.mark.parametrize("budget", [900, 340])
+def test_backward_runs_again(path, monkeypatch, budget):
+    small_tiles(monkeypatch, (128, 128))
+    head = make_head(200, 64, 500, torch.bfloat16, grads="hidden,weight")
+    loss = loss_of(token_stats(*head[:3], outputs=(), impl="triton", memory_budget=budget * 1024))
+    first, second = (torch.autograd.grad(loss, head[:2], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("grads", ["hidden,weight,bias", "hidden", "none"])
+@pytest.mark.parametrize("outputs", ["", "entropy,is_top1"])
+def test_opcheck_hidden(grads, outputs):
+    head = make_head(20, 16, 50, bias=True, grads=grads)
+    wanted = "" if grads == "none" else grads
+    torch.library.opcheck(
+        ops.token_stats_op,
+        (head.hidden, head.weight, head.bias, head.labels, -100, 0.9, 1.1, 20.0, outputs, wanted, torch.float32,
+         None, "triton"),
+    )  # fmt: skip
+
+
+def test_opcheck_backward():
+    head = make_head(20, 16, 50, ignored=0, grads="none")
+    options = (-100, 1.0, 1.0, None)
+    made = ops.token_stats_op(
+        head.hidden, head.weight, None, head.labels, *options, "", "hidden,weight", torch.float32, None, "triton"
+    )
+    torch.library.opcheck(
+        ops.token_stats_backward_op,
+        (torch.ones(20), None, head.hidden, head.weight, None, head.labels, made[0], made[1], *made[5:], *options, "",
+         "hidden,weight", "hidden,weight", torch.float32, None, "triton"),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_opcheck_logits():
+    logits, labels = torch.randn(5, 30, requires_grad=True), torch.randint(30, (5,))
+    torch.library.opcheck(ops.logits_log_probs_op, (logits, labels, -100, 1.0, 1.0, None, False, "triton"))
+    made = [t.detach() for t in ops.logits_log_probs_op(logits, labels, -100, 1.0, 1.0, None, False, "triton")]
+    for op in (ops.logits_log_probs_backward_op, ops.logits_log_probs_backward_inplace_op):
+        arguments = (torch.ones(5), logits.detach().clone(), labels, *made, -100, 1.0, 1.0, None, "triton")
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("grads", ["hidden,weight", "hidden"])
+def test_compile_fullgraph(grads):
+    head = make_head(20, 16, 70, grads=grads)
+    logits = torch.randn(6, 40, requires_grad=True)
+
+    def step(hidden, weight, logits):
+        from_hidden = hidden_to_log_probs(hidden, weight, head.labels, impl="triton").sum()
+        return from_hidden + logits_to_log_probs(logits, head.labels[:6] % 40, impl="triton").sum()
+
+    leaves = [t for t in (head.hidden, head.weight, logits) if t.requires_grad]
+    compiled = torch.compile(step, fullgraph=True)(head.hidden, head.weight, logits)
+    eager = step(head.hidden, head.weight, logits)
+    assert_close(compiled, eager, 1e-5)
+    for got, same in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves), strict=True):
+        assert_close(got, same, 1e-6)
+
+
+@triton.jit
+def both(x, t, d, e, N: tl.constexpr):
+    at = tl.arange(0, N)
+    value = tl.load(x + at)
+    capped, derivative = tanh(value)
+    tl.store(t + at, capped)
+    tl.store(d + at, derivative)
+    tl.store(e + at, expm1(-tl.abs(value)))
+
+
+def test_functions_of_the_kernels():
+    """tanh, its derivative and expm1 keep their relative precision where Triton's own building blocks lose it."""
+    x = torch.cat([torch.logspace(-6, 1.5, 511), torch.zeros(1)]) * torch.tensor([1.0, -1.0]).repeat(256)
+    exact = x.double()
+    t, d, e = torch.empty(512), torch.empty(512), torch.empty(512)
+    both[(1,)](x, t, d, e, N=512)
+    for got, truth in ((t, exact.tanh()), (d, exact.cosh() ** -2), (e, torch.expm1(-exact.abs()))):
+        bound = 4e-6 if got is d else 4e-7  # exp(-60) itself has rounded its argument
+        assert ((got.double() - truth).abs() <= bound * truth.abs()).all()
+
+
+class TestTables:
+    def test_later_devices_take_the_last_row_of_their_kind(self):
+        newest = tables.product(tables.Arch("cuda", 10), torch.bfloat16, options=False)
+        assert tables.product(tables.Arch("cuda", 12), torch.bfloat16, options=False) == newest
+        assert tables.product(tables.Arch("cuda", 9), torch.float16, options=True).columns == 128
+
+    def test_strips_are_wide_only_where_programs_are_enough(self):
+        assert tables.strip(128, 256, 8192, 151936, 2**30) == 8192
+        assert tables.strip(128, 256, 1, 151936, 2**30) == 256
+        assert tables.strip(128, 256, 8192, 151936, 1024) == 1024
+        for tokens in (1, 100, 1000, 8192):
+            width = tables.strip(128, 256, tokens, 151936, 2**30)
+            assert width % 256 == 0
+
+    def test_paths(self):
+        assert tables.path(tables.Arch("cuda", 9), 8192, 4096) == "tiles"
+        assert tables.path(tables.Arch("cuda", 9), 8192, 1024) == "fused"
+        assert tables.path(tables.Arch("cuda", 9), 16, 4096) == "fused"
+        assert tables.path(tables.Arch("hip", 9), 8192, 4096) == "fused"
+        assert tables.path(tables.Arch("hip", 9), 8192, 4095) == "tiles"
+
+    def test_parts_hold_whole_bases(self):
+        """A block that is folded at once covers whole slots of kept probabilities' bases, and tiles whole blocks."""
+        for (arch, _, _), product in tables.PRODUCTS.items():
+            facts = FACTS[f"triton, {arch.kind}"]
+            assert product.part % facts.base_columns == 0
+            assert all(vocab % product.columns == 0 for _, vocab in facts.tiles if vocab >= product.columns)
+
+
+def test_float64_and_vast_vocabularies_go_to_torch(monkeypatch):
+    head = make_head(9, 16, 40, torch.float64)
+    assert_close(
+        hidden_to_log_probs(*head[:3], impl="triton"), hidden_to_log_probs(*head[:3], impl="torch"), 0
+    )  # fmt: skip
+    monkeypatch.setattr(triton_impl, "LARGEST_VOCABULARY", 40)
+    called = []
+    monkeypatch.setattr(torch_impl, "hidden_forward", lambda *a: called.append("hidden") or _torch_forward(*a))
+    monkeypatch.setattr(torch_impl, "logits_forward", lambda *a: called.append("logits") or _torch_logits(*a))
+    single = [t.detach().float().requires_grad_() for t in head[:2]]
+    hidden_to_log_probs(*single, head.labels, impl="triton").sum().backward()
+    logits_to_log_probs(torch.randn(2, 40), torch.tensor([1, 2]), impl="triton")
+    assert called == ["hidden", "logits"]
+
+
+_torch_forward, _torch_logits = torch_impl.hidden_forward, torch_impl.logits_forward
+
+
+def test_logits_that_are_no_matrix_go_to_torch():
+    logits = torch.randn(3, 4, 20).transpose(0, 1).requires_grad_()
+    labels = torch.randint(20, (4, 3))
+    got = logits_to_log_probs(logits, labels, impl="triton")
+    assert_close(got, reference.logits_to_log_probs(logits.double(), labels), 1e-5)
+    got.sum().backward()
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "set TRITON_INTERPRET=1" in available_impls()["triton"]
+    with pytest.raises(RuntimeError, match=r"impl 'triton' cannot run on cpu: .*TRITON_INTERPRET=1"):
+        logits_to_log_probs(torch.randn(2, 5), torch.tensor([1, 2]), impl="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability (7, 5) is older than (8, 0)" in available_impls("cuda")["triton"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton_impl._no_triton.cache_clear()
+    monkeypatch.setattr("triton.__version__", "3.4.0")
+    assert "triton is 3.4.0, and 3.5 or later is needed" in available_impls("cuda")["triton"]
+    triton_impl._no_triton.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    assert "triton cannot be imported" in available_impls("cuda")["triton"]
+    triton_impl._no_triton.cache_clear()
