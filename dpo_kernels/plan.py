@@ -51,7 +51,18 @@ class Facts:
 
 
 _CPP_TILES = ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64))
-_TRITON_TILES = ((4096, 4096), (2048, 4096), (2048, 2048), (1024, 1024), (512, 512), (256, 256), (128, 256))
+# Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
+# tile of 8192 x 8192 spends on going through memory (benchmarks/predict.py; waits for a measurement).
+_TRITON_TILES = (
+    (8192, 8192),
+    (8192, 4096),
+    (4096, 4096),
+    (2048, 2048),
+    (1024, 1024),
+    (512, 512),
+    (256, 256),
+    (128, 256),
+)
 FACTS = {
     "torch, cpu": Facts(
         ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)),
@@ -60,7 +71,6 @@ FACTS = {
     "torch, cuda": Facts(
         ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), (), 32 * MIB
     ),
-    # The first tile in float32 and its gradient nearly fit an L2 cache of 50 MB; waits for a measurement.
     "triton, cuda": Facts(_TRITON_TILES, (), 48 * MIB, base_columns=64, rounds=True, kept_step=128, lean=True),
     "triton, hip": Facts(_TRITON_TILES, (), 48 * MIB, base_columns=64, rounds=True, kept_step=128, lean=True),
     "triton, interpreted": Facts(

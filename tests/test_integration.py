@@ -83,7 +83,7 @@ def test_compile_fullgraph_hidden(vocab, grads):
     for eager, compiled in zip(*results, strict=True):
         assert (eager is None) == (compiled is None)
         if eager is not None:
-            assert_close(compiled, eager, 1e-5)
+            assert_close(compiled, eager, 1e-5 * max(1.0, eager.abs().max().item() / 10))
 
 
 def test_compile_fullgraph_follows_the_labels():

@@ -1,0 +1,84 @@
+"""What a step should cost on an H200 by its products and its traffic: predictions, not measurements.
+
+    python -m benchmarks.predict        a Markdown table of every mode and path at the sizes of benchmarks/gpu.sh
+
+Products run at 780 TFLOP/s and bytes at 4.3 TB/s, what cuBLAS and a copy sustain there. Two bounds: tiles of logits and
+of their gradients stay in the L2 cache and cost nothing, or all of them go through memory.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from dpo_kernels.kernels import tables
+from dpo_kernels.plan import FACTS, MIB, Plan, plan, replace
+
+FLOPS, BYTES = 780e12, 4.3e12
+SHAPES = ((8192, 4096, 151936), (4096, 4096, 128256), (16384, 2048, 248320), (131072, 4096, 128256))
+MODES = {"score": (), "frozen": ("hidden",), "keep": ("hidden", "weight"), "recompute": ("hidden", "weight")}
+AMPLE = 1024 * 1024 * MIB
+
+
+class Prediction(NamedTuple):
+    """Milliseconds. products: all GEMMs of the mode alone; sums: reading and writing float32 sums of gradients, which
+    fit no cache; tiles: logits, kept probabilities and gradients of logits, where nothing stays in a cache."""
+
+    made: Plan
+    products: float
+    sums: float
+    tiles: float
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Of the step to its bare products, with tiles in cache and without."""
+        return 1 + self.sums / self.products, 1 + (self.sums + self.tiles) / self.products
+
+
+def predict(tokens: int, features: int, vocab: int, mode: str, path: str) -> Prediction:
+    facts = replace(FACTS["triton, cuda"], streams=path == "fused")
+    call = partial(plan, tokens, features, vocab, torch.bfloat16, grads=MODES[mode], facts=facts)
+    made = call(memory_budget=AMPLE)
+    if mode == "recompute":  # all that the same tiles need, and nothing for what could be kept
+        made = call(memory_budget=made.bytes - made.memory["kept probabilities"])
+    logits = tokens * vocab
+    tile = 0 if path == "fused" else 8 * logits  # float32, written and read
+    sums, tiles = 0.0, float(tile)
+    if mode == "frozen":  # the operand: written, read; again where forward kept it relative to other bases
+        tiles += (4 + 4 * (path == "fused")) * logits
+        sums += 8 * tokens * features * made.vocab_tiles
+    if mode in ("keep", "recompute"):
+        token_tiles = len(made.token_spans)
+        # dz: written, and read by two products; kept probabilities: written, read
+        tiles += 6 * logits + (4 * logits if mode == "keep" else tile)
+        sums += 8 * tokens * features * made.vocab_tiles + 6 * tokens * features
+        if token_tiles > 1:
+            sums += (8 * token_tiles + 6) * vocab * features
+    products = made.gemms * 2 * tokens * features * vocab / FLOPS
+    return Prediction(made, 1e3 * products, 1e3 * sums / BYTES, 1e3 * tiles / BYTES)
+
+
+def table() -> str:
+    lines = [
+        "| tokens x features x vocabulary | mode | path | GEMMs | bare GEMMs, ms | sums, ms | tiles, ms | ratio |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for tokens, features, vocab in SHAPES:
+        chosen = tables.path(tables.Arch("cuda", 9), tokens, features)
+        for mode in MODES:
+            for path in ("tiles", "fused"):
+                made = predict(tokens, features, vocab, mode, path)
+                low, high = made.ratios
+                name = f"**{path}**" if path == chosen else path
+                lines.append(
+                    f"| {tokens:,} x {features:,} x {vocab:,} | {mode} | {name} | "
+                    f"{made.made.gemms:.3g} | {made.products:.1f} | {made.sums:.1f} | {made.tiles:.1f} | "
+                    f"{low:.2f} to {high:.2f} |"
+                )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
