@@ -1,4 +1,4 @@
-"""The device of these tests: a GPU; with DPO_KERNELS_GPU_TESTS=cpu a CPU, on which Triton interprets, at small shapes."""
+"""The device of these tests: a GPU; with DPO_KERNELS_GPU_TESTS=cpu a CPU, on which Triton interprets small shapes."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def step(head: Head, cotangent: Tensor | None, budget: int | None = None, **opti
 
 
 def exact(head: Head, cotangent: Tensor, block: int = 512) -> Result:
-    """The answer in float64, of a head without bias and flat labels, in blocks of rows; gradients of hidden and weight."""
+    """The answer in float64 in blocks of rows, of a head without bias and flat labels; both gradients."""
     weight = head.weight.detach().double().requires_grad_()
     log_probs, grads = [], []
     total = torch.zeros_like(weight)
