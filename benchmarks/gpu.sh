@@ -17,7 +17,6 @@ cd "$(dirname "$0")/.." || exit
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 mkdir -p "$(dirname "$json")"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 if [ -n "$wheels" ]; then
     install=("$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site")
@@ -33,7 +32,7 @@ fi
 # Most of the tests' time is Triton's compiler's: several processes share it where pytest-xdist is there.
 parallel=()
 if [ ${#try[@]} -eq 0 ] && "$PYTHON" -c "import xdist" 2>/dev/null; then
-    cores=$(nproc) && parallel=(-n "$((cores < 8 ? cores : 8))")
+    cores=$(nproc) && parallel=(-n "$((cores < 8 ? cores : 8))" --dist worksteal)
 fi
 timeout -s INT -k 15 "$TESTS" "$PYTHON" -m pytest tests/gpu -rfE --tb=short --durations=8 "${parallel[@]}" \
     --junitxml "$work/tests.xml" -p no:cacheprovider
@@ -41,6 +40,8 @@ tested=$?
 echo "tests: exit status $tested after $SECONDS s"
 
 left=$((TOTAL - SECONDS))
+# Peers whose needs differ share the memory in turn.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # The benchmarks start nothing new 30 s before the end; what hangs is ended at the end. The JSON is there either way.
 timeout -k 5 "$left" "$PYTHON" -m benchmarks.gpu --json "$json" --tests "$work/tests.xml" \
     --seconds "$((left > 60 ? left - 30 : left))" "${try[@]}"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +35,17 @@ def cuda(device: torch.device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("means nothing in the interpreter")
     return device
+
+
+@pytest.fixture
+def room(cuda: torch.device) -> Iterator[torch.device]:
+    """The device, for a test of many GiB: one at a time, whatever other processes of pytest-xdist run, and all given
+    back."""
+    with (Path(tempfile.gettempdir()) / "dpo_kernels_gpu_tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield cuda
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(params=["fused", "tiles"])

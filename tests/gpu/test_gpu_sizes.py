@@ -21,10 +21,10 @@ LARGE = [
 
 @pytest.mark.parametrize("mode", ["score", "frozen", "keep", "recompute"])
 @pytest.mark.parametrize(("tokens", "vocab"), LARGE)
-def test_large(cuda, path, tokens, vocab, mode):
+def test_large(room, path, tokens, vocab, mode):
     assert tokens * vocab > 2**31
-    head = head_on(cuda, tokens, 64, vocab, torch.bfloat16, grads=MODES[mode], ignored=0)
-    cotangent = torch.randn(tokens).to(cuda)
+    head = head_on(room, tokens, 64, vocab, torch.bfloat16, grads=MODES[mode], ignored=0)
+    cotangent = torch.randn(tokens).to(room)
     got = step(head, cotangent, planned(head, mode).bytes)
     truth = exact(head, cotangent)
     assert_close(got.log_probs, truth.log_probs, 1e-4)
@@ -35,14 +35,14 @@ def test_large(cuda, path, tokens, vocab, mode):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
-def test_large_logits(cuda, inplace, ignored):
+def test_large_logits(room, inplace, ignored):
     rows, vocab = 16_600, 131_072
     assert rows * vocab > 2**31
-    logits = torch.randn(rows, vocab, dtype=torch.bfloat16, device=cuda).mul_(4).requires_grad_()
-    labels = torch.randint(vocab, (rows,), device=cuda)
-    labels[torch.rand(rows, device=cuda) < ignored] = -100
-    cotangent = torch.randn(rows, device=cuda)
-    ends = torch.cat([torch.arange(64), torch.arange(rows - 64, rows)]).to(cuda)
+    logits = torch.randn(rows, vocab, dtype=torch.bfloat16, device=room).mul_(4).requires_grad_()
+    labels = torch.randint(vocab, (rows,), device=room)
+    labels[torch.rand(rows, device=room) < ignored] = -100
+    cotangent = torch.randn(rows, device=room)
+    ends = torch.cat([torch.arange(64), torch.arange(rows - 64, rows)]).to(room)
     part = logits.detach()[ends].double().requires_grad_()
     truth = reference.logits_to_log_probs(part, labels[ends])
     truth.backward(cotangent[ends].double())
