@@ -1,6 +1,6 @@
 """Real sizes on one GPU in a few minutes: both paths of ours in every mode, and every installed peer beside them.
 
-python -m benchmarks.gpu --json FILE [--seconds 280] [--only NAME ...] [--tests JUNIT.xml] [--try]
+python -m benchmarks.gpu --json FILE [--seconds 280] [--only NAME ...] [--tests JUNIT.xml STATUS] [--try]
 
 Of each contest (`gpu_cases.py`), in this order: the exact answer in float64 for a slice of rows spread over all tokens;
 every contestant once, against that answer, and once more for its peak memory; interleaved rounds, timed by CUDA events,
@@ -95,7 +95,7 @@ def _way(way: Way, case: Case, device: torch.device) -> Contestant:
         row.mode, row.gemms = planned.mode, planned.gemms
         row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
         row.marks.append(f"tiles of {planned.tile_tokens:,} x {planned.tile_vocab:,}")
-        made.memory_budget = planned.bytes
+        made.memory_budget = planned.memory_budget
     return made
 
 
@@ -353,13 +353,16 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def test_outcomes(junit: Path) -> dict[str, Any]:
-    """How many tests passed, and which failed or were skipped and why, of a file of pytest's --junitxml."""
+def test_outcomes(junit: Path, status: int) -> dict[str, Any]:
+    """How many tests passed, and which failed or were skipped and why, of a file of pytest's --junitxml.
+
+    status: pytest's; 2 (or 124, of timeout) says that it was interrupted, and that the test it was in counts as passed.
+    """
     try:
         cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError) as error:
-        return {"error": f"no outcomes: {first_line(error)}"}
-    told: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
+        return {"exit_status": status, "error": f"no outcomes: {first_line(error)}"}
+    told: dict[str, Any] = {"exit_status": status, "passed": 0, "failed": {}, "skipped": {}}
     for case in cases:
         name = f"{case.get('classname')}::{case.get('name')}"
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
@@ -421,14 +424,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=280.0, help="no contest is started after these")
     parser.add_argument("--each", type=float, default=5.0, help="seconds of timing a contest")
     parser.add_argument("--only", nargs="+", default=[], help="contests whose name holds one of these")
-    parser.add_argument("--tests", type=Path, help="what pytest's --junitxml wrote, to be told in the file")
+    parser.add_argument(
+        "--tests",
+        nargs=2,
+        metavar=("JUNIT", "STATUS"),
+        help="pytest's --junitxml and exit status, to be told in the file",
+    )
     parser.add_argument("--try", dest="tiny", action="store_true", help="tiny sizes on a CPU, interpreted")
     options = parser.parse_args(argv)
     clock = Clock(options.seconds)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --try proves the code without one")
-    device = torch.device("cpu" if options.tiny else "cuda")
-    tests = None if options.tests is None else test_outcomes(options.tests)
+    device = torch.device("cpu") if options.tiny else torch.device("cuda", 0)
+    tests = None if options.tests is None else test_outcomes(Path(options.tests[0]), int(options.tests[1]))
     todo = [
         contest for contest in (tiny_contests() if options.tiny else contests())
         if not options.only or any(part in contest.case.name for part in options.only)

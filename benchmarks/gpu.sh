@@ -43,7 +43,7 @@ left=$((TOTAL - SECONDS))
 # Peers whose needs differ share the memory in turn.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # The benchmarks start nothing new 30 s before the end; what hangs is ended at the end. The JSON is there either way.
-timeout -k 5 "$left" "$PYTHON" -m benchmarks.gpu --json "$json" --tests "$work/tests.xml" \
+timeout -k 5 "$left" "$PYTHON" -m benchmarks.gpu --json "$json" --tests "$work/tests.xml" "$tested" \
     --seconds "$((left > 60 ? left - 30 : left))" "${try[@]}"
 measured=$?
 [ -s "$json" ] || echo '{"gpu": {"finished": false, "failed": {"start": "the benchmarks wrote nothing"}}}' >"$json"

@@ -29,7 +29,7 @@ def test_it_runs_here_and_writes_every_field(tmp_path):
     junit, file = tmp_path / "tests.xml", tmp_path / "gpu.json"
     junit.write_text(JUNIT)
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--try", "--json", str(file), "--tests", str(junit),
+        [sys.executable, "-m", "benchmarks.gpu", "--try", "--json", str(file), "--tests", str(junit), "1",
          "--only", "tiny-full", "logits-full", "tiles"],
         cwd=Path(__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
@@ -40,7 +40,7 @@ def test_it_runs_here_and_writes_every_field(tmp_path):
     assert told["failed"] == told["left_out"] == {}
     assert told["device"]["name"]
     assert told["tests"] == {
-        "passed": 1, "failed": {"a::wrong": "assert 1 == 2"}, "skipped": {"no GPU": ["a::absent"]}
+        "exit_status": 1, "passed": 1, "failed": {"a::wrong": "assert 1 == 2"}, "skipped": {"no GPU": ["a::absent"]}
     }  # fmt: skip
     run = content["dpo_kernels"]
     assert run["size"] == "tiny"
@@ -116,7 +116,7 @@ def test_when_time_is_up_the_rest_is_named(tmp_path):
 
 def test_a_contest_that_breaks_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "make_inputs", lambda *_: raises(None))
-    written = gpu.Report(tmp_path / "gpu.json", "tiny", CPU, gpu.test_outcomes(tmp_path / "absent.xml"))
+    written = gpu.Report(tmp_path / "gpu.json", "tiny", CPU, gpu.test_outcomes(tmp_path / "absent.xml", 4))
     gpu.measure_all([FULL], written, gpu.Clock(60), 0.0)
     told = json.loads((tmp_path / "gpu.json").read_text())["gpu"]
     assert told["failed"]["tiny-full"].startswith("RuntimeError: no kernel for this chip")
