@@ -109,7 +109,7 @@ PEERS_AT_LOGITS = (
     "Liger cross entropy", "TRL selective_log_softmax", "torch F.cross_entropy", "quack cross entropy", "plain PyTorch",
 )  # fmt: skip
 
-# Tried on the forward of the first shape, each beside the table's own row (the one without a replacement).
+# Tried at the first shape on the forward, each beside the table's own row (the one without a replacement).
 PRODUCTS: tuple[dict[str, Any], ...] = (
     {},
     {"group": 8},
@@ -122,6 +122,14 @@ PRODUCTS: tuple[dict[str, Any], ...] = (
     {"columns": 128, "halved": False, "warps": 4},
     {"halved": False},
     {"descriptors": False},
+)
+# And on the full step that keeps: writing what it keeps takes registers and shared memory.
+KEEPING_PRODUCTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"stages": 2},
+    {"halved": False},
+    {"columns": 128, "halved": False},
+    {"columns": 128, "halved": False, "stages": 4},
 )
 TILES = ((4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048))
 ROWS: tuple[dict[str, int], ...] = (
@@ -154,11 +162,14 @@ def _logits(shape: tuple[int, int, int], dtype: str, peers: tuple[str, ...]) -> 
 
 def _alternatives(
     hidden: tuple[int, int, int], logits: tuple[int, int, int], dtype: str, products: tuple[dict[str, Any], ...],
+    keeping: tuple[dict[str, Any], ...],
     tiles: tuple[tuple[int, int], ...], rows: tuple[dict[str, int], ...],
 ) -> list[Contest]:  # fmt: skip
     return [
         Contest(_at("products", "hidden", "score", hidden, dtype),
                 tuple(Way(f"fused, {_said(p)}", "fused", product=p) for p in products), min_rounds=3),
+        Contest(_at("products", "hidden", "full", hidden, dtype),
+                tuple(Way(f"fused, keep, {_said(p)}", "fused", product=p) for p in keeping), min_rounds=3),
         Contest(_at("tiles", "hidden", "score", hidden, dtype),
                 tuple(Way(f"tiles, {n:,} x {v:,}", "tiles", tile=(n, v)) for n, v in tiles), min_rounds=3),
         *(Contest(_at("rows", "logits", mode, logits, dtype), tuple(Way(_said(r), rows=r) for r in rows), min_rounds=3)
@@ -173,7 +184,7 @@ def contests() -> list[Contest]:
         *_shape("8k-152k", first, "bfloat16", PEERS_AT_HIDDEN, needs=20.0),
         *_logits(logits, "bfloat16", PEERS_AT_LOGITS),
         *_shape("4k-128k", (4096, 4096, 128_256), "bfloat16", PEERS_AT_HIDDEN),
-        *_alternatives(first, logits, "bfloat16", PRODUCTS, TILES, ROWS),
+        *_alternatives(first, logits, "bfloat16", PRODUCTS, KEEPING_PRODUCTS, TILES, ROWS),
         *_shape("16k-248k", (16_384, 2048, 248_320), "bfloat16", PEERS_AT_HIDDEN, needs=20.0),
         *_shape("131k-128k", (131_072, 4096, 128_256), "bfloat16", PEERS_AT_HIDDEN, needs=30.0, min_rounds=2),
     ]
@@ -185,5 +196,5 @@ def tiny_contests() -> list[Contest]:
     return [
         *_shape("tiny", shape, "bfloat16", peers, needs=0.0, min_rounds=1),
         *_logits(shape, "bfloat16", ("plain PyTorch",)),
-        *_alternatives(shape, shape, "bfloat16", ({}, {"group": 1}), ((64, 64),), ({"columns": 64},)),
+        *_alternatives(shape, shape, "bfloat16", ({}, {"group": 1}), ({},), ((64, 64),), ({"columns": 64},)),
     ]
