@@ -116,7 +116,7 @@ def _shaped(inputs: Inputs, log_probs: Tensor) -> Tensor:
 # Ours ----------------------------------------------------------------------------------------------------------------
 
 
-def _ours(name: str, impl: str | None) -> Peer:
+def ours(name: str, impl: str | None) -> Peer:
     def logits(inputs: Inputs) -> Tensor:
         assert inputs.logits is not None
         return dpo_kernels.logits_to_log_probs(inputs.logits, inputs.labels, impl=impl)
@@ -255,8 +255,8 @@ _ALL_ROWS = {"masked": "computes masked rows too"}
 _SKIPS = "skips small gradients"
 
 PEERS: tuple[Peer, ...] = (
-    _ours("dpo_kernels", None),
-    _ours("dpo_kernels torch", "torch"),
+    ours("dpo_kernels", None),
+    ours("dpo_kernels torch", "torch"),
     Peer(
         "plain PyTorch",
         _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),

@@ -69,10 +69,12 @@ def detached(head: Head, dtype: torch.dtype | None = None) -> Head:
 def loss_of(stats: TokenStats, seed: int = 1) -> Tensor:
     """A weighted sum of the differentiable outputs, with weights of both signs."""
     generator = torch.Generator().manual_seed(seed)
-    total = (stats.log_probs * torch.randn(stats.log_probs.shape, generator=generator)).sum()
-    if stats.entropy is not None:
-        total = total + (stats.entropy * torch.randn(stats.entropy.shape, generator=generator)).sum()
-    return total
+
+    def weighted(values: Tensor) -> Tensor:
+        return (values * torch.randn(values.shape, generator=generator).to(values.device)).sum()
+
+    total = weighted(stats.log_probs)
+    return total if stats.entropy is None else total + weighted(stats.entropy)
 
 
 def run(module_or_function, head: Head, **options) -> tuple[TokenStats, list[Tensor | None]]:

@@ -1,0 +1,55 @@
+"""The device of these tests: a GPU; with DPO_KERNELS_GPU_TESTS=cpu a CPU, on which Triton interprets small shapes."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_helpers import take_path
+
+# Every test runs with deterministic algorithms, which cuBLAS has with a workspace of this kind alone.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    asked = os.environ.get("DPO_KERNELS_GPU_TESTS", "cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda.is_available() is False; DPO_KERNELS_GPU_TESTS=cpu interprets what makes sense")
+    return torch.device(asked)
+
+
+@pytest.fixture(autouse=True)
+def on_a_device(device: torch.device) -> None:
+    """Skips each test here where there is no device."""
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("means nothing in the interpreter")
+    return device
+
+
+@pytest.fixture
+def room(cuda: torch.device) -> Iterator[torch.device]:
+    """The device, for a test of many GiB: one at a time, whatever other processes of pytest-xdist run, and all given
+    back."""
+    with (Path(tempfile.gettempdir()) / "dpo_kernels_gpu_tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield cuda
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=["fused", "tiles"])
+def path(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two paths every shape takes."""
+    take_path(monkeypatch, device, request.param)
+    return request.param

@@ -1,0 +1,53 @@
+"""Every kernel once or more, at small ragged shapes, for compute-sanitizer. Usage: python sanitizer_probe.py DEVICE."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+import torch
+from gpu_helpers import ALL, MODES, PLAIN, head_on, planned, take_path
+
+from dpo_kernels import logits_to_log_probs, token_stats
+from dpo_kernels.head import OPTIONAL_OUTPUTS
+
+SHAPE = {"cuda": (530, 272, 1100), "cpu": (70, 48, 300)}
+
+
+def main() -> None:
+    device, calls = torch.device(sys.argv[1]), 0
+    modes = ("score", "frozen", "keep", "recompute")
+    dtypes = (torch.bfloat16, torch.float32)
+    kinds = ((torch.bfloat16, PLAIN), (torch.bfloat16, ALL), (torch.float32, ALL))
+    for path, mode, (dtype, options) in itertools.product(("fused", "tiles"), modes, kinds):
+        with pytest.MonkeyPatch.context() as patch:
+            take_path(patch, device, path)
+            head = head_on(device, *SHAPE[device.type], dtype, grads=MODES[mode], bias=bool(options))
+            made = token_stats(
+                *head, outputs=(), memory_budget=planned(head, mode).bytes + 2**22, impl="triton", **options
+            )
+            if mode != "score":
+                made.log_probs.sum().backward()
+            calls += 1
+    for path, dtype, grads in itertools.product(("fused", "tiles"), dtypes, ("none", "hidden,weight,bias")):
+        with pytest.MonkeyPatch.context() as patch:
+            take_path(patch, device, path)
+            head = head_on(device, *SHAPE[device.type], dtype, grads=grads, bias=True)
+            made = token_stats(*head, outputs=OPTIONAL_OUTPUTS, impl="triton", **ALL)
+            if grads != "none":
+                (made.log_probs + made.entropy).sum().backward()
+            calls += 1
+    for dtype, options, ignored in itertools.product(dtypes, (PLAIN, ALL), (0, 5)):
+        logits = torch.randn(33, 4099, device=device).to(dtype).requires_grad_()
+        labels = torch.randint(4099, (33,), device=device)
+        labels[:ignored] = -100
+        logits_to_log_probs(logits, labels, impl="triton", **options).sum().backward()
+        calls += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"done: {calls} calls")
+
+
+if __name__ == "__main__":
+    main()
