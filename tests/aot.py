@@ -83,7 +83,7 @@ def specialise(module: str, name: str, warps: int, stages: int | None, arguments
     for parameter in kernel.params:
         value = arguments[parameter.name]
         kind = "constexpr"
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             constants.append((parameter.name, value))
         elif isinstance(value, torch.Tensor):
             kind = f"*{NAMES[value.dtype]}"
@@ -92,7 +92,7 @@ def specialise(module: str, name: str, warps: int, stages: int | None, arguments
             kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
             kind = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(parameter.name)
         else:
             kind = "fp32"

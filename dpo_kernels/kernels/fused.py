@@ -127,7 +127,7 @@ def write_part(
     store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, ROWS, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def forward_kernel(
     hidden,  # (n, D), or its descriptor
     weight,  # (V, D), or its descriptor
@@ -213,7 +213,7 @@ def forward_kernel(
     store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def recompute_kernel(
     hidden,  # (n, D), or its descriptor
     weight,  # (V, D), or its descriptor

@@ -150,7 +150,7 @@ def store_state(pointer, stride, inside, state, OUTPUTS: tl.constexpr):
         tl.store(pointer + 6 * stride, top, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "M", "row", "strips"])
 def merge_kernel(  # rows and strips small: 4 * 3 * strips * n bytes read, 24 * n written and read
     partials,  # (strips, VECTORS, n) float32: the states of the strips of a tile
     states,  # (VECTORS, M) float32: the running states, of which the tile has rows row.. row + n

@@ -59,7 +59,7 @@ def follow(maximum, share_base, total, rows, inside, D, total_stride, tolerance,
     return base
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def fold_kernel(
     a,  # (rows, V) any floating dtype
     index,  # (n,) int64
@@ -171,7 +171,7 @@ def load_row_grads(
     return local, log_prob, maximum, log_sum, grad, entropy, grad_entropy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gradient_kernel(
     a,  # (rows, V) any floating dtype
     index,  # (n,) int64
@@ -221,7 +221,7 @@ def gradient_kernel(
     tl.store(out + (place * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def kept_kernel(
     exps,  # (n, V) as fold_kernel or forward_kernel kept it
     bases,  # (n, slots) float32
@@ -269,7 +269,7 @@ def kept_kernel(
     tl.store(out + (place * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def rebase_kernel(
     exps,  # (n, V) as forward_kernel kept it; overwritten
     bases,  # (n, slots) float32

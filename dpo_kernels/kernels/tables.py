@@ -57,7 +57,7 @@ PRODUCTS = {
     (Arch("cuda", 8), 2, "plain"): Product(128, 128, 64, 16, 8, 3),
     (Arch("cuda", 8), 2, "options"): Product(128, 64, 64, 16, 8, 3),
     (Arch("cuda", 8), 4, "plain"): Product(128, 64, 32, 16, 8, 3, precision="tf32x3"),
-    (Arch("cuda", 9), 2, "plain"): Product(128, 256, 64, 16, 8, 3, descriptors=True, halved=True),
+    (Arch("cuda", 9), 2, "plain"): Product(128, 256, 64, 16, 8, 3, descriptors=True),
     (Arch("cuda", 9), 2, "options"): Product(128, 128, 64, 16, 8, 3, descriptors=True),
     (Arch("cuda", 9), 4, "plain"): Product(128, 128, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
     (Arch("cuda", 9), 4, "options"): Product(128, 64, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
