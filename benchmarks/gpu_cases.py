@@ -117,19 +117,18 @@ PRODUCTS: tuple[dict[str, Any], ...] = (
     {"stages": 2},
     {"stages": 4},
     {"depth": 128, "stages": 2},
-    {"columns": 128, "halved": False},
-    {"columns": 128, "halved": False, "stages": 4},
-    {"columns": 128, "halved": False, "warps": 4},
-    {"halved": False},
-    {"descriptors": False},
+    {"columns": 128},
+    {"columns": 128, "stages": 4},
+    {"columns": 128, "warps": 4},
+    {"columns": 64},
+    {"columns": 128, "descriptors": False},
 )
 # And on the full step that keeps: writing what it keeps takes registers and shared memory.
 KEEPING_PRODUCTS: tuple[dict[str, Any], ...] = (
     {},
     {"stages": 2},
-    {"halved": False},
-    {"columns": 128, "halved": False},
-    {"columns": 128, "halved": False, "stages": 4},
+    {"columns": 128},
+    {"columns": 128, "stages": 4},
 )
 TILES = ((4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048))
 ROWS: tuple[dict[str, int], ...] = (

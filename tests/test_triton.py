@@ -383,10 +383,10 @@ class TestTables:
         assert tables.path(tables.Arch("hip", 9), 8192, 4095) == "tiles"
 
     def test_parts_hold_whole_bases(self):
-        """A block that is folded at once covers whole slots of kept probabilities' bases, and tiles whole blocks."""
+        """A block covers whole slots of kept probabilities' bases, and tiles whole blocks."""
         for (arch, _, _), product in tables.PRODUCTS.items():
             facts = FACTS[f"triton, {arch.kind}"]
-            assert product.part % facts.base_columns == 0
+            assert product.columns % facts.base_columns == 0
             assert all(vocab % product.columns == 0 for _, vocab in facts.tiles if vocab >= product.columns)
 
 

@@ -242,7 +242,7 @@ class TritonFolds(torch_impl.TorchFolds):
     @property
     def _bases(self) -> dict[str, int]:
         """How many columns share a base, as many as forward folds at once, and how many of the plan's slots that is."""
-        columns = self._product_table.part if self.fused else self.plan.base_columns
+        columns = self._product_table.columns if self.fused else self.plan.base_columns
         return {"BASE_COLUMNS": columns, "SLOTS": columns // self.plan.base_columns}
 
     def _product_arguments(self, tile: tiled.Tile) -> tuple[dict[str, Any], tables.Product]:
@@ -262,7 +262,6 @@ class TritonFolds(torch_impl.TorchFolds):
             "WIDEN": _arch(hidden.device).kind == "interpreted",
             "PRECISION": product.precision, "EVEN": hidden.shape[1] % product.depth == 0,
             "ROWS": product.rows, "COLUMNS": product.columns, "DEPTH": product.depth, "GROUP": product.group,
-            "HALVED": product.halved,
         }  # fmt: skip
         return arguments, product
 
@@ -279,7 +278,7 @@ class TritonFolds(torch_impl.TorchFolds):
         exps, bases = (partials, partials) if kept is None else kept
         exps_stride = exps.stride(0)
         if kept is not None and arguments["DESCRIPTORS"]:
-            exps = _descriptor(exps, product.rows, product.part)
+            exps = _descriptor(exps, product.rows, product.columns)
         _launch(
             "fused", "forward_kernel", -(-n // product.rows) * strips, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, bases=bases, strip=strip, exps_stride=exps_stride,
@@ -294,7 +293,7 @@ class TritonFolds(torch_impl.TorchFolds):
         blocks = -(-len(tile.hidden) // product.rows) * -(-len(tile.weight) // product.columns)
         _launch(
             "fused", "recompute_kernel", blocks, product.warps, product.stages,
-            out=_descriptor(out, product.rows, product.part)
+            out=_descriptor(out, product.rows, product.columns)
             if arguments["DESCRIPTORS"] else out,
             **_row_grads(grads), out_stride=out.stride(0), slope=self.call.transform.slope,
             OUTPUTS=_gradient_bits(grads), **arguments,

@@ -83,13 +83,7 @@ def store_block(
 
 
 @triton.jit
-def halves(a, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of the columns; they stay in the registers they are in."""
-    return tl.split(tl.permute(tl.reshape(a, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def fold_part(
+def fold_block(
     state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride, inner, outer,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, KEEP: tl.constexpr, BASE_COLUMNS: tl.constexpr,
     WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -109,22 +103,6 @@ def fold_part(
         corner = bases + tl.cast(row, tl.int64) * bases_stride + column // BASE_COLUMNS
         tl.store(corner + tl.arange(0, ROWS) * bases_stride, base, mask=inside & (column < end))
     return merge(state, block, OUTPUTS)
-
-
-@triton.jit
-def write_part(
-    a, row, column, inside, bias, out, V, out_stride, inner, outer, slope, row_grads, BIASED: tl.constexpr,
-    CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Writes d loss / d a of the products a (R, COLUMNS) from `column` on."""
-    local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = row_grads
-    columns = column + tl.arange(0, COLUMNS)
-    z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
-    dz = row_gradient(
-        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED, OUTPUTS
-    )
-    store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -165,7 +143,6 @@ def forward_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
-    HALVED: tl.constexpr,
 ):
     """States of rows, one of each strip of the vocabulary: product, online log-sum-exp and gather in one kernel.
 
@@ -194,22 +171,10 @@ def forward_kernel(
             hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
             DESCRIPTORS, WIDEN, PRECISION, EVEN, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        if HALVED:
-            left, right = halves(a, ROWS, COLUMNS)
-            state = fold_part(
-                state, left, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
-                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS, ROWS, COLUMNS // 2,
-            )  # fmt: skip
-            state = fold_part(
-                state, right, row, column + COLUMNS // 2, end, inside, local, bias, exps, bases, V, first,
-                exps_stride, bases_stride, inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS,
-                ROWS, COLUMNS // 2,
-            )  # fmt: skip
-        else:
-            state = fold_part(
-                state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
-                inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS, ROWS, COLUMNS,
-            )  # fmt: skip
+        state = fold_block(
+            state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
+            inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS, ROWS, COLUMNS,
+        )  # fmt: skip
     store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
 
 
@@ -249,7 +214,6 @@ def recompute_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
-    HALVED: tl.constexpr,
 ):
     """d loss / d a of a tile, from logits made again by the products that forward_kernel formed, in the same order.
 
@@ -270,21 +234,12 @@ def recompute_kernel(
         hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
         DESCRIPTORS, WIDEN, PRECISION, EVEN, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    row_grads = load_row_grads(
+    local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = load_row_grads(
         labels, log_probs, maxima, log_sums, grads, entropies, grad_entropies, rows, inside, first, OUTPUTS
     )
-    if HALVED:
-        left, right = halves(a, ROWS, COLUMNS)
-        write_part(
-            left, row, column, inside, bias, out, V, out_stride, inner, outer, slope, row_grads, BIASED, CAPPED,
-            OUTPUTS, DESCRIPTORS, ROWS, COLUMNS // 2,
-        )  # fmt: skip
-        write_part(
-            right, row, column + COLUMNS // 2, inside, bias, out, V, out_stride, inner, outer, slope, row_grads,
-            BIASED, CAPPED, OUTPUTS, DESCRIPTORS, ROWS, COLUMNS // 2,
-        )  # fmt: skip
-    else:
-        write_part(
-            a, row, column, inside, bias, out, V, out_stride, inner, outer, slope, row_grads, BIASED, CAPPED, OUTPUTS,
-            DESCRIPTORS, ROWS, COLUMNS,
-        )  # fmt: skip
+    columns = column + tl.arange(0, COLUMNS)
+    z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
+    dz = row_gradient(
+        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED, OUTPUTS
+    )
+    store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, ROWS, COLUMNS)

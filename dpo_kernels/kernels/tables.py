@@ -32,13 +32,7 @@ class Product(NamedTuple):
     warps: int
     stages: int
     descriptors: bool = False
-    halved: bool = False  # a block is folded half by half: registers for one half of the logits are enough
     precision: str = "ieee"  # of float32 operands
-
-    @property
-    def part(self) -> int:
-        """Columns that are folded at once."""
-        return self.columns // 2 if self.halved else self.columns
 
 
 class Rows(NamedTuple):
@@ -52,7 +46,8 @@ class Rows(NamedTuple):
 # By device class, bytes of an operand, and kind of call: "plain" (log-probs alone), "options" (a bias, a cap or
 # statistics, which take registers; "plain" serves where there is none). The last row of a kind of device serves its
 # later ones. Three products of TF32 parts ("tf32x3") are as exact as float32 and run on
-# tensor cores. All of them compile without spills, which larger blocks do not.
+# tensor cores. All of them compile without spills by triton 3.6 and
+# 3.7, which larger blocks do not.
 PRODUCTS = {
     (Arch("cuda", 8), 2, "plain"): Product(128, 128, 64, 16, 8, 3),
     (Arch("cuda", 8), 2, "options"): Product(128, 64, 64, 16, 8, 3),
@@ -61,16 +56,15 @@ PRODUCTS = {
     (Arch("cuda", 9), 2, "options"): Product(128, 128, 64, 16, 8, 3, descriptors=True),
     (Arch("cuda", 9), 4, "plain"): Product(128, 128, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
     (Arch("cuda", 9), 4, "options"): Product(128, 64, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
-    (Arch("cuda", 10), 2, "plain"): Product(128, 256, 64, 16, 8, 3, descriptors=True, halved=True),
-    (Arch("cuda", 10), 2, "options"): Product(128, 128, 64, 16, 8, 3, descriptors=True),
+    (Arch("cuda", 10), 2, "plain"): Product(128, 128, 64, 16, 8, 3, descriptors=True),
+    (Arch("cuda", 10), 2, "options"): Product(128, 64, 64, 16, 8, 3, descriptors=True),
     (Arch("cuda", 10), 4, "plain"): Product(128, 128, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
     (Arch("cuda", 10), 4, "options"): Product(128, 64, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
     (Arch("hip", 9), 2, "plain"): Product(128, 128, 64, 8, 8, 2),
     (Arch("hip", 9), 4, "plain"): Product(128, 128, 32, 8, 8, 2),
     (Arch("interpreted", 0), 2, "plain"): Product(64, 64, 32, 2, 4, 1),
     (Arch("interpreted", 0), 4, "plain"): Product(64, 64, 32, 2, 4, 1, descriptors=True),
-    (Arch("interpreted", 0), 2, "options"): Product(64, 64, 32, 2, 4, 1, halved=True),
-    (Arch("interpreted", 0), 4, "options"): Product(64, 64, 32, 2, 4, 1, halved=True),
+    (Arch("interpreted", 0), 4, "options"): Product(64, 64, 32, 2, 4, 1),
 }
 
 ROWS = {
