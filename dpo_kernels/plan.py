@@ -303,7 +303,7 @@ class _Shape:
         logits = self.wide * (not self.facts.streams)
         if not self.facts.lean:
             beside += self.wide * (self.softcap + self.entropy)
-        bases = self.wide * n * -(-v // self.facts.base_columns) if self.facts.base_columns else 0
+        bases = self.wide * n * aligned(-(-v // self.facts.base_columns)) if self.facts.base_columns else 0
         columns = aligned(v) if self.facts.lean else v
         return n * columns * (logits + beside) + bases + operands
 

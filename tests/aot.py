@@ -45,8 +45,10 @@ class Target(NamedTuple):
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), tables.Arch("cuda", 8), 163 * 1024, "HMMA"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), tables.Arch("cuda", 8), 99 * 1024, "HMMA"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), tables.Arch("cuda", 9), 227 * 1024, "HGMMA"),
     "sm_100": Target(GPUTarget("cuda", 100, 32), tables.Arch("cuda", 10), 227 * 1024, "UTC[A-Z]*MMA"),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), tables.Arch("cuda", 12), 99 * 1024, "[HQ]MMA"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), tables.Arch("hip", 9), 64 * 1024, "v_mfma"),
 }
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
@@ -72,7 +74,7 @@ class Launch(NamedTuple):
         """What tells this launch from others of the kernel."""
         known = dict(self.constants)
         flags = [k.lower() for k in ("BIASED", "CAPPED", "KEEP", "INDEXED", "DESCRIPTORS") if known.get(k)]
-        flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "WRITE") if known.get(k)]
+        flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "KEPT") if known.get(k)]
         types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
         return ",".join([*dict.fromkeys(types), *flags])
 
@@ -211,7 +213,10 @@ def fault(row: dict[str, Any]) -> str | None:
         return f"{row['shared']:,} bytes of shared memory of {TARGETS[row['target']].shared:,}"
     if row["kernel"] in MULTIPLY and not row["products"]:
         return f"no {TARGETS[row['target']].product}"
-    if row["kernel"] in ("fold_kernel", "gradient_kernel", "kept_kernel", "rebase_kernel") and not row["wide"]:
+    if (
+        row["kernel"] in ("fold_kernel", "exps_kernel", "gradient_kernel", "kept_kernel", "rebase_kernel")
+        and not row["wide"]
+    ):
         return "no 16-byte loads"
     return None
 

@@ -50,9 +50,11 @@ cannot_run = unavailable  # nothing is built ahead, so there is nothing more to 
 
 
 def facts(device: torch.device, tokens: int, features: int) -> Facts:
-    """Of operands whose rows start aligned, as a model's do."""
+    """cuBLAS may sum a row in another order in a tile of another height: on its path kept tokens are whole tiles."""
     arch = _arch(device)
-    return _facts_of(arch, tables.path(arch, tokens, features))
+    known = FACTS[f"triton, {arch.kind}"]
+    fused = tables.path(arch, tokens, features) == "fused"
+    return replace(known, streams=fused, kept_step=known.kept_step if fused else None)
 
 
 def hidden_forward(call: Call, tokens: int, index: Tensor | None) -> tiled.Forward:
@@ -80,8 +82,11 @@ def logits_forward(
     if matrix is None or matrix.shape[1] >= LARGEST_VOCABULARY:
         return torch_impl.logits_forward(logits, labels, transform, index, tokens)
     stats = TritonRowStats(labels, matrix.shape[1], ())
-    with _on(logits.device):
-        _fold_rows(stats, slice(0, tokens), matrix, index, labels, None, transform, 0)
+    if tokens:
+        rows, columns, _ = tables.ROWS[_arch(logits.device).kind]
+        strip = tables.strip(rows, columns, tokens, matrix.shape[1], matrix.shape[1])
+        with _on(logits.device):
+            _fold_rows(stats, slice(0, tokens), matrix, index, labels, None, transform, 0, strip)
     log_probs, maximum, log_sum, _ = torch_impl.join_label(stats.label_logit, stats.max, stats.sum)
     return log_probs, maximum, log_sum
 
@@ -152,7 +157,7 @@ class TritonFolds(torch_impl.TorchFolds):
         if self.fused:
             kept = tiled.Kept(
                 self._dz(n, v),
-                self._scratch("bases", n, -(-v // self.plan.base_columns), torch.float32),
+                self._scratch("bases", n, -(-v // self.plan.base_columns), torch.float32, self.plan.base_columns),
             )
             self._forward(stats, tile, kept)
             share = kept.exp
@@ -196,12 +201,13 @@ class TritonFolds(torch_impl.TorchFolds):
     def _rows(self) -> tables.Rows:
         return tables.ROWS[_arch(self.call.hidden.device).kind]
 
-    def _scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A buffer (rows, columns) that lasts as long as the folds; its rows start aligned."""
-        stride = aligned(columns)
-        if name not in self._held or self._held[name].numel() < rows * stride:
-            self._held[name] = torch.empty(rows * stride, dtype=dtype, device=self.call.hidden.device)
-        return self._held[name][: rows * stride].view(rows, stride)[:, :columns]
+    def _scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype, share: int = 1) -> Tensor:
+        """A buffer (rows, columns) whose rows start aligned, from the first as large as a tile's (of every share-th
+        column)."""
+        if name not in self._held:
+            room = self.plan.tile_tokens * aligned(-(-self.plan.tile_vocab // share))
+            self._held[name] = torch.empty(room, dtype=dtype, device=self.call.hidden.device)
+        return self._held[name][: rows * aligned(columns)].view(rows, aligned(columns))[:, :columns]
 
     def _tile(self, n: int, v: int) -> Tensor:
         return self._scratch("product", n, v, self.wide)
@@ -228,9 +234,22 @@ class TritonFolds(torch_impl.TorchFolds):
         share: Tensor | None = None,
         total: Tensor | None = None,
     ) -> None:
-        _fold_rows(
-            stats, tile.rows, product, None, stats.labels[tile.rows], self._bias(tile), self.call.transform,
-            tile.columns.start, kept, share, total,
+        """Folds a tile of products; then writes what is kept of it, or the share that will be added to total."""
+        bias, labels, first = self._bias(tile), stats.labels[tile.rows], tile.columns.start
+        (n, v), transform, rows = product.shape, self.call.transform, self._rows
+        maxima = _fold_rows(stats, tile.rows, product, None, labels, bias, transform, first, strip=v)
+        exps = share if kept is None else kept.exp
+        if exps is None:
+            return
+        bases = exps if kept is None else kept.bases
+        total = exps if total is None else total
+        _launch(
+            "rows", "exps_kernel", -(-n // rows.rows), rows.warps,
+            a=product, labels=labels, bias=product if bias is None else bias, maxima=maxima, exps=exps, bases=bases,
+            share_base=maxima if share is None else stats.base(tile.rows), total=total, n=n, V=v, D=total.shape[1],
+            first=first, stride=product.stride(0), exps_stride=exps.stride(0), bases_stride=bases.stride(0),
+            slots=bases.shape[1], total_stride=total.stride(0), tolerance=SHARE_TOLERANCE, **_transform(transform),
+            KEPT=kept is not None, BIASED=bias is not None, ROWS=rows.rows, COLUMNS=rows.columns,
         )  # fmt: skip
 
     @property
@@ -249,6 +268,8 @@ class TritonFolds(torch_impl.TorchFolds):
         """What forward_kernel and recompute_kernel both take: operands, sizes, transform and tiles."""
         hidden, weight = tile.hidden, tile.weight
         product = self._product_table
+        if not (_describable(hidden) and _describable(weight)):
+            product = product._replace(descriptors=False)
         bias = self._bias(tile)
         arguments = {
             "hidden": _descriptor(hidden, product.rows, product.depth) if product.descriptors else hidden,
@@ -324,37 +345,22 @@ def _fold_rows(
     bias: Tensor | None,
     transform: Transform,
     first: int,
-    kept: tiled.Kept | None = None,
-    share: Tensor | None = None,
-    total: Tensor | None = None,
-) -> None:
-    """Folds a matrix of products or logits, (n, v) or its rows `index`, into the running statistics."""
+    strip: int,
+) -> Tensor:
+    """Folds products or logits (n, v), or rows `index`, into the statistics; the maxima (n,) of the first strip."""
     n, v = len(labels), matrix.shape[1]
-    if n == 0:
-        return
     tile = tables.ROWS[_arch(matrix.device).kind]
-    rows_kernel = _kernels("rows")
-    writes = kept is not None or share is not None
-    strip = max(v, tile.columns) if writes else tables.strip(tile.rows, tile.columns, n, v, v)
-    if not writes and strip >= tables.WIDEST_STRIP:
-        strip = v  # enough rows for all programs
     strips = -(-v // strip)
     partials = stats.states.new_empty((strips, len(stats.states), n))
-    exps = share if share is not None else partials if kept is None else kept.exp
-    bases = partials if kept is None else kept.bases
-    total = partials if total is None else total
     _launch(
         "rows", "fold_kernel", -(-n // tile.rows) * strips, tile.warps,
         a=matrix, index=labels if index is None else index, labels=labels, bias=matrix if bias is None else bias,
-        partials=partials, exps=exps, bases=bases, share_base=partials if share is None else stats.base(rows),
-        total=total, n=n, V=v, D=total.shape[1], first=first, strip=strip, stride=matrix.stride(0),
-        exps_stride=exps.stride(0), bases_stride=bases.stride(0), slots=bases.shape[1],
-        total_stride=total.stride(0), tolerance=SHARE_TOLERANCE, **_transform(transform), INDEXED=index is not None,
-        BIASED=bias is not None, OUTPUTS=_bits(stats.outputs),
-        WRITE=(rows_kernel.SHARE if share is not None else rows_kernel.KEPT if writes else rows_kernel.NOTHING).value,
-        ROWS=tile.rows, COLUMNS=tile.columns,
+        partials=partials, n=n, V=v, first=first, strip=strip, stride=matrix.stride(0), **_transform(transform),
+        INDEXED=index is not None, BIASED=bias is not None, OUTPUTS=_bits(stats.outputs), ROWS=tile.rows,
+        COLUMNS=tile.columns,
     )  # fmt: skip
     _merge(stats, rows, partials, labels, strip, first, v)
+    return partials[0, 0]
 
 
 def _merge(
@@ -428,10 +434,10 @@ def _kernels(module: str) -> ModuleType:
     return importlib.import_module(f"dpo_kernels.kernels.{module}")
 
 
-def _aligned_rows(tensor: Tensor) -> bool:
-    """Whether rows are contiguous and start on multiples of 16 numbers, as the fused kernels read them."""
-    *steps, last = tensor.stride()
-    return last == 1 and all(step % 16 == 0 for step in steps) and tensor.data_ptr() % 16 == 0
+def _describable(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can name the matrix: contiguous rows that start aligned."""
+    step, last = matrix.stride()
+    return last == 1 and step % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
@@ -441,13 +447,7 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
 
 
 def _facts(call: Call, tokens: int) -> Facts:
-    arch = _arch(call.hidden.device)
-    aligned_rows = _aligned_rows(call.hidden) and _aligned_rows(call.weight)
-    return _facts_of(arch, tables.path(arch, tokens, call.hidden.shape[-1]) if aligned_rows else "tiles")
-
-
-def _facts_of(arch: tables.Arch, path: str) -> Facts:
-    return replace(FACTS[f"triton, {arch.kind}"], streams=path == "fused")
+    return facts(call.hidden.device, tokens, call.hidden.shape[-1])
 
 
 def _fits(call: Call) -> bool:
@@ -496,5 +496,7 @@ def _no_wide_products(device: torch.device) -> str | None:
         wide = torch.zeros(16, 16, dtype=torch.float32, device=device)
         torch.addmm(wide, ones, ones, out_dtype=torch.float32, out=wide)
     except RuntimeError as error:
+        if "not supported" not in str(error):
+            raise  # no memory, or a graph is being captured: says nothing of the build
         return f"this build of torch cannot multiply bfloat16 into float32 ({error}); a later torch can"
     return None

@@ -151,7 +151,7 @@ def store_state(pointer, stride, inside, state, OUTPUTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "M", "row", "strips"])
-def merge_kernel(  # rows and strips small: 4 * 3 * strips * n bytes read, 24 * n written and read
+def merge_kernel(
     partials,  # (strips, VECTORS, n) float32: the states of the strips of a tile
     states,  # (VECTORS, M) float32: the running states, of which the tile has rows row.. row + n
     labels,  # (n,) int64, in the whole vocabulary
@@ -166,7 +166,11 @@ def merge_kernel(  # rows and strips small: 4 * 3 * strips * n bytes read, 24 * 
     ROWS: tl.constexpr,
 ):
     """Folds a tile's strips into the running states, one by one in their order: how a vocabulary is cut into tiles of
-    whole strips does not change a bit of the result."""
+    whole strips does not change a bit of the result.
+
+    Traffic: 12 bytes a row and strip, 24 a row, more with statistics: on an H200 (4.3 TB/s) 1 us of 8,192 rows x 19
+    strips.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     running = states + tl.cast(row, tl.int64) + rows
@@ -174,7 +178,7 @@ def merge_kernel(  # rows and strips small: 4 * 3 * strips * n bytes read, 24 * 
     state = load_state(running, stride, inside, OUTPUTS)
     label_logit = tl.load(running + 2 * stride, mask=inside, other=0.0)
     local = tl.load(labels + rows, mask=inside, other=-1) - first
-    for i in range(strips):
+    for i in tl.range(0, strips, num_stages=4):  # each strip's numbers are on their way while the last are merged
         pointer = partials + tl.cast(i, tl.int64) * VECTORS * n + rows
         part = load_state(pointer, n, inside, OUTPUTS)
         here = (local >= i * strip) & (local < (i + 1) * strip) & (local < width)

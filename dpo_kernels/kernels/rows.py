@@ -1,6 +1,7 @@
 """Kernels over a matrix of products or logits that is in memory: the logits themselves, or a tile that cuBLAS made.
 
-    fold_kernel       states of rows, and what the modes keep and frozen write of exp(z)
+    fold_kernel       states of rows
+    exps_kernel       what the modes keep and frozen write of exp(z)
     gradient_kernel   d loss / d a from a
     kept_kernel       d loss / d a from kept exp(z)
     rebase_kernel     kept exp(z) as the frozen head's operand
@@ -24,10 +25,6 @@ from dpo_kernels.kernels.online import (
     store_state,
     transform,
 )
-
-NOTHING = tl.constexpr(0)
-KEPT = tl.constexpr(1)
-SHARE = tl.constexpr(2)
 
 
 @triton.jit
@@ -55,6 +52,7 @@ def follow(maximum, share_base, total, rows, inside, D, total_stride, tolerance,
             pointer = total + rows.to(tl.int64)[:, None] * total_stride + columns[None, :]
             tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) * scale[:, None], mask=mask)
     base = tl.where(grown, maximum, old)
+    tl.debug_barrier()  # every warp has read the old base before one of them writes the new one
     tl.store(share_base + rows, base, mask=inside)
     return base
 
@@ -66,45 +64,29 @@ def fold_kernel(
     labels,  # (n,) int64
     bias,  # (V,)
     partials,  # (strips, VECTORS, n) float32, written
-    exps,  # (n, V), written: as forward_kernel does; SHARE: 0 at the label
-    bases,  # (n, slots) float32, written if KEPT: the base, once for every base_columns columns
-    share_base,  # (n,) float32, read and written if SHARE
-    total,  # (n, D) float32, rescaled if SHARE
     n,
     V,
-    D,
     first,
     strip,
     stride,
-    exps_stride,
-    bases_stride,
-    slots,
-    total_stride,
     inner,
     outer,
-    tolerance,
     INDEXED: tl.constexpr,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    WRITE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """States of rows, one of each strip, in one read of a; if KEPT or SHARE also their exponentials (one strip).
+    """States of rows, one of each strip, in one read of a.
 
-    KEPT: relative to the row's maximum in this tile. SHARE: relative to a base that follows the row's maximum only when
-    that has grown by more than `tolerance`; then the row of `total`, a sum relative to the old base, is rescaled.
-
-    Traffic: n V a bytes read, and n V written (read twice, the second time from cache) if exponentials are. On an H200
-    (4.3 TB/s): 0.6 ms for bfloat16 logits of (8192, 151936).
+    Traffic: n V numbers read. On an H200 (4.3 TB/s): 0.6 ms for bfloat16 logits of (8192, 151936).
     """
     row_blocks = tl.cdiv(n, ROWS)
     rows = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(0) // row_blocks
     inside = rows < n
-    place = rows.to(tl.int64)
-    offsets = (tl.load(index + rows, mask=inside, other=0) if INDEXED else place) * stride
+    offsets = (tl.load(index + rows, mask=inside, other=0) if INDEXED else rows.to(tl.int64)) * stride
     local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
     start = part * strip
     end = tl.minimum(start + strip, V)
@@ -115,22 +97,66 @@ def fold_kernel(
         block, _, _ = fold(z, columns, local, end, first, OUTPUTS)
         state = merge(state, block, OUTPUTS)
     store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
-    if WRITE != NOTHING:
-        AT_LABEL: tl.constexpr = 1.0 if WRITE == KEPT and CAPPED else 0.0
-        base = tl.maximum(state[0], LOWEST)
-        if WRITE == KEPT:
-            for slot in range(slots):
-                tl.store(bases + place * bases_stride + slot, base, mask=inside)
-        else:
-            base = follow(base, share_base, total, rows, inside, D, total_stride, tolerance, COLUMNS)
-        for column in tl.range(start, end, COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
-            z, derivative = load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED, BIASED)
-            e = tl.where(columns[None, :] == local[:, None], AT_LABEL, tl.exp(z - base[:, None]))
-            if CAPPED:
-                e *= derivative
-            mask = inside[:, None] & (columns < end)[None, :]
-            tl.store(exps + place[:, None] * exps_stride + columns[None, :], e.to(exps.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def exps_kernel(
+    a,  # (n, V) float32
+    labels,  # (n,) int64
+    bias,  # (V,)
+    maxima,  # (n,) float32: of the rows in this tile
+    exps,  # (n, V), written; may be a
+    bases,  # (n, slots) float32, written if KEPT: the base, in every slot
+    share_base,  # (n,) float32, read and written if not KEPT
+    total,  # (n, D) float32, rescaled if not KEPT
+    n,
+    V,
+    D,
+    first,
+    stride,
+    exps_stride,
+    bases_stride,
+    slots,
+    total_stride,
+    inner,
+    outer,
+    tolerance,
+    KEPT: tl.constexpr,
+    BIASED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Exponentials of a tile's logits, times the cap's derivative. A kernel apart from fold_kernel, so that whether
+    they are wanted does not change how the statistics are summed.
+
+    KEPT: relative to the row's maximum in this tile, 0 at the label, or 1 if CAPPED. Else the frozen head's operand: 0
+    at the label, and relative to a base that follows the maximum only when that has grown by more than `tolerance`.
+
+    Traffic: n V numbers of a read (from cache, if the tile is there) and n V written. On an H200 (4.3 TB/s): 94 us for
+    a tile of (8192, 8192), float32 to bfloat16.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    place = rows.to(tl.int64)
+    local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
+    base = tl.maximum(tl.load(maxima + rows, mask=inside, other=0.0), LOWEST)
+    AT_LABEL: tl.constexpr = 1.0 if KEPT and CAPPED else 0.0
+    if KEPT:
+        for start in tl.range(0, slots, COLUMNS):
+            at = start + tl.arange(0, COLUMNS)
+            mask = inside[:, None] & (at < slots)[None, :]
+            tl.store(bases + (place * bases_stride)[:, None] + at[None, :], base[:, None], mask=mask)
+    else:
+        base = follow(base, share_base, total, rows, inside, D, total_stride, tolerance, COLUMNS)
+    for column in tl.range(0, V, COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)
+        z, derivative = load_block(a, place * stride, columns, V, bias, inner, outer, inside, CAPPED, BIASED)
+        e = tl.where(columns[None, :] == local[:, None], AT_LABEL, tl.exp(z - base[:, None]))
+        if CAPPED:
+            e *= derivative
+        mask = inside[:, None] & (columns < V)[None, :]
+        tl.store(exps + (place * exps_stride)[:, None] + columns[None, :], e.to(exps.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -223,7 +249,7 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def kept_kernel(
-    exps,  # (n, V) as fold_kernel or forward_kernel kept it
+    exps,  # (n, V) as exps_kernel or forward_kernel kept it
     bases,  # (n, slots) float32
     out,  # (n, V), written
     labels,  # (n,) int64
@@ -290,7 +316,7 @@ def rebase_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Kept exponentials, but 0 at the label, relative to one base a row: what fold_kernel's SHARE writes.
+    """Kept exponentials, but 0 at the label, relative to one base a row: what exps_kernel writes for a frozen head.
 
     Traffic: n V numbers read and written, in the compute dtype; n D float32 where a row's base moves.
     """

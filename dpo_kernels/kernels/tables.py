@@ -45,8 +45,8 @@ class Rows(NamedTuple):
 
 # By device class, bytes of an operand, and kind of call: "plain" (log-probs alone), "options" (a bias, a cap or
 # statistics, which take registers; "plain" serves where there is none). The last row of a kind of device serves its
-# later ones. Three products of TF32 parts ("tf32x3") are as exact as float32 and run on
-# tensor cores. All of them compile without spills by triton 3.6 and
+# later ones. Three products of TF32 parts ("tf32x3") come near float32 and run on tensor
+# cores. All of them compile without spills by triton 3.6 and
 # 3.7, which larger blocks do not.
 PRODUCTS = {
     (Arch("cuda", 8), 2, "plain"): Product(128, 128, 64, 16, 8, 3),
@@ -60,6 +60,8 @@ PRODUCTS = {
     (Arch("cuda", 10), 2, "options"): Product(128, 64, 64, 16, 8, 3, descriptors=True),
     (Arch("cuda", 10), 4, "plain"): Product(128, 128, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
     (Arch("cuda", 10), 4, "options"): Product(128, 64, 32, 16, 8, 3, descriptors=True, precision="tf32x3"),
+    (Arch("cuda", 12), 2, "plain"): Product(128, 64, 64, 16, 8, 3),
+    (Arch("cuda", 12), 4, "plain"): Product(128, 64, 16, 16, 8, 3, precision="tf32x3"),
     (Arch("hip", 9), 2, "plain"): Product(128, 128, 64, 8, 8, 2),
     (Arch("hip", 9), 4, "plain"): Product(128, 128, 32, 8, 8, 2),
     (Arch("interpreted", 0), 2, "plain"): Product(64, 64, 32, 2, 4, 1),
@@ -87,15 +89,12 @@ class Path(NamedTuple):
 
 
 PATHS = {
-    "cuda": (
-        Path(1024, 3072, "tiles", f"a tile costs 725 / D of a product, Triton's loses 10 to 20%: model, {WAITS}"),
-        Path(0, 0, "fused", f"few tokens or features: a tile's traffic is most of the time: model, {WAITS}"),
-    ),
-    "hip": (Path(0, 0, "fused", f"no L2 cache that holds a tile: model, {WAITS}"),),
+    "cuda": (Path(0, 0, "fused", f"no float32 tile, and kept tokens of any number: model, {WAITS}"),),
+    "hip": (Path(0, 0, "fused", f"no float32 tile, and no L2 cache to hold one: model, {WAITS}"),),
     "interpreted": (Path(0, 0, "fused", "the path with the most kernels; tests force either"),),
 }
 
-PROGRAMS = 1024  # that fill a device a few times over
+PROGRAMS = 512  # that fill a device a few times over
 WIDEST_STRIP = 8192
 
 
@@ -113,9 +112,9 @@ def path(arch: Arch, tokens: int, features: int) -> str:
     return next(p.name for p in PATHS[arch.kind] if tokens >= p.tokens and features >= p.features)
 
 
-def strip(product_rows: int, columns: int, tokens: int, vocab_size: int, widest: int) -> int:
+def strip(block_rows: int, columns: int, tokens: int, vocab_size: int, widest: int) -> int:
     """Columns of a strip, `columns` times a power of two: as wide as may be with enough programs at work."""
-    rows = -(-max(tokens, 1) // product_rows)
+    rows = -(-max(tokens, 1) // block_rows)
     width = columns
     while 2 * width <= min(widest, WIDEST_STRIP) and rows * (vocab_size // (2 * width)) >= PROGRAMS:
         width *= 2
