@@ -115,7 +115,7 @@ def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int])
     triton_impl.cannot_run = lambda device: None
     tables.PRODUCTS = {key: product._replace(**replace) for key, product in tables.PRODUCTS.items()}
     paths = tables.PATHS[target.arch.kind]
-    for path in {p.name for p in paths}:
+    for path in ("fused", "tiles"):  # every device takes the second for features that are no multiple of 16
         tables.PATHS[target.arch.kind] = (tables.Path(0, 0, path, ""),)
         for dtype in dtypes:
             for options, outputs in ((PLAIN, ()), (CAPPED, OPTIONAL_OUTPUTS)):
