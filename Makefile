@@ -1,6 +1,9 @@
 # Every target sets up .venv if it is not there. PYTHON picks the interpreter, ARGS goes to train.py.
 PYTHON ?= python3
 ARGS ?=
+# Processes that run tests, and threads of each.
+WORKERS ?= 2
+THREADS ?= 1
 # What `make sanitize` runs, with the C++ kernels built for it: numbers at ragged sizes, every dtype, mode and option.
 SANITIZED ?= $(wildcard tests/test_cpp.py) tests/test_log_probs.py tests/test_edges.py
 BIN := .venv/bin
@@ -21,7 +24,7 @@ train: $(STAMP)
 	$(BIN)/python train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-report=term
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

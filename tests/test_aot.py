@@ -39,7 +39,7 @@ def test_every_kernel_of_one_chip(tmp_path):
 
 def test_a_block_that_is_too_large_is_found(tmp_path):
     """The planted regression: blocks of 256 x 256 do not fit the registers."""
-    options = ("--targets", "sm_90", "--dtypes", "bfloat16", "--kernels", "forward_kernel")
+    options = ("--targets", "sm_90", "--dtypes", "bfloat16", "--kernels", "recompute_kernel")
     code, rows, printed = compile_ahead(tmp_path, *options, "--replace", "rows=256", "columns=256")
     assert code == 1
     assert all(row["spills"] for row in rows if "error" not in row)

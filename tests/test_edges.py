@@ -156,8 +156,10 @@ def test_rows_of_the_most_negative_numbers_are_uniform(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 @pytest.mark.parametrize("vocab", [120, 256, 3000, 70_000])
-def test_labels_of_narrow_dtypes(dtype, vocab):
+def test_labels_of_narrow_dtypes(impl, dtype, vocab):
     """Compared in a dtype that holds the vocabulary and ignore_index: 156 is not -100, 3 is below 70,000."""
+    if impl == "triton":
+        vocab = min(vocab, 33_000)  # beyond int16 too, and half the interpreter's time
     logits = torch.randn(3, vocab)
     label = min(vocab, torch.iinfo(dtype).max) - 1
     labels = torch.tensor([3, label, 156 if dtype == torch.uint8 and vocab > 156 else 5]).to(dtype)
