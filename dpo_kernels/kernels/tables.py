@@ -45,9 +45,8 @@ class Rows(NamedTuple):
 
 # By device class, bytes of an operand, and kind of call: "plain" (log-probs alone), "options" (a bias, a cap or
 # statistics, which take registers; "plain" serves where there is none). The last row of a kind of device serves its
-# later ones. Three products of TF32 parts ("tf32x3") come near float32 and run on tensor
-# cores. All of them compile without spills by triton 3.6 and
-# 3.7, which larger blocks do not.
+# later ones. Three products of TF32 parts ("tf32x3") come near float32 and run on tensor cores. All of them compile
+# without spills by triton 3.6 and 3.7, which larger blocks do not.
 PRODUCTS = {
     (Arch("cuda", 8), 2, "plain"): Product(128, 128, 64, 16, 8, 3),
     (Arch("cuda", 8), 2, "options"): Product(128, 64, 64, 16, 8, 3),
