@@ -6,6 +6,7 @@
 #include "hidden.h"
 #include "logits.h"
 #include "products.h"
+#include "recycle.h"
 
 #include <string_view>
 
@@ -58,9 +59,9 @@ void check_matrix(const char* name, const Maybe& t, int64_t rows, int64_t column
   if (t.has_value()) check_matrix(name, *t, rows, columns);
 }
 
-void check_bases(const Maybe& values, const Maybe& bases, int64_t n, int64_t v) {
-  TORCH_CHECK(values.has_value() == bases.has_value(), "exps and their bases come together");
-  check_matrix("bases", bases, n, ceil_div(v, kBlock));
+void check_bases(bool values, const Maybe& bases, int64_t n, int64_t v) {
+  TORCH_CHECK(values == bases.has_value(), "numbers that are kept and their bases come together");
+  check_matrix("bases", bases, ceil_div(v, kBlock), n);
   TORCH_CHECK(!bases.has_value() || bases->scalar_type() == at::kFloat, "bases are ", bases->scalar_type());
 }
 
@@ -96,7 +97,7 @@ Tensor pack_op(const Tensor& hidden) {
 void fold_op(
     const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
     double temperature, double logit_scale, std::optional<double> softcap, Tensor stats, int64_t row,
-    std::string_view outputs, const Maybe& exps, const Maybe& bases, const Maybe& total) {
+    std::string_view outputs, const Maybe& by_token, const Maybe& by_vocab, const Maybe& bases, const Maybe& total) {
   const TileArgs args = checked_tile(packed, weight, bias, labels, first, temperature, logit_scale, softcap);
   const int64_t n = labels.size(0), v = weight.size(0);
   TORCH_CHECK(
@@ -105,11 +106,13 @@ void fold_op(
       "stats is ", stats.scalar_type(), " of ", stats.sizes(), " for rows ", row, " to ", row + n);
   TORCH_CHECK(stats.device().is_cpu(), "stats is on ", stats.device());
   TORCH_CHECK(first + v <= 1 << 24, "columns up to ", first + v, "; the first maximum is known up to ", 1 << 24);
-  check_written("exps", exps, n, v);
-  check_bases(exps, bases, n, v);
+  check_written("by_token", by_token, n, v);
+  check_written("by_vocab", by_vocab, v, n);
+  check_bases(by_token.has_value() || by_vocab.has_value(), bases, n, v);
   check_written("total", total, n, weight.size(1));
-  TORCH_CHECK(!total.has_value() || (exps.has_value() && total->scalar_type() == at::kFloat), "total needs exps");
-  fold(args, stats, row, parse(outputs), {exps, bases, total});
+  TORCH_CHECK(
+      !total.has_value() || (by_token.has_value() && total->scalar_type() == at::kFloat), "total needs by_token");
+  fold(args, stats, row, parse(outputs), {by_token, by_vocab, bases, total});
 }
 
 std::vector<Tensor> finish_op(const Tensor& stats, const Tensor& labels, int64_t vocab_size) {
@@ -136,8 +139,8 @@ void gradient_op(
   check_written("by_token", by_token, n, v);
   check_written("by_vocab", by_vocab, v, n);
   check_vector("grad_bias", grad_bias, v);
-  check_matrix("kept", kept, n, v);
-  check_bases(kept, bases, n, v);
+  check_matrix("kept", kept, v, n);
+  check_bases(kept.has_value(), bases, n, v);
   gradient(args, {grad, log_probs, maximum, log_sum, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, kept, bases});
 }
 
@@ -195,6 +198,11 @@ void logits_backward_op(
   logits_backward(args, grad, log_probs, maximum, log_sum, out);
 }
 
+Tensor empty_op(std::string_view purpose, int64_t rows, int64_t columns, at::ScalarType dtype) {
+  TORCH_CHECK(rows >= 0 && columns >= 0, "a matrix of ", rows, " x ", columns);
+  return recycled(std::string(purpose), rows, columns, dtype);
+}
+
 // For tests: 2^x as the kernels compute it.
 Tensor exp2_op(const Tensor& x) {
   check_vector("x", x, x.numel(), at::kFloat);
@@ -214,8 +222,8 @@ Tensor exp2_op(const Tensor& x) {
 TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def("pack(Tensor hidden) -> Tensor", dpo_kernels::pack_op);
   m.def(
-      "fold(" TILE ", Tensor(a!) stats, int row, str outputs, Tensor(b!)? exps, Tensor(c!)? bases, Tensor(d!)? total)"
-      " -> ()",
+      "fold(" TILE ", Tensor(a!) stats, int row, str outputs, Tensor(b!)? by_token, Tensor(c!)? by_vocab,"
+      " Tensor(d!)? bases, Tensor(e!)? total) -> ()",
       dpo_kernels::fold_op);
   m.def("finish(Tensor stats, Tensor labels, int vocab_size) -> Tensor[]", dpo_kernels::finish_op);
   m.def(
@@ -228,5 +236,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def(
       "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor(a!) out) -> ()",
       dpo_kernels::logits_backward_op);
+  m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
+  m.def("release() -> int", dpo_kernels::release_recycled);
   m.def("exp2(Tensor x) -> Tensor", dpo_kernels::exp2_op);
 }

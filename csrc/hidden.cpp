@@ -51,7 +51,7 @@ struct Tile {
   void logits(int64_t column_block, int64_t token_block, float* z) const {
     const int64_t begin = column_block * kBlock, columns = columns_of(column_block);
     const int64_t width = block_width(n, token_block);
-    deep_product(
+    deep_product<T, kDepth>(
         columns, width, features, weight + begin * ldw, ldw,
         packed + token_block * kBlock * round_up(features, kPair<T>), width, z);
     if (bias == nullptr && transform.trivial()) return;
@@ -163,10 +163,10 @@ void transpose(const float* block, int64_t rows, int64_t columns, float* to) {
 }
 
 template <typename T>
-void scale_row(const T* from, float* to, int64_t n, float factor) {
+void multiply_row(const T* from, const float* factor, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) (read(from + i) * Vec(factor)).store(to + i);
-  for (; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor;
+  for (; i + kWidth <= n; i += kWidth) (read(from + i) * Vec::loadu(factor + i)).store(to + i);
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor[i];
 }
 
 // Folds a block of logits into the statistics of its tokens, s[i] + t; e in place of z where `exps` says so.
@@ -256,7 +256,7 @@ void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outpu
     std::fill_n(s[kBase], padded, kNoBase);
     std::fill_n(s[kTop], padded, -kInf);
   }
-  const Matrix exps(out.exps), bases(out.bases);
+  const Matrix by_token(out.by_token), by_vocab(out.by_vocab), bases(out.bases);
   grid.run(!std::is_same_v<T, float>, [&](int64_t lane, int64_t column_block, int64_t first, int64_t last) {
     alignas(64) float z[kBlock * kBlock], transposed[kBlock * kBlock];
     const int64_t columns = tile.columns_of(column_block);
@@ -274,11 +274,12 @@ void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outpu
         z[at] = -kInf;
       });
       fold_block(
-          z, columns, width, tile.first + column_block * kBlock, want, static_cast<bool>(exps), tile.transform, s);
-      if (exps) {
+          z, columns, width, tile.first + column_block * kBlock, want, static_cast<bool>(bases), tile.transform, s);
+      if (bases) std::memcpy(bases.at(column_block, token), s[kBase], sizeof(float) * tokens);
+      if (by_vocab) by_vocab.write(z, columns, tokens, column_block * kBlock, token);
+      if (by_token) {
         transpose(z, columns, tokens, transposed);
-        exps.write(transposed, tokens, columns, token, column_block * kBlock);
-        for (int64_t t = 0; t < tokens; ++t) *static_cast<float*>(bases.at(token + t, column_block)) = s[kBase][t];
+        by_token.write(transposed, tokens, columns, token, column_block * kBlock);
       }
     }
   });
@@ -304,8 +305,8 @@ void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outpu
       scale(total, 0, tile.features, exp2_whole(old[t - begin] - base));
       for (int64_t block = 0; block < tile.column_blocks(); ++block)
         scale(
-            exps, block * kBlock, tile.columns_of(block),
-            exp2_whole(*static_cast<float*>(bases.at(t, block)) - base));
+            by_token, block * kBlock, tile.columns_of(block),
+            exp2_whole(*static_cast<float*>(bases.at(block, t)) - base));
     }
   });
 }
@@ -376,15 +377,16 @@ void gradient_tile(const TileArgs& args, const RowGradients& row_gradients, cons
       const int64_t width = block_width(tile.n, token_block), token = token_block * kBlock;
       const int64_t tokens = std::min(kBlock, tile.n - token);
       if (kept) {
-        kept.visit(token, column, [&](const auto* from) {
-          for (int64_t t = 0; t < tokens; ++t) {
-            const float base = *static_cast<float*>(bases.at(token + t, column_block));
-            const float factor = exp2_whole(base - rows.whole[token + t]) * rows.kept_scale[token + t];
-            scale_row(from + t * kept.ld, transposed + t * kBlock, columns, factor);
+        alignas(64) float factor[kBlock];
+        const float* base = static_cast<float*>(bases.at(column_block, token));
+        for (int64_t t = 0; t < tokens; ++t)
+          factor[t] = exp2_whole(base[t] - rows.whole[token + t]) * rows.kept_scale[token + t];
+        kept.visit(column, token, [&](const auto* from) {
+          for (int64_t c = 0; c < columns; ++c) {
+            multiply_row(from + c * kept.ld, factor, dz + c * kBlock, tokens);
+            std::fill(dz + c * kBlock + tokens, dz + c * kBlock + width, 0.f);
           }
         });
-        std::fill(transposed + tokens * kBlock, transposed + width * kBlock, 0.f);
-        transpose(transposed, width, columns, dz);
       } else {
         tile.logits(column_block, token_block, dz);
         gradient_block(dz, columns, width, token, rows, tile.transform);

@@ -31,10 +31,11 @@ struct Outputs {
 
 // Where to leave e of the tile; absent in a call without gradients.
 struct FoldOutputs {
-  const std::optional<at::Tensor>& exps;   // (n, v): e times the cap's derivative, 0 at the label
-  const std::optional<at::Tensor>& bases;  // (n, blocks of 64 columns) float: the base of each block's e
-  const std::optional<at::Tensor>& total;  // (n, D) float, summed relative to the old base: brought to the new one, and
-                                           // exps with it
+  const std::optional<at::Tensor>& by_token;  // (n, v): e times the cap's derivative, 0 at the label
+  const std::optional<at::Tensor>& by_vocab;  // (v, n): the same
+  const std::optional<at::Tensor>& bases;     // (blocks of 64 columns, n) float: the base of each block's e
+  const std::optional<at::Tensor>& total;     // (n, D) float, summed relative to the old base: brought to the new one,
+                                              // and by_token with it
 };
 
 struct RowGradients {
@@ -47,7 +48,7 @@ struct GradientOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v)
   const std::optional<at::Tensor>& by_vocab;  // (v, n)
   const std::optional<at::Tensor>& bias;      // (v,) float: sums over tokens are added to it
-  const std::optional<at::Tensor>& kept;      // (n, v), exps of fold
+  const std::optional<at::Tensor>& kept;      // (v, n), by_vocab of fold
   const std::optional<at::Tensor>& bases;     // of fold
 };
 

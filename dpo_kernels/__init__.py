@@ -2,7 +2,7 @@
 
 from dpo_kernels import reference
 from dpo_kernels.head import TokenStats
-from dpo_kernels.impls import available_impls
+from dpo_kernels.impls import available_impls, empty_cache
 from dpo_kernels.log_probs import hidden_to_log_probs, logits_to_log_probs, plan, token_stats
 from dpo_kernels.losses import DPOLoss, FusedLinearDPOLoss, dpo_loss
 from dpo_kernels.plan import Plan
@@ -16,6 +16,7 @@ __all__ = [
     "TokenStats",
     "available_impls",
     "dpo_loss",
+    "empty_cache",
     "hidden_to_log_probs",
     "logits_to_log_probs",
     "plan",

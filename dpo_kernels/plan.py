@@ -32,6 +32,7 @@ class Facts:
     fused: logits are folded where they are made: of a tile only its gradient is held, as operands of the products that
         follow, and the packed hidden states.
     base_columns: columns of kept probabilities that share a base; None: those of a tile.
+    kept_by_vocab: kept probabilities lie in rows of one column of the vocabulary each, not in rows of one token.
     rounds: a product can be written in a dtype narrower than it is summed in.
     kept_step: kept tokens are a multiple of it; None: of the tile's tokens. A number of its own needs folds whose
         result for a token does not depend on the tokens beside it.
@@ -44,6 +45,7 @@ class Facts:
     scratch: int
     fused: bool = False
     base_columns: int | None = None
+    kept_by_vocab: bool = False
     rounds: bool = False
     kept_step: int | None = None
     lean: bool = False
@@ -78,10 +80,12 @@ FACTS = {
         kept_step=64, lean=True,
     ),
     "cpp": Facts(
-        _CPP_TILES, (torch.float16,), 18 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
+        _CPP_TILES, (torch.float16,), 18 * MIB, fused=True, base_columns=64, kept_by_vocab=True, rounds=True,
+        kept_step=64,
     ),
     "cpp, no bfloat16 products": Facts(
-        _CPP_TILES, (torch.float16, torch.bfloat16), 18 * MIB, fused=True, base_columns=64, rounds=True, kept_step=64
+        _CPP_TILES, (torch.float16, torch.bfloat16), 18 * MIB, fused=True, base_columns=64, kept_by_vocab=True,
+        rounds=True, kept_step=64,
     ),
 }  # fmt: skip
 
@@ -116,6 +120,7 @@ class Plan:
     kept_tokens: int
     hold_hidden: bool
     base_columns: int
+    kept_by_vocab: bool
     whole_forward: bool
     sweeps: tuple[Sweep, ...]
     gemms: float
@@ -409,8 +414,8 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
     return Plan(
-        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v, whole,
-        sweeps, gemms, budget, MappingProxyType(memory),
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v,
+        s.facts.kept_by_vocab, whole, sweeps, gemms, budget, MappingProxyType(memory),
     )  # fmt: skip
 
 

@@ -74,6 +74,10 @@ class Folds(Protocol):
     operand: torch.dtype
     rounds: bool
 
+    def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised (rows, columns); an implementation may hand out the last buffer of this purpose again, once
+        nobody holds it any more."""
+
     def stats(self, labels: Tensor) -> RowStats: ...
 
     def score(self, stats: Any, tile: Tile) -> None:
@@ -98,7 +102,7 @@ class Folds(Protocol):
 
 class Forward(NamedTuple):
     """For rows that count: stats, max and log_sum (M,), and what the mode holds: kept (K, V and up), its bases
-    (K, ...), jacobian (M, D).
+    (K, ...), jacobian (M, D). Where the plan keeps by vocabulary, the memory of kept and bases is transposed.
 
     The maximum and the logarithm of the sum stay apart: their sum would cost digits of every probability in backward.
     """
@@ -114,7 +118,8 @@ class Forward(NamedTuple):
         if rows.start >= plan.kept_tokens:
             return None
         first, last = columns.start // plan.base_columns, -(-columns.stop // plan.base_columns)
-        return Kept(self.kept[rows, columns], self.bases[rows, first:last])
+        kept, bases = (_by_token(t, plan) for t in (self.kept, self.bases))
+        return Kept(kept[rows, columns], bases[rows, first:last])
 
 
 def forward(
@@ -128,11 +133,11 @@ def forward(
     wide = operands.wide
     made = Forward(
         TokenStats(wide), wide, wide,
-        kept=call.hidden.new_empty((plan.kept_tokens, plan.kept_columns), dtype=call.compute_dtype),
+        kept=folds.empty("kept", plan.kept_tokens, plan.kept_columns, call.compute_dtype),
         bases=wide.new_zeros((plan.kept_tokens, plan.bases)),
         jacobian=wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size)),
     )  # fmt: skip
-    made.kept[:, plan.vocab_size :].zero_()  # no column's, but an output of the op
+    _by_token(made.kept, plan)[:, plan.vocab_size :].zero_()  # no column's, but an output of the op
     for columns in plan.forward_spans:
         for rows in plan.token_spans:
             tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
@@ -177,9 +182,9 @@ def backward(
     if plan.mode == "frozen":
         return InputGrads(_scale_jacobian(call, plan, index, grads, saved.jacobian), None, None)
     operands = _Operands(call, plan, index, folds.operand)
-    hidden = _Gradient(call.hidden, operands.wide, index, folds, plan.tokens) if call.grads.hidden else None
-    weight = _Gradient(call.weight, operands.wide, None, folds, plan.tokens) if call.grads.weight else None
-    bias = operands.wide.new_zeros(plan.vocab_size) if call.grads.bias else None
+    hidden = _Gradient("hidden", call.hidden, operands.wide, index, folds, plan.tokens) if wanted.hidden else None
+    weight = _Gradient("weight", call.weight, operands.wide, None, folds, plan.tokens) if wanted.weight else None
+    bias = operands.wide.new_zeros(plan.vocab_size) if wanted.bias else None
     for i, sweep in enumerate(plan.sweeps):
         part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight)
         _sweep(part, call, plan, folds, operands, grads, saved, hidden, weight, bias if i == 0 else None)
@@ -227,7 +232,7 @@ def _sweep(
 def _scale_jacobian(call: Call, plan: Plan, index: Tensor | None, grads: RowGrads, jacobian: Tensor) -> Tensor | None:
     if not call.grads.hidden:
         return None
-    gradient = _Gradient(call.hidden, jacobian, index)
+    gradient = _Gradient("hidden", call.hidden, jacobian, index)
     for rows in plan.token_spans:
         gradient.write(rows, jacobian[rows] * grads.grad_log_probs[rows, None])
     return gradient.out.view(call.hidden.shape)
@@ -296,13 +301,14 @@ class _Gradient:
     """
 
     def __init__(
-        self, like: Tensor, wide: Tensor, index: Tensor | None, folds: Folds | None = None, tokens: int = 0
+        self, name: str, like: Tensor, wide: Tensor, index: Tensor | None, folds: Folds | None = None, tokens: int = 0
     ) -> None:
         # Every row is written where all of them count, unless there is no token at all.
-        whole = folds is not None and index is None and tokens > 0
-        make = torch.empty if whole else torch.zeros
-        out = make(like.shape, dtype=like.dtype, device=like.device)
-        self.out = out.view(-1, like.shape[-1])
+        rows, columns = like.shape[:-1].numel(), like.shape[-1]
+        if folds is not None and index is None and tokens > 0:
+            self.out = folds.empty(f"gradient of {name}", rows, columns, like.dtype)
+        else:
+            self.out = torch.zeros((rows, columns), dtype=like.dtype, device=like.device)
         self.index, self.wide, self.folds = index, wide, folds
         self.direct = like.dtype == wide.dtype and index is None  # the gradient is its own accumulator
         self.total = wide
@@ -348,6 +354,11 @@ class _Gradient:
             self.out[rows] = values
         else:
             self.out.index_copy_(0, self.index[rows], values.to(self.out.dtype))
+
+
+def _by_token(kept: Tensor, plan: Plan) -> Tensor:
+    """kept or bases (K, C) as rows of a token, whichever way its memory runs."""
+    return kept.view(kept.shape[1], kept.shape[0]).T if plan.kept_by_vocab else kept
 
 
 def take_rows(tensor: Tensor, index: Tensor | None, rows: slice) -> Tensor:

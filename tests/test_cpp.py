@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_close, check_against_reference, detached, make_head, run, use_impl
 
+import dpo_kernels
 from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
 from dpo_kernels.head import OPTIONAL_OUTPUTS
 from dpo_kernels.impls import cpp_impl
@@ -196,8 +198,11 @@ def test_every_size_is_checked_at_the_boundary():
     hidden, weight, labels = torch.randn(5, 8), torch.randn(30, 8), torch.randint(30, (5,))
     packed, stats = ops().pack(hidden), torch.zeros(8, 5)
 
-    def fold(packed=packed, weight=weight, labels=labels, stats=stats, row=0, exps=None, bases=None, total=None):
-        ops().fold(packed, weight, None, labels, 0, 1.0, 1.0, None, stats, row, "", exps, bases, total)
+    def fold(
+        packed=packed, weight=weight, labels=labels, stats=stats, row=0, by_token=None, by_vocab=None, bases=None,
+        total=None,
+    ):  # fmt: skip
+        ops().fold(packed, weight, None, labels, 0, 1.0, 1.0, None, stats, row, "", by_token, by_vocab, bases, total)
 
     fold()
     for wrong, message in [
@@ -210,10 +215,11 @@ def test_every_size_is_checked_at_the_boundary():
         ({"stats": stats[:7].contiguous()}, "stats is"),
         ({"row": 1}, "for rows 1 to 6"),
         ({"row": -1}, "for rows -1"),
-        ({"exps": torch.empty(5, 30)}, "exps and their bases come together"),
-        ({"exps": torch.empty(5, 29), "bases": torch.empty(5, 1)}, "exps is"),
-        ({"exps": torch.empty(5, 30), "bases": torch.empty(5, 2)}, "bases is"),
-        ({"total": torch.empty(5, 8)}, "total needs exps"),
+        ({"by_token": torch.empty(5, 30)}, "numbers that are kept and their bases come together"),
+        ({"by_token": torch.empty(5, 29), "bases": torch.empty(1, 5)}, "by_token is"),
+        ({"by_vocab": torch.empty(5, 30), "bases": torch.empty(1, 5)}, "by_vocab is"),
+        ({"by_vocab": torch.empty(30, 5), "bases": torch.empty(2, 5)}, "bases is"),
+        ({"total": torch.empty(5, 8)}, "total needs by_token"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             fold(**wrong)
@@ -230,6 +236,87 @@ def test_every_size_is_checked_at_the_boundary():
             ops().multiply(*arguments)
     with pytest.raises(RuntimeError, match=r"index\[0\] is 9; logits have 5 rows"):
         ops().logits_forward(torch.randn(5, 9), torch.tensor([9]), torch.tensor([0]), 1.0, 1.0, None)
+
+
+class TestRecycledMemory:
+    """The large buffers of a step wait for the next one, and nobody's memory is taken."""
+
+    HEAD = make_head(300, 64, 5000, torch.float32, ignored=0)
+
+    def step(self):
+        head = detached(self.HEAD)
+        hidden_to_log_probs(head.hidden, head.weight, head.labels).sum().backward()
+        return head.weight.grad
+
+    def test_the_next_step_writes_where_the_last_one_wrote(self):
+        grad = self.step()
+        where, expected = grad.data_ptr(), grad.clone()
+        del grad
+        again = self.step()
+        assert again.data_ptr() == where
+        assert torch.equal(again, expected)
+
+    def test_what_is_held_stays(self):
+        first = self.step()
+        before = first.clone()
+        second = self.step().mul_(2)
+        assert second.data_ptr() != first.data_ptr()
+        assert torch.equal(first, before)
+
+    def test_any_size_fits_in_a_larger_one(self):
+        for rows in (1000, 10, 999, 1001, 3000):
+            taken = ops().empty("sizes", rows, 1000, torch.float32).fill_(rows)
+            assert taken.shape == (rows, 1000)
+            assert bool((taken == rows).all())
+            del taken
+        assert ops().empty("sizes", 0, 7, torch.bfloat16).shape == (0, 7)
+
+    def test_it_is_given_back_when_asked_for(self):
+        dpo_kernels.empty_cache()
+        assert dpo_kernels.empty_cache() == 0
+        grad = self.step()
+        kept = dpo_kernels.empty_cache()  # what forward kept waits, the gradient is held
+        assert kept >= 300 * 5000 * 4
+        size = grad.numel() * grad.element_size()
+        del grad
+        assert size <= dpo_kernels.empty_cache() < size + 4096
+        self.step()
+
+    def test_a_tensor_like_any_other(self):
+        matrix = ops().empty("storage", 300, 300, torch.float32).fill_(3)
+        matrix.untyped_storage().resize_(2 * 360_000)
+        assert torch.equal(matrix, torch.full((300, 300), 3.0))
+        matrix.untyped_storage().resize_(0)
+        matrix.untyped_storage().resize_(360_000)
+        assert torch.equal(matrix.fill_(4).clone().share_memory_(), torch.full((300, 300), 4.0))
+
+    def test_threads_get_memory_of_their_own(self):
+        def work(number: int) -> bool:
+            alone = True
+            for i in range(200):
+                mine = ops().empty("shared by threads", 1 + i % 7, 100_000, torch.float32).fill_(number)
+                alone = alone and bool((mine == number).all())
+            return alone
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(work, range(8)))
+
+    def test_a_forked_child_can_go_on(self):
+        held = ops().empty("fork", 100, 1000, torch.float32)
+        child = os.fork()
+        if child == 0:
+            del held
+            os._exit(0 if ops().empty("fork", 100, 1000, torch.float32).shape == (100, 1000) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert held.fill_(1).sum() == 100_000
+
+    def test_too_much_is_said_so(self):
+        with pytest.raises(
+            torch.OutOfMemoryError, match="not enough memory for 1125899906842624 bytes: pass a smaller"
+        ):
+            ops().empty("too much", 2**24, 2**24, torch.float32)
+        with pytest.raises(RuntimeError, match="a matrix of -1 x 5"):
+            ops().empty("negative", -1, 5, torch.float32)
 
 
 OTHER_BUILD = """

@@ -28,6 +28,16 @@ def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]
     return {name: module.unavailable(device) for name, module in MODULES.items()}
 
 
+def empty_cache() -> int:
+    """Gives the memory that waits for its next use back to the system, and returns its bytes.
+
+    On CPUs the "cpp" implementation keeps the last large buffers of a call (what forward keeps for backward, and the
+    gradients, once nobody holds them) for the next call: fresh memory costs page faults. The system may take what waits
+    whenever it needs memory. On GPUs PyTorch's allocator does the like; see `torch.cuda.empty_cache`.
+    """
+    return cpp_impl.release()
+
+
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module of the implementation asked for, or of the fastest that can run; "torch" for float64, which no other
     computes.

@@ -50,6 +50,11 @@ def facts(device: torch.device, tokens: int = 0, features: int = 0) -> Facts:
     return FACTS["cpp" if _multiplies_bfloat16() else "cpp, no bfloat16 products"]
 
 
+def release() -> int:
+    """Gives the memory of buffers that wait for their next use back; returns its bytes."""
+    return _ops().release() if _loaded() else 0
+
+
 def hidden_forward(call: Call, tokens: int, index: Tensor | None) -> tiled.Forward:
     if not _readable(call):
         return torch_impl.hidden_forward(call, tokens, index)
@@ -132,20 +137,23 @@ class CppFolds:
         self._packed: tuple[slice, Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
 
+    def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return _ops().empty(purpose, rows, columns, dtype)
+
     def stats(self, labels: Tensor) -> CppRowStats:
         return CppRowStats(self.call, labels)
 
     def score(self, stats: CppRowStats, tile: tiled.Tile) -> None:
-        self._fold(stats, tile, None, None, None)
+        self._fold(stats, tile)
 
     def keep(self, stats: CppRowStats, tile: tiled.Tile, kept: tiled.Kept) -> None:
-        self._fold(stats, tile, kept.exp, kept.bases, None)
+        self._fold(stats, tile, by_vocab=kept.exp.T, bases=kept.bases.T)
 
     def jacobian(self, stats: CppRowStats, tile: tiled.Tile, total: Tensor) -> None:
         n, v = len(tile.hidden), len(tile.weight)
         share = self._buffer("by_token", n, v)
-        bases = self._buffer("bases", n, -(-v // self.plan.base_columns), torch.float32)
-        self._fold(stats, tile, share, bases, total)
+        bases = self._buffer("bases", -(-v // self.plan.base_columns), n, torch.float32)
+        self._fold(stats, tile, by_token=share, bases=bases, total=total)
         self.multiply(total, share, tile.weight, add=True)
 
     def finish_jacobian(self, stats: CppRowStats, rows: slice, total: Tensor, label_weight: Tensor) -> None:
@@ -166,7 +174,7 @@ class CppFolds:
             self._buffer("by_token", n, v) if wanted.hidden else None,
             self._buffer("by_vocab", v, n) if wanted.weight else None,
         )
-        exp, bases = (None, None) if kept is None else kept
+        exp, bases = (None, None) if kept is None else (kept.exp.T, kept.bases.T)
         _ops().gradient(
             *self._tile(tile, grads.labels), grads.grad_log_probs.contiguous(), grads.log_probs, grads.max,
             grads.log_sum, grads.entropy, None if grads.grad_entropy is None else grads.grad_entropy.contiguous(),
@@ -180,11 +188,12 @@ class CppFolds:
         _ops().multiply(out, a, _rows_contiguous(b), add, self._buffer("right", n, -(-k // pair) * pair).view(-1))
 
     def _fold(
-        self, stats: CppRowStats, tile: tiled.Tile, exps: Tensor | None, bases: Tensor | None, total: Tensor | None
-    ) -> None:
+        self, stats: CppRowStats, tile: tiled.Tile, by_token: Tensor | None = None, by_vocab: Tensor | None = None,
+        bases: Tensor | None = None, total: Tensor | None = None,
+    ) -> None:  # fmt: skip
         _ops().fold(
-            *self._tile(tile, stats.labels[tile.rows]), stats.rows, tile.rows.start, ",".join(stats.outputs), exps,
-            bases, total,
+            *self._tile(tile, stats.labels[tile.rows]), stats.rows, tile.rows.start, ",".join(stats.outputs), by_token,
+            by_vocab, bases, total,
         )  # fmt: skip
 
     def _tile(self, tile: tiled.Tile, labels: Tensor) -> tuple[Any, ...]:

@@ -206,6 +206,9 @@ class TorchFolds:
         self.room = plan.tile_tokens * plan.tile_vocab
         self._buffer: Tensor | None = None
 
+    def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return self.call.hidden.new_empty((rows, columns), dtype=dtype)
+
     def stats(self, labels: Tensor) -> TorchRowStats:
         return TorchRowStats(self.call, labels)
 

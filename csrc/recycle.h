@@ -1,0 +1,17 @@
+// Memory for the large buffers that every step asks for again.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+namespace dpo_kernels {
+
+// An uninitialised (rows, columns), in the memory of the last buffer of this purpose that nobody holds any more, if it
+// was as large: writing it costs no page faults. A tensor like any other in all else.
+at::Tensor recycled(const std::string& purpose, int64_t rows, int64_t columns, at::ScalarType dtype);
+
+// Gives the memory that waits for its next use back to the system; returns its bytes.
+int64_t release_recycled();
+
+}  // namespace dpo_kernels
