@@ -51,7 +51,7 @@ struct Tile {
   void logits(int64_t column_block, int64_t token_block, float* z) const {
     const int64_t begin = column_block * kBlock, columns = columns_of(column_block);
     const int64_t width = block_width(n, token_block);
-    deep_product<T, kDepth>(
+    deep_product(
         columns, width, features, weight + begin * ldw, ldw,
         packed + token_block * kBlock * round_up(features, kPair<T>), width, z);
     if (bias == nullptr && transform.trivial()) return;

@@ -16,10 +16,8 @@ namespace dpo_kernels {
 
 constexpr int64_t kBlock = 64;       // rows and columns of a block of logits: 16 KiB in float32, half of an L1
 // Terms of a product at a time: both operands of a block stay in the L2.
-constexpr int64_t kDepth = 1024;
-// The same where a float32 sum may hold one term far larger than the others, such as the label's dz: a long sum rounds
-// the small ones to the spacing of the large one.
-constexpr int64_t kUnevenDepth = 256;
+template <typename T>
+constexpr int64_t kDepth = std::is_same_v<T, float> ? 256 : 1024;
 constexpr int64_t kThreads = 64;     // more do not run: what each holds is counted in the memory budget
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -38,16 +36,18 @@ inline void block_product(
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/!std::is_same_v<T, float>);
 }
 
-// The same into a block c of rows kBlock apart, for any k. In float32 each `depth` terms are summed on their own.
-template <typename T, int64_t depth>
+// The same into a block c of rows kBlock apart, for any k. In float32 each kDepth terms are summed on their own: a long
+// sum rounds small terms to the spacing of what it holds already, such as the label's term. (A depth of 1024 for logits
+// is 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.)
+template <typename T>
 inline void deep_product(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c) {
   constexpr bool apart = std::is_same_v<T, float>;
   alignas(64) float part[apart ? kBlock * kBlock : 1];
-  for (int64_t i = 0; i < k; i += depth) {
+  for (int64_t i = 0; i < k; i += kDepth<T>) {
     const bool later = i > 0;
     block_product(
-        m, n, std::min(depth, k - i), a + i, lda, b + i * ldb, ldb, apart && later ? part : c, kBlock,
+        m, n, std::min(kDepth<T>, k - i), a + i, lda, b + i * ldb, ldb, apart && later ? part : c, kBlock,
         !apart && later);
     if (apart && later)
       for (int64_t r = 0; r < m; ++r)
@@ -129,8 +129,7 @@ void multiply(
     alignas(64) float sums[kBlock * kBlock];
     const int64_t row = row_block * kBlock, rows = std::min(kBlock, m - row);
     const int64_t column = strip * kBlock, columns = columns_of(strip);
-    deep_product<T, std::is_same_v<T, float> ? kUnevenDepth : kDepth>(
-        rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
+    deep_product(rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
     for (int64_t r = 0; r < rows; ++r) {
       Out* to = out + (row + r) * ldo + column;
       if constexpr (std::is_same_v<Out, float>) {
