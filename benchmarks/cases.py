@@ -265,10 +265,26 @@ REAL = [
     ),
 ]  # fmt: skip
 
-SIZES = {"small": SMALL, "real": REAL}
+# What the C++ kernels are for: the shapes of docs/cpp.md, on a machine of a few cores.
+_STEP = Case(
+    "", "hidden", "full", 1024, 1024, 32_000, "bfloat16", without=(_SLOW, "TRL ChunkedLogProbFunction"), weighed=()
+)
+_TYPES = (("bf16", "bfloat16"), ("f32", "float32"))
+CPU = [
+    *(replace(_STEP, name=f"forward-{short}", mode="score", dtype=dtype) for short, dtype in _TYPES),
+    *(replace(_STEP, name=f"full-{short}", dtype=dtype) for short, dtype in _TYPES),
+    *(replace(_STEP, name=f"full-64MiB-{short}", dtype=dtype, memory_budget=64 * MIB) for short, dtype in _TYPES),
+    *(replace(_STEP, name=f"frozen-{short}", mode="frozen", dtype=dtype) for short, dtype in _TYPES),
+    replace(_STEP, name="full-151936-bf16", tokens=512, vocab_size=151_936),
+    replace(_LARGE, name="large-full-256MiB", memory_budget=256 * MIB),
+    replace(_LARGE, name="large-frozen-64MiB", mode="frozen", memory_budget=64 * MIB),
+]
+
+SIZES = {"small": SMALL, "cpu": CPU, "real": REAL}
 
 # Tokens are those of all sequences, prompts included; the model has two layers of the given size.
 TRAINING = {
     "small": Case("train-step", "train", "full", 512, 256, 32_000, "float32", masked=0.6, sequences=4),
+    "cpu": Case("train-step", "train", "full", 512, 256, 32_000, "float32", masked=0.6, sequences=4),
     "real": Case("train-step", "train", "full", 8192, 1024, 151_936, "float32", masked=0.6, sequences=8),
 }

@@ -109,6 +109,7 @@ void fold_op(
   check_written("by_token", by_token, n, v);
   check_written("by_vocab", by_vocab, v, n);
   check_bases(by_token.has_value() || by_vocab.has_value(), bases, n, v);
+  check_written("bases", bases, ceil_div(v, kBlock), n);
   check_written("total", total, n, weight.size(1));
   TORCH_CHECK(
       !total.has_value() || (by_token.has_value() && total->scalar_type() == at::kFloat), "total needs by_token");

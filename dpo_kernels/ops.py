@@ -152,6 +152,7 @@ def _setup_token_stats(ctx: Any, inputs: tuple[Any, ...], output: Saved) -> None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, labels, log_probs, entropy, *vectors)
     ctx.options = options
+    ctx.weight_in_rows = tiled.in_rows(weight)
 
 
 def _token_stats_backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> Any:
@@ -162,8 +163,13 @@ def _token_stats_backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy:
         grad_entropy = None  # of the empty placeholder
     if grad_log_probs is None and grad_entropy is None:
         return (None,) * 13
+    hidden, weight, *saved = ctx.saved_tensors
+    if tiled.in_rows(weight) != ctx.weight_in_rows:
+        # Hooks on saved tensors (offloading) may lay it out anew, and what forward kept is of the implementation that
+        # its layout chose.
+        weight = weight.contiguous() if ctx.weight_in_rows else weight.T.contiguous().T
     made = torch.ops.dpo_kernels.token_stats_backward(
-        grad_log_probs, grad_entropy, *ctx.saved_tensors, *transform, outputs, grads, wanted, compute_dtype,
+        grad_log_probs, grad_entropy, hidden, weight, *saved, *transform, outputs, grads, wanted, compute_dtype,
         memory_budget, impl,
     )  # fmt: skip
     return (*(g if need else None for g, need in zip(made, needs, strict=True)), *(None,) * 10)

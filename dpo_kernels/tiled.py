@@ -358,7 +358,7 @@ class _Gradient:
 
 def _by_token(kept: Tensor, plan: Plan) -> Tensor:
     """kept or bases (K, C) as rows of a token, whichever way its memory runs."""
-    return kept.view(kept.shape[1], kept.shape[0]).T if plan.kept_by_vocab else kept
+    return kept.contiguous().view(kept.shape[1], kept.shape[0]).T if plan.kept_by_vocab else kept
 
 
 def take_rows(tensor: Tensor, index: Tensor | None, rows: slice) -> Tensor:
@@ -375,6 +375,11 @@ def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) 
     """The counterpart of take_rows: writes values (n, C) to those rows."""
     where = torch.arange(rows.start, rows.stop, device=tensor.device) if index is None else index[rows]
     tensor[torch.unravel_index(where, tensor.shape[:-1])] = values.to(tensor.dtype)
+
+
+def in_rows(matrix: Tensor) -> bool:
+    """Whether the numbers of a row lie side by side; rows may lie any distance apart."""
+    return matrix.stride(1) == 1 or matrix.shape[1] == 1
 
 
 def as_matrix(logits: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import report, results
-from benchmarks.cases import IGNORE, MIB, REAL, SIZES, TRAINING, Case, make_inputs
+from benchmarks.cases import IGNORE, MIB, REAL, SIZES, SMALL, TRAINING, Case, make_inputs
 from benchmarks.clock import ReplayClock
 from benchmarks.judge import PROMISED, Judge, by_rows, errors_of
 from benchmarks.measure import Row, interleave, measure, ratio, step
@@ -354,8 +354,8 @@ def test_every_row_is_well_formed(case):
 
 
 def test_names_are_unique_and_the_issue_is_covered():
-    for cases in SIZES.values():
-        assert len({case.name for case in cases}) == len(cases)
+    assert all(len({case.name for case in cases}) == len(cases) for cases in SIZES.values())
+    for cases in (SMALL, REAL):
         assert {(c.level, c.mode) for c in cases} >= {
             ("logits", "score"), ("logits", "full"), ("hidden", "score"), ("hidden", "full"), ("hidden", "frozen"),
             ("dpo", "full"),

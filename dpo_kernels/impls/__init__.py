@@ -31,9 +31,10 @@ def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]
 def empty_cache() -> int:
     """Gives the memory that waits for its next use back to the system, and returns its bytes.
 
-    On CPUs the "cpp" implementation keeps the last large buffers of a call (what forward keeps for backward, and the
-    gradients, once nobody holds them) for the next call: fresh memory costs page faults. The system may take what waits
-    whenever it needs memory. On GPUs PyTorch's allocator does the like; see `torch.cuda.empty_cache`.
+    On CPUs the "cpp" implementation lets large buffers (what forward keeps for backward, and gradients that nobody
+    holds any more) wait for the next call, one of each kind: fresh memory costs page faults. The system may take what
+    waits whenever it needs memory, so no budget counts it. On GPUs PyTorch's allocator does the like; see
+    `torch.cuda.empty_cache`.
     """
     return cpp_impl.release()
 

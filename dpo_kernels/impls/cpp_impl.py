@@ -56,12 +56,13 @@ def release() -> int:
 
 
 def hidden_forward(call: Call, tokens: int, index: Tensor | None) -> tiled.Forward:
-    if not _readable(call):
+    if not tiled.in_rows(call.weight):  # the kernels read it where it lies
         return torch_impl.hidden_forward(call, tokens, index)
     made = tiled.forward(call, tokens, index, facts(call.hidden.device), CppFolds)
     if not _beyond_reach(made.max):
         return made
     del made
+    release()
     made = torch_impl.hidden_forward(call, tokens, index)
     # Our maximum is up to 1 above the true one, which backward sees: what sent us here must be beyond reach there too.
     far = torch.where(made.max.abs() > FAR - 1, made.max.sign() * 2, 0)
@@ -71,7 +72,7 @@ def hidden_forward(call: Call, tokens: int, index: Tensor | None) -> tiled.Forwa
 def hidden_backward(
     call: Call, wanted: Grads, index: Tensor | None, grads: tiled.RowGrads, saved: tiled.Forward
 ) -> tiled.InputGrads:
-    if not _readable(call) or _beyond_reach(grads.max):
+    if not tiled.in_rows(call.weight) or _beyond_reach(grads.max):
         return torch_impl.hidden_backward(call, wanted, index, grads, saved)
     return tiled.backward(call, wanted, index, grads, saved, facts(call.hidden.device), CppFolds)
 
@@ -210,11 +211,6 @@ class CppFolds:
         if name not in self._buffers or self._buffers[name].numel() < rows * columns:
             self._buffers[name] = torch.empty(rows * columns, dtype=dtype or self.operand)
         return self._buffers[name][: rows * columns].view(rows, columns)
-
-
-def _readable(call: Call) -> bool:
-    """Whether the kernels can read the weight where it lies: they take rows of any stride, not columns."""
-    return call.weight.stride(1) == 1 or call.weight.shape[1] == 1
 
 
 def _beyond_reach(maximum: Tensor) -> bool:
