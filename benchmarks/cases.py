@@ -205,7 +205,20 @@ _SLOW = "torch F.linear_cross_entropy, chunked"
 _LOGITS = Case("", "logits", "full", 512, 64, 32_000, "bfloat16", weighed=())
 _HIDDEN = Case("", "hidden", "full", 256, 512, 32_000, "bfloat16", without=(_SLOW,))
 _DPO = Case("", "dpo", "full", 512, 512, 32_000, "bfloat16", without=(_SLOW,), weighed=())
-_LARGE = Case("", "hidden", "full", 8192, 512, 151_936, "bfloat16", peers=("dpo_kernels",), timed=False)
+_LARGE = Case(
+    "large-full-256MiB",
+    "hidden",
+    "full",
+    8192,
+    512,
+    151_936,
+    "bfloat16",
+    memory_budget=256 * MIB,
+    peers=("dpo_kernels",),
+    timed=False,
+)
+_UNDER_A_BUDGET = [_LARGE, replace(_LARGE, name="large-frozen-64MiB", mode="frozen", memory_budget=64 * MIB)]
+_TRAIN = Case("train-step", "train", "full", 512, 256, 32_000, "float32", masked=0.6, sequences=4)
 
 SMALL = [
     replace(_LOGITS, name="logits-forward-f32", mode="score", dtype="float32"),
@@ -221,8 +234,7 @@ SMALL = [
     replace(_DPO, name="dpo-60%-masked", masked=0.6, weighed=None),
     replace(_DPO, name="dpo-90%-masked", masked=0.9),
     replace(_DPO, name="dpo-60%-masked-frozen", masked=0.6, mode="frozen", weighed=_MAIN),
-    replace(_LARGE, name="large-full-256MiB", memory_budget=256 * MIB),
-    replace(_LARGE, name="large-frozen-64MiB", mode="frozen", memory_budget=64 * MIB),
+    *_UNDER_A_BUDGET,
     *_curve(
         Case("", "hidden", "full", 0, 256, 32_000, "bfloat16", peers=_ON_CURVES), "tokens", "tokens",
         (64, 256, 512, 1024),
@@ -276,15 +288,14 @@ CPU = [
     *(replace(_STEP, name=f"full-64MiB-{short}", dtype=dtype, memory_budget=64 * MIB) for short, dtype in _TYPES),
     *(replace(_STEP, name=f"frozen-{short}", mode="frozen", dtype=dtype) for short, dtype in _TYPES),
     replace(_STEP, name="full-151936-bf16", tokens=512, vocab_size=151_936),
-    replace(_LARGE, name="large-full-256MiB", memory_budget=256 * MIB),
-    replace(_LARGE, name="large-frozen-64MiB", mode="frozen", memory_budget=64 * MIB),
+    *_UNDER_A_BUDGET,
 ]
 
 SIZES = {"small": SMALL, "cpu": CPU, "real": REAL}
 
 # Tokens are those of all sequences, prompts included; the model has two layers of the given size.
 TRAINING = {
-    "small": Case("train-step", "train", "full", 512, 256, 32_000, "float32", masked=0.6, sequences=4),
-    "cpu": Case("train-step", "train", "full", 512, 256, 32_000, "float32", masked=0.6, sequences=4),
+    "small": _TRAIN,
+    "cpu": _TRAIN,
     "real": Case("train-step", "train", "full", 8192, 1024, 151_936, "float32", masked=0.6, sequences=8),
 }

@@ -126,6 +126,7 @@ def token_stats_backward_op(
     module = impls.choose(impl, hidden.device, hidden.dtype)
     grad_log_probs, grad_entropy = (_of_counted(g, labels, ignore_index) for g in (grad_log_probs, grad_entropy))
     rows = _row_grads(call.labels, index, log_probs, maximum, log_sum, grad_log_probs, entropy, grad_entropy)
+    kept, bases = kept.contiguous(), bases.contiguous()  # as forward made them, whatever a hook returned
     saved = tiled.Forward(TokenStats(rows.log_probs), rows.max, rows.log_sum, kept, bases, jacobian)
     with _no_autocast(hidden):
         made = module.hidden_backward(call, _grads(wanted), index, rows, saved)

@@ -358,7 +358,7 @@ class _Gradient:
 
 def _by_token(kept: Tensor, plan: Plan) -> Tensor:
     """kept or bases (K, C) as rows of a token, whichever way its memory runs."""
-    return kept.contiguous().view(kept.shape[1], kept.shape[0]).T if plan.kept_by_vocab else kept
+    return kept.view(kept.shape[1], kept.shape[0]).T if plan.kept_by_vocab else kept
 
 
 def take_rows(tensor: Tensor, index: Tensor | None, rows: slice) -> Tensor:
