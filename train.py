@@ -4,7 +4,8 @@
     python train.py --data_path dpo.jsonl --ref_weight MODEL --output_dir OUT
     torchrun --nproc_per_node 8 train.py ...          or accelerate launch train.py ...
 
-The JSONL has one pair a line: {"chosen": [messages], "rejected": [messages]}. All options of
+Pairs are read as they were downloaded: JSON lines, JSON, CSV, Parquet, folders, saved datasets, names on the hub, in
+the formats of TRL, LLaMA-Factory, ms-swift, axolotl, torchtune, NeMo-RL and HH-RLHF (docs/data.md). All options of
 transformers.TrainingArguments work too; `python train.py --help` lists them.
 """
 
@@ -24,9 +25,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase
 
-from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, checkpoints
+from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, ReadOptions, checkpoints
+from dpo_kernels.training.data_report import lengths
+from dpo_kernels.training.loading import load_tokenizer
+from dpo_kernels.training.model import check_positions, max_positions
+from dpo_kernels.training.report import save_lengths
+from dpo_kernels.training.show import show_pairs
 from dpo_kernels.training.small_model import make_small_model
 
 EXAMPLE = Path(__file__).parent / "examples" / "dpo.jsonl"
@@ -36,6 +42,7 @@ EXAMPLE_DEFAULTS = {
     "--learning_rate": "3e-4", "--lr_scheduler_type": "cosine", "--warmup_steps": "5", "--eval_strategy": "epoch",
     "--save_strategy": "epoch", "--save_total_limit": "1", "--use_cpu": "True",
 }  # fmt: skip
+DEFAULT_MAX_LENGTH = 2048
 INTERRUPTED = 128 + 15  # what a shell reports of a process that a SIGTERM ended
 
 
@@ -43,15 +50,47 @@ INTERRUPTED = 128 + 15  # what a shell reports of a process that a SIGTERM ended
 class ScriptArguments:
     """What to train on."""
 
-    data_path: str | None = field(default=None, metadata={"help": "JSONL of pairs; default: the example's."})
+    data_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pairs: files, folders, hub names as in org/name:split; default: the example."},
+    )
+    data_weights: list[float] | None = field(
+        default=None, metadata={"help": "How often pairs of each data_path are drawn, relative to the others."}
+    )
     ref_weight: str | None = field(default=None, metadata={"help": "Reference: a model folder or hub name."})
     from_weight: str | None = field(default=None, metadata={"help": "Where the policy starts; default: --ref_weight."})
-    max_length: int = field(default=2048, metadata={"help": "Of a conversation, in tokens; the rest is cut off."})
-    assistant_turns: Literal["all", "last"] = field(default="all", metadata={"help": "Which replies count."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Of prompt and answer, in tokens; default: 2048, or what the model has."},
+    )
+    truncation_mode: Literal["keep_answer", "keep_start", "drop"] = field(
+        default="keep_answer",
+        metadata={"help": "Of longer pairs: cut the prompt's start, cut the end (TRL's), or leave the pair out."},
+    )
+    assistant_turns: Literal["all", "last"] = field(
+        default="all", metadata={"help": "Which replies count; last: the answer alone, as in TRL."}
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of other names: prompt=question chosen=best rejected=worst ..."}
+    )
+    string_format: Literal["plain", "chat"] | None = field(
+        default=None, metadata={"help": "Strings as they are, or as messages for the chat template; default: plain, "
+                                "but chat beside a system, tools or chat_template_kwargs column."}
+    )  # fmt: skip
+    pairs: Literal["best", "all"] = field(
+        default="best",
+        metadata={"help": "Of ranked completions: best against worst, or each against each worse."},
+    )
+    tools: str | None = field(default=None, metadata={"help": "JSON file of tools for the chat template."})
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "JSON of options for the chat template: '{\"enable_thinking\": false}'."}
+    )
     on_bad_line: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "skip: leave bad lines out and write them to output_dir/skipped.jsonl."}
     )
-    eval_data_path: str | None = field(default=None, metadata={"help": "JSONL of held-out pairs."})
+    eval_data_path: list[str] | None = field(
+        default=None, metadata={"help": "Held-out pairs; several are evaluated one by one."}
+    )
     eval_size: float = field(
         default=0.0, metadata={"help": "Or hold out a share (< 1) or number of data_path's pairs."}
     )
@@ -64,6 +103,9 @@ class ScriptArguments:
     )
     pad_token: str | None = field(default=None, metadata={"help": "For tokenizers that have none."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    show_pairs: int | None = field(
+        default=None, metadata={"help": "Print so many pairs as the model sees them; default: 1 on a terminal, else 0."}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,11 +113,16 @@ def main(argv: list[str] | None = None) -> int:
     script, config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(str(config.output_dir))
     resume_from = checkpoint_to_resume(config, output_dir)
-    tokenizer, policy, reference = load_models(script, config.loss_options.needs_reference)
+    # Before the weights are loaded: what is wrong with the data or its tokenizer is told in seconds.
+    example = make_small_model(EXAMPLE) if script.ref_weight is None else None
+    tokenizer = prepare_tokenizer(script, example[1] if example else None, config.loss_options.needs_reference)
+    max_length = choose_max_length(script, example[0].config if example else None)
     with config.main_process_first(desc="reading the pairs"):
-        train, held_out = load_pairs(script, config, tokenizer)
-    say(config, f"training: {train.report}" + (f"; {len(held_out):,} held out" if held_out else ""))
-    config.eval_on_start = held_out is not None and resume_from is None
+        train, held_out = load_pairs(script, config, tokenizer, max_length)
+    if config.process_index == 0:
+        tell(script, train, held_out, tokenizer, output_dir)
+    policy, reference = load_models(script, example[0] if example else None, config.loss_options.needs_reference)
+    config.eval_on_start = bool(held_out) and resume_from is None
     trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer)
     del reference
     try:
@@ -88,12 +135,17 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     trainer.save_model()
     if held_out:
-        evaluated = {e["step"]: e["eval_logps/accuracies"] for e in trainer.state.log_history if "eval_loss" in e}
         last = trainer.state.global_step
-        after = evaluated[last] if last in evaluated else trainer.evaluate()["eval_logps/accuracies"]
-        before = f"{evaluated[0]:.3f} before, " if 0 in evaluated else ""
-        say(config, f"held-out preference accuracy: {before}{after:.3f} after")
-    say(config, f"saved: model, tokenizer, log.jsonl and curves.png in {output_dir}")
+        names = list(held_out) if isinstance(held_out, dict) else [""]
+        keys = {name: f"eval_{name}_logps/accuracies" if name else "eval_logps/accuracies" for name in names}
+        if not any(e["step"] == last and keys[names[-1]] in e for e in trainer.state.log_history):
+            trainer.evaluate()
+        for name, key in keys.items():
+            evaluated = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+            before = f"{evaluated[0]:.3f} before, " if 0 in evaluated else ""
+            of = f" of {name}" if name else ""
+            say(config, f"held-out preference accuracy{of}: {before}{evaluated[last]:.3f} after")
+    say(config, f"saved: model, tokenizer, log.jsonl, curves.png and lengths.png in {output_dir}")
     return 0
 
 
@@ -116,6 +168,10 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DPOConfig]:
             raise ValueError("give --output_dir: with several processes they have to agree on one")
         argv = ["--output_dir", f"output/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}", *argv]
     script, config = parser.parse_args_into_dataclasses(args=argv)
+    if script.data_weights and len(script.data_weights) != len(script.data_path or []):
+        raise ValueError(
+            f"data_weights has {len(script.data_weights)} numbers for {len(script.data_path or [])} data_path"
+        )
     if script.eval_size and script.eval_data_path:
         raise ValueError("give held-out pairs either by --eval_size or by --eval_data_path")
     return script, config
@@ -145,16 +201,12 @@ def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
     return wanted
 
 
-def load_models(script: ScriptArguments, with_reference: bool) -> tuple[PreTrainedTokenizerBase, Any, Any]:
-    """Tokenizer, policy and reference (or None); the example's small ones where no weights are named."""
-    tokenizer: Any
-    if script.ref_weight is None:
-        policy, tokenizer = make_small_model(EXAMPLE)
-        reference = copy.deepcopy(policy) if with_reference else None
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(script.ref_weight)
-        policy = _load(script, script.from_weight or script.ref_weight)
-        reference = _load(script, script.ref_weight) if with_reference else None
+def prepare_tokenizer(script: ScriptArguments, example: Any, with_reference: bool) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer (see `loading.load_tokenizer`), or the example's, with what the command line changes."""
+    tokenizer: Any = example
+    if script.ref_weight is not None:
+        reference = script.ref_weight if with_reference or script.from_weight else None
+        tokenizer = load_tokenizer(script.from_weight or script.ref_weight, reference)
     if script.chat_template is not None:
         tokenizer.chat_template = Path(script.chat_template).read_text(encoding="utf-8")
     if script.pad_token is not None:
@@ -163,24 +215,98 @@ def load_models(script: ScriptArguments, with_reference: bool) -> tuple[PreTrain
                 f"pad_token is {script.pad_token!r}, which the tokenizer does not know; name a token it has"
             )
         tokenizer.pad_token = script.pad_token
-    return tokenizer, policy, reference
+    return tokenizer
+
+
+def choose_max_length(script: ScriptArguments, example: Any) -> int:
+    """--max_length, or what the models have positions for, up to the default.
+
+    Raises:
+        ValueError: more than one of the models has positions for.
+    """
+    names = dict.fromkeys(filter(None, (script.from_weight, script.ref_weight)))
+    configs = [example] if example is not None else [AutoConfig.from_pretrained(name) for name in names]
+    if script.max_length is None:
+        return min([DEFAULT_MAX_LENGTH, *filter(None, map(max_positions, configs))])
+    for config in configs:
+        check_positions(config, script.max_length)
+    return script.max_length
+
+
+def load_models(script: ScriptArguments, example: Any, with_reference: bool) -> tuple[Any, Any]:
+    """Policy and reference (or None); the example's small ones where no weights are named."""
+    if script.ref_weight is None:
+        return example, copy.deepcopy(example) if with_reference else None
+    policy = _load(script, script.from_weight or script.ref_weight)
+    return policy, _load(script, script.ref_weight) if with_reference else None
 
 
 def load_pairs(
-    script: ScriptArguments, config: DPOConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[DPODataset, DPODataset | None]:
-    """Pairs to train on, and held-out ones if asked for."""
+    script: ScriptArguments, config: DPOConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[DPODataset, DPODataset | dict[str, DPODataset] | None]:
+    """Pairs to train on, and held-out ones if asked for: one dataset, or several by their names."""
+    read = ReadOptions(
+        _columns(script.columns or []), script.string_format, script.pairs,
+        json.loads(Path(script.tools).read_text(encoding="utf-8")) if script.tools else [],
+        json.loads(script.chat_template_kwargs) if script.chat_template_kwargs else {},
+    )  # fmt: skip
 
     def load(path: str | Path, skipped: str) -> DPODataset:
         return DPODataset(
-            path, tokenizer, script.max_length, assistant_turns=script.assistant_turns, on_bad_line=script.on_bad_line,
-            skipped_path=Path(str(config.output_dir)) / skipped, num_proc=script.dataset_num_proc,
+            path, tokenizer, max_length, assistant_turns=script.assistant_turns, truncation_mode=script.truncation_mode,
+            read=read, on_bad_line=script.on_bad_line, skipped_path=Path(str(config.output_dir)) / f"{skipped}.jsonl",
+            num_proc=script.dataset_num_proc,
         )  # fmt: skip
 
-    pairs = load(script.data_path or EXAMPLE, "skipped.jsonl")
+    def number(i: int) -> str:
+        return f".{i}" if i else ""
+
+    parts = [load(path, f"skipped{number(i)}") for i, path in enumerate(script.data_path or [str(EXAMPLE)])]
+    held_out: Any = None
     if script.eval_data_path:
-        return pairs, load(script.eval_data_path, "skipped.eval.jsonl")
-    return pairs.split(script.eval_size, config.seed) if script.eval_size else (pairs, None)
+        loaded = [load(path, f"skipped.eval{number(i)}") for i, path in enumerate(script.eval_data_path)]
+        held_out = loaded[0] if len(loaded) == 1 else dict(zip(_names(script.eval_data_path), loaded, strict=True))
+    elif script.eval_size:  # before pairs are drawn more than once: none is on both sides
+        shares = [part.split(_share(script.eval_size, part, parts), config.seed) for part in parts]
+        parts, held = [train for train, _ in shares], [kept for _, kept in shares]
+        held_out = DPODataset.mix(held)
+    return DPODataset.mix(parts, script.data_weights, config.seed), held_out
+
+
+def _columns(parts: list[str]) -> dict[str, str]:
+    """name=column, one or several; or one JSON object, as a file of options gives it."""
+    if len(parts) == 1 and parts[0].startswith("{"):
+        return dict(json.loads(parts[0]))
+    split = [part.partition("=") for part in parts]
+    if wrong := ["".join(found) for found in split if not all(found)]:
+        raise ValueError(f"columns holds {wrong}; expected name=column, as in prompt=question")
+    return {name: column for name, _, column in split}
+
+
+def _share(eval_size: float, part: DPODataset, parts: list[DPODataset]) -> float:
+    """A number of pairs is held out of all datasets together, of each as many as it has of them."""
+    return eval_size if eval_size < 1 else max(1, round(eval_size * len(part) / sum(map(len, parts))))
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Short names for several evaluation sets, each another."""
+    short = [Path(path).name.split(".")[0].replace(":", "_") for path in paths]
+    return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)]
+
+
+def tell(
+    script: ScriptArguments, train: DPODataset, held_out: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> None:
+    """What will be trained on: figures, a picture, and pairs as the model sees them."""
+    print(f"training: {train.report}", flush=True)
+    if isinstance(held_out, dict):
+        print(f"held out: {', '.join(f'{len(part):,} pairs as {name}' for name, part in held_out.items())}")
+    elif held_out:
+        print(f"held out: {len(held_out):,} pairs")
+    save_lengths(lengths(train.rows), train.max_length, output_dir)
+    count = int(sys.stdout.isatty()) if script.show_pairs is None else script.show_pairs
+    if count:
+        show_pairs(train, tokenizer, count)
 
 
 def say(config: DPOConfig, text: str) -> None:

@@ -9,15 +9,24 @@ from hypothesis import strategies as st
 from templates import make_tokenizer, say
 from tokenizers import processors
 
-from dpo_kernels.training import TemplateError
-from dpo_kernels.training.chat import MessageError, check_tokenizer, encode, render
+from dpo_kernels.training import DataError
+from dpo_kernels.training.chat import Template, check_template, render
+from dpo_kernels.training.encoding import check_tokenizer
+from dpo_kernels.training.encoding import encode as encode_pair
+from dpo_kernels.training.formats import ChatPair
 
 TWO_TURNS = say("Hello?", "I am fine.", "What is 2 + 2?", "It is 4.")
 
 
+def encode(messages, tokenizer, **options):
+    """The chosen side of a pair whose other side answers otherwise."""
+    other = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}!"}]
+    return encode_pair(ChatPair(messages, other), tokenizer, 10_000, **options).chosen
+
+
 def counted(tokenizer, messages, **options):
     """The texts that the mask counts, a string a run."""
-    encoded = encode(messages, tokenizer, 10_000, **options)
+    encoded = encode(messages, tokenizer, **options)
     runs, before = [], 0
     for token, counts in zip(encoded.input_ids, encoded.mask, strict=True):
         if counts:
@@ -40,7 +49,8 @@ def counted(tokenizer, messages, **options):
 def test_replies_and_their_end_of_turn_tokens(template, end):
     tokenizer = make_tokenizer(template)
     assert counted(tokenizer, TWO_TURNS) == [f"I am fine.{end}", f"It is 4.{end}"]
-    assert counted(tokenizer, TWO_TURNS, assistant_turns="last") == [f"It is 4.{end}"]
+    (last,) = counted(tokenizer, TWO_TURNS, assistant_turns="last")
+    assert last.rstrip("\n") == f"It is 4.{end}"
     assert counted(tokenizer, say("你好？", "今天晴天 😀。")) == [f"今天晴天 😀。{end}"]
 
 
@@ -49,27 +59,26 @@ def test_mistral_counts_the_reply_behind_the_instruction():
     assert [text.strip() for text in counted(tokenizer, TWO_TURNS)] == ["I am fine.</s>", "It is 4.</s>"]
 
 
-def test_mistral_moves_the_system_message_and_is_refused():
+def test_mistral_moves_the_system_message_and_its_replies_are_found():
     tokenizer = make_tokenizer(t.MISTRAL)
     messages = say("Hello?", "I am fine.", "What is 2 + 2?", "It is 4.", system="Be brief.")
-    with pytest.raises(TemplateError, match=r"rewrites earlier turns.*message 2 \(assistant: 'I am fine.'\).*last"):
-        encode(messages, tokenizer, 1000)
+    assert [text.strip() for text in counted(tokenizer, messages)] == ["I am fine.</s>", "It is 4.</s>"]
     assert [text.strip() for text in counted(tokenizer, messages, assistant_turns="last")] == ["It is 4.</s>"]
 
 
-def test_stripped_thinking_is_refused_unless_only_the_last_turn_counts():
+def test_replies_are_found_where_thinking_was_taken_out_of_them():
     tokenizer = make_tokenizer(t.STRIPS_THINKING)
     messages = say("Hello?", "<think>hm</think>\nI am fine.", "What is 2 + 2?", "<think>2, 3</think>\nIt is 4.")
-    with pytest.raises(TemplateError, match=r"--assistant_turns last.*generation"):
-        encode(messages, tokenizer, 1000)
-    assert counted(tokenizer, messages, assistant_turns="last") == ["<think>2, 3</think>\nIt is 4.<|im_end|>"]
+    whole = "<think>2, 3</think>\nIt is 4.<|im_end|>"
+    assert counted(tokenizer, messages) == ["I am fine.<|im_end|>", whole]
+    assert counted(tokenizer, messages, assistant_turns="last") == [whole + "\n"]
     assert counted(tokenizer, messages[:2]) == ["<think>hm</think>\nI am fine.<|im_end|>"]
 
 
 def test_a_token_that_crosses_into_the_reply_counts_and_shifts_nothing():
     """Without special tokens ': I' may be one token; everything else stays where it is."""
     tokenizer = make_tokenizer(t.PLAIN)
-    text, spans = render(TWO_TURNS, tokenizer)
+    text, spans, _ = render(TWO_TURNS, Template(tokenizer))
     assert [text[a:b] for a, b in spans] == ["I am fine.", "It is 4."]
     merged = tokenizer.tokenize("assistant: It")
     assert not any(token == "It" for token in merged), merged  # this tokenizer does merge across the boundary
@@ -93,37 +102,24 @@ def test_any_text_is_found(turns, template):
         return
     messages = say(*turns)
     tokenizer = TOKENIZERS.setdefault(template, make_tokenizer(template))
-    text, spans = render(messages, tokenizer)
+    text, spans, _ = render(messages, Template(tokenizer))
     assert len(spans) == len(turns) // 2
     for (a, b), reply in zip(spans, turns[1::2], strict=True):
         assert text[a:b].startswith(reply)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    encoded = encode(messages, tokenizer, 10_000)
+    encoded = encode(messages, tokenizer)
     inside = {k for a, b in spans for k in range(a, b)}
     for (a, b), counts in zip(offsets, encoded.mask, strict=False):
         assert bool(counts) == bool(inside & set(range(a, b)))
-    assert not encoded.truncated
 
 
 TOKENIZERS: dict = {}
 
 
-def test_truncation_is_told_and_cut_after_the_last_token_that_counts():
-    tokenizer = make_tokenizer()
-    whole = encode(TWO_TURNS, tokenizer, 1000)
-    assert whole.mask[-1] == 1
-    assert not whole.truncated
-    short = encode(TWO_TURNS, tokenizer, len(whole.mask) - 2)
-    assert short.truncated
-    assert short.input_ids == whole.input_ids[:-2]
-    none = encode(say("a very long question " * 20, "yes"), tokenizer, 8)
-    assert (none.input_ids, none.mask, none.truncated) == ([], [], True)
-
-
 def test_a_template_that_refuses_the_messages():
     tokenizer = make_tokenizer(t.GEMMA)
-    with pytest.raises(MessageError, match=r"the chat template refuses the messages: .*No system role here"):
-        encode(say("Hi", "Hello", system="Be kind."), tokenizer, 100)
+    with pytest.raises(DataError, match=r"the chat template refuses the messages: .*No system role here"):
+        encode(say("Hi", "Hello", system="Be kind."), tokenizer)
 
 
 @pytest.mark.parametrize("reply", ["assistant", "s", "", "<|im"])
@@ -139,7 +135,7 @@ def test_white_space_counts_with_tokenizers_that_trim_offsets(template):
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     offsets = trimming("a   b\n\n  c", return_offsets_mapping=True)["offset_mapping"]
     assert any(start == end for start, end in offsets)
-    one, other = encode(messages, plain, 1000), encode(messages, trimming, 1000)
+    one, other = encode(messages, plain), encode(messages, trimming)
     assert one == other
 
 
@@ -155,8 +151,8 @@ def test_a_reply_marked_in_pieces():
 
 def test_markers_that_miss_a_reply_are_refused():
     template = t.MARKED.replace("m['role'] == 'assistant' %}{% generation", "m['role'] == 'robot' %}{% generation")
-    with pytest.raises(TemplateError, match=r"marks 0 replies .* the conversation has 2"):
-        encode(TWO_TURNS, make_tokenizer(template), 100)
+    with pytest.raises(DataError, match=r"marks 0 replies .* the conversation has 2"):
+        encode(TWO_TURNS, make_tokenizer(template))
 
 
 @pytest.mark.parametrize(
@@ -175,5 +171,6 @@ def test_what_a_tokenizer_must_have(change, message, monkeypatch):
             monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
         else:
             setattr(tokenizer, name, value)
+    check = check_template if "chat_template" in change else check_tokenizer
     with pytest.raises(ValueError, match=message):
-        check_tokenizer(tokenizer)
+        check(tokenizer)

@@ -11,10 +11,10 @@ import torch
 from templates import make_tokenizer, say
 from torch.utils.data import DataLoader
 
-from dpo_kernels.training import DataError, DPODataset, PairCollator, TemplateError
+from dpo_kernels.training import DataError, DPODataset, PairCollator
 from dpo_kernels.training.data import attention_mask
 
-PAIR = {"chosen": say("Hello?", "I am fine."), "rejected": say("Hello?", "What do you want from me?")}
+PAIR = {"chosen": say("Hello?", "I am fine."), "rejected": say("Hello?", "No, why do you ask?")}
 LONG = {"chosen": say("Hello? " * 30, "I am fine."), "rejected": say("Hello? " * 30, "What?")}
 OTHER_PROMPT = {"chosen": say("Hello?", "Good."), "rejected": say("Who?", "Bad.")}
 
@@ -72,31 +72,37 @@ def test_attention_reaches_the_last_token_that_counts():
 
 
 def test_what_became_of_the_lines_is_reported(load):
-    dataset = load([PAIR, LONG, OTHER_PROMPT, "\n", "  \n"], max_length=40)
-    assert len(dataset) == 2
-    report = dataset.report
-    assert (report.pairs, report.skipped, report.without_reply, report.truncated, report.prompts_differ) == (
-        2,
-        0,
-        1,
-        0,
-        1,
-    )
-    assert "2 pairs, 1 dropped, since truncation left an answer without a token, 1 of them with prompts" in str(report)
-    length = int(load([PAIR])[0]["mask_rejected"].nonzero().max()) + 2
-    assert load([PAIR], max_length=length).report.truncated == 0
-    assert load([PAIR], max_length=length - 1).report.truncated == 1
+    same = PAIR | {"rejected": PAIR["chosen"]}
+    empty = {"chosen": say("Hello?", "Hi."), "rejected": say("Hello?", ""), "score": 3}
+    lines = [PAIR, LONG, OTHER_PROMPT, "\n", same, "  \n", PAIR, empty]
+    report = load(lines, max_length=40, truncation_mode="keep_start").report
+    assert (report.pairs, report.skipped, report.dropped) == (4, 0, {"without_reply": 1, "equal_answers": 1})
+    assert (report.prompts_differ, report.duplicates, report.empty_replies, report.cut_answer) == (1, 1, 1, 0)
+    assert report.formats == {"whole conversations": 4}
+    assert report.unused == ("score",)
+    text = str(report)
+    for part in ("4 pairs of", "pairs.jsonl, read as whole conversations", "1 with equal answers", "1 seen before",
+                 "1 with an answer of which truncation left no token", "1 with prompts that differ", "columns score",
+                 "1 with an empty answer", "(median / 90% / 99% / longest, before cutting)"):  # fmt: skip
+        assert part in text, text
+    dataset = load([PAIR, OTHER_PROMPT])
+    counted = sum(int(item[f"mask_{side}"].sum()) for item in dataset for side in ("chosen", "rejected"))
+    assert (dataset.report.counted, dataset.report.tokens) == (
+        counted, sum(len(row[f"{side}_ids"]) for row in dataset.rows for side in ("chosen", "rejected")),
+    )  # fmt: skip
+    assert f"counted       {counted / dataset.report.tokens:.0%} of" in str(dataset.report)
 
 
 BAD = [
     pytest.param('{"chosen": [', "not JSON: Expecting value at character 12", id="broken"),
     pytest.param("[1, 2]\n", "is a list; expected an object with 'chosen' and 'rejected'", id="a-list"),
-    pytest.param({"chosen": PAIR["chosen"]}, r"'rejected' is missing; found \['chosen'\]", id="missing-key"),
+    pytest.param({"chosen": PAIR["chosen"]},
+                 r"'rejected' is missing; fits none of the known formats: found chosen \(a list\)", id="missing-key"),
     pytest.param(PAIR | {"chosen": "Hi"}, "'chosen' is a string; expected a list of messages", id="no-list"),
     pytest.param(PAIR | {"chosen": []}, "'chosen' is an empty list", id="empty-list"),
     pytest.param(PAIR | {"chosen": ["Hi"]}, r"chosen\[0\] is a string; expected an object", id="message-a-string"),
-    pytest.param(PAIR | {"rejected": [{"from": "human", "value": "Hi"}]},
-                 r"rejected\[0\] has no 'role'; found \['from', 'value'\]", id="sharegpt"),
+    pytest.param(PAIR | {"rejected": [{"by": "human", "value": "Hi"}]},
+                 r"rejected\[0\] has no 'role'; found \['by', 'value'\]", id="no-role"),
     pytest.param(PAIR | {"rejected": [{"role": "user", "content": 3}]},
                  r"rejected\[0\]\['content'\] is a number; expected a string", id="content-a-number"),
     pytest.param(PAIR | {"rejected": [{"role": None, "content": "x"}]},
@@ -131,16 +137,21 @@ def test_bad_lines_can_be_skipped_and_are_kept(load, tmp_path):
     assert (len(dataset), dataset.report.skipped) == (2, 2)
     kept = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [(k["line"], k["text"]) for k in kept] == [(2, "{broken"), (3, json.dumps(lines[2]))]
+    assert kept[1]["where"].endswith("pairs.jsonl, line 3")
     assert kept[0]["reason"].startswith("not JSON")
     load(lines, on_bad_line="skip")
     assert len((tmp_path / "pairs.skipped.jsonl").read_text().splitlines()) == 2
 
 
 def test_files_without_pairs(load, tmp_path):
-    with pytest.raises(DataError, match=r"the file is empty; expected one pair a line"):
+    with pytest.raises(DataError, match=r"there is no pair in it; expected one a line"):
         load(["\n"])
-    with pytest.raises(DataError, match=r"no pair is left to train on .*raise max_length \(5\)"):
-        load([PAIR], max_length=5)
+    with pytest.raises(
+        DataError, match=r"(?s)no pair is left to train on.*1 longer than max_length.*Raise max_length \(5\)"
+    ):
+        load([PAIR], max_length=5, truncation_mode="drop")
+    with pytest.raises(DataError, match=r"(?s)1 with equal answers.*the same in each pair; look at the columns"):
+        load([PAIR | {"rejected": PAIR["chosen"]}])
     with pytest.raises(FileNotFoundError, match=r"no preference file .*nowhere.jsonl"):
         DPODataset(tmp_path / "nowhere.jsonl", make_tokenizer(), 10)
 
@@ -151,6 +162,7 @@ def test_files_without_pairs(load, tmp_path):
         ({"max_length": 1}, "max_length is 1; expected at least 2"),
         ({"assistant_turns": "first"}, r"assistant_turns is 'first'; expected one of \('all', 'last'\)"),
         ({"on_bad_line": "ignore"}, "on_bad_line is 'ignore'"),
+        ({"truncation_mode": "middle"}, r"truncation_mode is 'middle'; expected one of \('keep_answer', 'keep_start'"),
         ({"tokenizer": make_tokenizer(None)}, "no single chat template"),
     ],
 )
@@ -159,16 +171,19 @@ def test_bad_arguments(load, options, message):
         load([PAIR], **options)
 
 
-def test_a_template_that_rewrites_turns_names_file_and_line(load):
-    messages = say("a", "<think>b</think>c", "d", "e")
-    with pytest.raises(TemplateError, match=r"pairs.jsonl, line 2: the chat template rewrites earlier turns"):
-        load([PAIR, {"chosen": messages, "rejected": messages}], tokenizer=make_tokenizer(t.STRIPS_THINKING))
-    dataset = load(
-        [{"chosen": messages, "rejected": messages}],
-        tokenizer=make_tokenizer(t.STRIPS_THINKING),
-        assistant_turns="last",
+def test_a_template_that_hides_a_reply_names_file_and_line_and_can_be_skipped(load):
+    """It writes earlier replies in capitals."""
+    shouts = t.CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'] | upper }}")
+    messages = say("a", "b", "c", "d")
+    lines = [PAIR, {"chosen": messages, "rejected": [*messages[:-1], {"role": "assistant", "content": "e"}]}]
+    told = (
+        r"pairs.jsonl, line 2: the chat template writes message 1 \(assistant: 'b'\) in the whole conversation otherwise "
+        r"than .* Count only the last reply \(--assistant_turns last\); or use a template that marks"
     )
-    assert len(dataset) == 1
+    with pytest.raises(DataError, match=told):
+        load(lines, tokenizer=make_tokenizer(shouts))
+    assert len(load(lines, tokenizer=make_tokenizer(shouts), on_bad_line="skip")) == 1
+    assert len(load(lines, tokenizer=make_tokenizer(shouts), assistant_turns="last")) == 2
 
 
 def test_the_cache_follows_content_and_options(load, tmp_path):

@@ -237,7 +237,8 @@ def test_everything_from_a_file_with_every_option_at_once(tmp_path, model_dir, e
     done = run(environment, tmp_path / "options.yaml")
     assert done.returncode == 0, done.stderr
     assert "no checkpoint in" in done.stdout
-    assert "6 pairs, 1 bad lines skipped" in done.stdout
+    assert "training: 6 pairs of" in done.stdout
+    assert "1 bad lines" in done.stdout
     assert "held-out preference accuracy" in done.stdout
     assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["line"] == 7
     assert losses(tmp_path / "out")[1] == pytest.approx(0.6931472, abs=1e-4)

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 
 from dpo_kernels import reference
 from dpo_kernels.training import DPOConfig, DPOTrainer, HeadError, NonFiniteError, PairCollator, checkpoints
-from dpo_kernels.training.trainer import PAIR_METRICS, parse_bytes
+from dpo_kernels.training.config import parse_bytes
+from dpo_kernels.training.trainer import PAIR_METRICS
 
 LOG2 = torch.tensor(2.0).log().item()
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}

@@ -1,19 +1,23 @@
 """DPO training of Hugging Face models; needs the extra `train` (transformers, accelerate, datasets)."""
 
 from dpo_kernels.training.callbacks import NonFiniteError
-from dpo_kernels.training.chat import TemplateError
-from dpo_kernels.training.data import DataError, DPODataset, PairCollator
+from dpo_kernels.training.config import DPOConfig
+from dpo_kernels.training.data import DPODataset, PairCollator
+from dpo_kernels.training.data_report import DataReport
+from dpo_kernels.training.formats import ReadOptions
+from dpo_kernels.training.messages import DataError
 from dpo_kernels.training.model import FusedHead, HeadError
-from dpo_kernels.training.trainer import DPOConfig, DPOTrainer
+from dpo_kernels.training.trainer import DPOTrainer
 
 __all__ = [
     "DPOConfig",
     "DPODataset",
     "DPOTrainer",
     "DataError",
+    "DataReport",
     "FusedHead",
     "HeadError",
     "NonFiniteError",
     "PairCollator",
-    "TemplateError",
+    "ReadOptions",
 ]

@@ -1,7 +1,4 @@
-"""Preference pairs from a JSONL file to padded tensors, memory-mapped by the `datasets` library.
-
-Each line is {"chosen": [messages], "rejected": [messages]}; a message has a "role" and a "content".
-"""
+"""Preference pairs from wherever they lie to padded tensors, memory-mapped by the `datasets` library."""
 
 from __future__ import annotations
 
@@ -9,8 +6,9 @@ import copy
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +17,37 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kernels.training import chat
+from dpo_kernels.training import chat, encoding
+from dpo_kernels.training.data_report import DataReport
+from dpo_kernels.training.formats import SIDES, ReadOptions, read_line
+from dpo_kernels.training.messages import DataError
+from dpo_kernels.training.sources import RawLine, Source, open_source
 
-SIDES = ("chosen", "rejected")
 ON_BAD_LINE = ("raise", "skip")
 IGNORE_INDEX = -100
-FORMAT = 1  # of the cached rows: raise it when what a row holds changes
-
-
-class DataError(ValueError):
-    """The preference file cannot be trained on; names the file, the line and the cause."""
+FORMAT = 2  # of the cached rows: raise it when what a row holds changes
 
 
 @dataclass(frozen=True)
-class DataReport:
-    """What became of the lines of a file.
+class EncodeOptions:
+    """Everything that decides what becomes of a line, but for the tokenizer; see `DPODataset`."""
 
-    pairs: lines that training uses. skipped: bad lines, left out on request. without_reply: pairs dropped since
-    truncation left one of their answers without a token that counts. truncated: pairs cut to max_length.
-    prompts_differ: pairs whose messages before the last are not the same; they are used all the same.
-    """
+    max_length: int
+    assistant_turns: str = "all"
+    truncation_mode: str = "keep_answer"
+    read: ReadOptions = field(default_factory=ReadOptions)
 
-    pairs: int
-    skipped: int
-    without_reply: int
-    truncated: int
-    prompts_differ: int
-
-    def __str__(self) -> str:
-        parts = [f"{self.pairs:,} pairs"]
-        for count, what in (
-            (self.skipped, "bad lines skipped"),
-            (self.without_reply, "dropped, since truncation left an answer without a token"),
-            (self.truncated, "of them cut to max_length"),
-            (self.prompts_differ, "of them with prompts that differ"),
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(
+                f"max_length is {self.max_length}; expected at least 2 tokens, one to read and one to predict"
+            )
+        for name, value, known in (
+            ("assistant_turns", self.assistant_turns, chat.ASSISTANT_TURNS),
+            ("truncation_mode", self.truncation_mode, encoding.TRUNCATION_MODES),
         ):
-            if count:
-                parts.append(f"{count:,} {what}")
-        return ", ".join(parts)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {known}")
 
 
 class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -70,67 +61,77 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     Nothing counts after the last True of a mask, so the text ends there.
 
     Args:
-        path: the JSONL file. Blank lines are passed over.
-        tokenizer: fast, with a chat template and a pad token.
-        max_length: the longest conversation in tokens; longer ones are cut on the right. At least 2.
-        assistant_turns: "all" counts every reply of the assistant, "last" only the answer itself.
+        path: a file, a folder, or a name on the hub; or a `datasets.Dataset` (see `sources.open_source`). Each line is
+            a pair in one of the formats of docs/data.md.
+        tokenizer: fast, with a pad token; with a chat template if the pairs are messages.
+        max_length: the longest sequence in tokens, at least 2.
+        assistant_turns: "all" counts every reply of the assistant, "last" only the answer itself, as TRL does.
+        truncation_mode: of longer sequences: "keep_answer", "keep_start" or "drop" (see `encoding.encode`).
+        read: how lines are read: names of columns, strings as chat, tools and options for the template.
         on_bad_line: "raise", or "skip": bad lines are left out and written to `skipped_path` with their reasons.
         skipped_path: default: beside the file, as NAME.skipped.jsonl.
         num_proc: processes that tokenize.
-        cache_dir: where tokenized rows are kept, under a key of file content, tokenizer and options. Default: the
-            folder dpo_kernels in the cache of the `datasets` library.
+        cache_dir: where tokenized rows are kept, under a key of content, tokenizer and options. Default: the folder
+            dpo_kernels in the cache of the `datasets` library.
+
+    Attributes:
+        report: what became of the lines, a `DataReport`.
+        rows: the `datasets.Dataset` behind it, one row a pair.
 
     Raises:
         FileNotFoundError: no such file.
         DataError: a bad line (file, line and cause), an empty file, or no pair left.
-        TemplateError: the template rewrites earlier turns; says what to do.
         ValueError: the tokenizer lacks something, or an argument is out of range.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | datasets.Dataset,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         *,
         assistant_turns: str = "all",
+        truncation_mode: str = "keep_answer",
+        read: ReadOptions | None = None,
         on_bad_line: str = "raise",
         skipped_path: str | os.PathLike[str] | None = None,
         num_proc: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if max_length < 2:
-            raise ValueError(f"max_length is {max_length}; expected at least 2 tokens, one to read and one to predict")
-        for name, value, known in (
-            ("assistant_turns", assistant_turns, chat.ASSISTANT_TURNS),
-            ("on_bad_line", on_bad_line, ON_BAD_LINE),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; expected one of {known}")
-        chat.check_tokenizer(tokenizer)
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no preference file {self.path}; give a JSONL file")
-        self.max_length = max_length
+        self.options = EncodeOptions(max_length, assistant_turns, truncation_mode, read or ReadOptions())
+        if on_bad_line not in ON_BAD_LINE:
+            raise ValueError(f"on_bad_line is {on_bad_line!r}; expected one of {ON_BAD_LINE}")
+        encoding.check_tokenizer(tokenizer)
+        source = open_source(path)
+        self.name, self.max_length = source.name, max_length
         self.pad_token_id = int(tokenizer.pad_token_id)
-        content = _content_hash(self.path)
-        self.key = _key(content, tokenizer, max_length, assistant_turns)
+        self.key = _key(source.content, tokenizer, self.options)
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
-        rows = self._tokenize(content, tokenizer, assistant_turns, num_proc)
-        bad = [(i, reason) for i, reason in enumerate(rows["error"]) if reason]
-        if bad:
-            self._handle_bad_lines(rows, bad, on_bad_line, skipped_path)
-        usable = [i for i, (error, reply) in enumerate(zip(rows["error"], rows["has_reply"], strict=True))
-                  if reply and not error]  # fmt: skip
+        lines = _lines_of(source, self.cache_dir)
+        rows = self._encode(lines, tokenizer, num_proc)
+        self.skipped = _handle_bad_lines(rows, lines, source, on_bad_line, skipped_path)
+        reasons = Counter(reason for reason, error in zip(rows["dropped"], rows["error"], strict=True) if not error)
+        usable = [i for i, (error, dropped) in enumerate(zip(rows["error"], rows["dropped"], strict=True))
+                  if not (error or dropped)]  # fmt: skip
         self.rows = rows.select(usable)
-        self.report = DataReport(
-            len(usable), len(bad), len(rows) - len(bad) - len(usable),
-            sum(self.rows["truncated"]), sum(self.rows["prompts_differ"]),
-        )  # fmt: skip
+        self.dropped = {reason: count for reason, count in reasons.items() if reason}
+        self.report = DataReport.of(self.rows, self.name, max_length, self.skipped, self.dropped)
         if not usable:
-            raise DataError(
-                f"{self.path}: no pair is left to train on ({self.report}); raise max_length ({max_length})"
-            )
+            raise DataError(f"{self.name}: no pair is left to train on.\n{self.report}\n{self._advice()}")
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, **options: Any
+    ) -> DPODataset:
+        """The pairs of a `datasets.Dataset` in memory or on disk; arguments and errors as of the class.
+
+        Raises:
+            TypeError: it is no `datasets.Dataset`.
+            ValueError: it is streamed, or a dict of splits.
+        """
+        if isinstance(dataset, str | os.PathLike) or not hasattr(dataset, "column_names"):
+            raise TypeError(f"from_dataset takes a datasets.Dataset, not {type(dataset).__name__}")
+        return cls(dataset, tokenizer, max_length, **options)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -169,6 +170,41 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         """The same pairs with the columns ref_chosen and ref_rejected, one list of len(ids) - 1 log-probs a row."""
         return self._with_rows(datasets.concatenate_datasets([self.rows, log_probs], axis=1))
 
+    @staticmethod
+    def mix(parts: Sequence[DPODataset], weights: Sequence[float] | None = None, seed: int = 0) -> DPODataset:
+        """Several datasets as one.
+
+        Args:
+            parts: read with one tokenizer and one max_length.
+            weights: how often a pair of each is drawn, relative to the others; drawn by the seed, without repeating a
+                pair of a part before all its others, until each pair of each part has been drawn. None: every pair
+                once, one part after the other.
+
+        Raises:
+            ValueError: weights of another number than the parts, or not positive; parts of different max_length.
+        """
+        if len({part.max_length for part in parts}) != 1:
+            raise ValueError(f"datasets of different max_length: {[part.max_length for part in parts]}")
+        if weights is not None and (len(weights) != len(parts) or min(weights) <= 0):
+            raise ValueError(
+                f"data_weights is {list(weights)} for {len(parts)} datasets; expected a positive number for each"
+            )
+        if len(parts) == 1:
+            return parts[0]
+        rows = [part.rows for part in parts]
+        if weights is None:
+            mixed = datasets.concatenate_datasets(rows)
+        else:
+            shares = [weight / sum(weights) for weight in weights]
+            mixed = datasets.interleave_datasets(rows, shares, seed=seed, stopping_strategy="all_exhausted")
+        result = parts[0]._with_rows(mixed)
+        result.name = " + ".join(part.name for part in parts)
+        result.key = hashlib.sha256(json.dumps([part.key for part in parts]).encode()).hexdigest()[:32]
+        result.skipped = sum(part.skipped for part in parts)
+        result.dropped = dict(sum((Counter(part.dropped) for part in parts), Counter()))
+        result.report = DataReport.of(mixed, result.name, result.max_length, result.skipped, result.dropped)
+        return result
+
     def _with_rows(self, rows: datasets.Dataset) -> DPODataset:
         other = copy.copy(self)
         other.rows = rows
@@ -188,43 +224,20 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         result[: len(values)] = torch.tensor(values, dtype=dtype)
         return result
 
-    def _tokenize(
-        self, content: str, tokenizer: PreTrainedTokenizerBase, assistant_turns: str, num_proc: int | None
+    def _encode(
+        self, lines: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None
     ) -> datasets.Dataset:
-        if next(_lines(str(self.path), content), None) is None:
-            raise DataError(f"{self.path}: the file is empty; expected one pair a line")
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        lines = datasets.Dataset.from_generator(
-            _lines, features=LINE, cache_dir=str(self.cache_dir),
-            gen_kwargs={"path": str(self.path.resolve()), "content": content},
+        return lines.map(
+            _encode_lines, batched=True, batch_size=100, features=ROW, remove_columns=lines.column_names,
+            num_proc=num_proc, desc=f"Tokenizing {Path(self.name).name}", new_fingerprint=self.key,
+            cache_file_name=str(self.cache_dir / f"pairs-{self.key}.arrow"),
+            fn_kwargs={"tokenizer": tokenizer, "options": self.options},
         )  # fmt: skip
-        try:
-            return lines.map(
-                _encode_line, features=ROW, remove_columns=["text"], num_proc=num_proc,
-                desc=f"Tokenizing {self.path.name}", new_fingerprint=self.key,
-                cache_file_name=str(self.cache_dir / f"pairs-{self.key}.arrow"),
-                fn_kwargs={"tokenizer": tokenizer, "max_length": self.max_length, "assistant_turns": assistant_turns},
-            )  # fmt: skip
-        except chat.TemplateError as error:
-            raise chat.TemplateError(f"{self.path}, {error}") from error
 
-    def _handle_bad_lines(
-        self, rows: datasets.Dataset, bad: list[tuple[int, str]], on_bad_line: str, skipped_path: Any
-    ) -> None:
-        numbers = rows["line"]
-        if on_bad_line == "raise":
-            first, reason = bad[0]
-            more = f" ({len(bad) - 1:,} more lines are bad)" if len(bad) > 1 else ""
-            raise DataError(
-                f"{self.path}, line {numbers[first]}: {reason}{more}; mend it, or leave bad lines out with "
-                "--on_bad_line skip"
-            )
-        reasons = {numbers[i]: reason for i, reason in bad}
-        target = Path(skipped_path) if skipped_path else self.path.with_suffix(".skipped.jsonl")
-        write_whole(target, "".join(
-            json.dumps({"line": number, "reason": reasons[number], "text": text}, ensure_ascii=False) + "\n"
-            for number, text in _texts(self.path) if number in reasons
-        ))  # fmt: skip
+    def _advice(self) -> str:
+        if set(self.dropped) == {encoding.EQUAL_ANSWERS}:
+            return "Chosen and rejected are the same in each pair; look at the columns that were read"
+        return f"Raise max_length ({self.max_length})"
 
 
 @dataclass(frozen=True)
@@ -255,111 +268,130 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-LINE = datasets.Features({"line": datasets.Value("int64"), "text": datasets.Value("large_binary")})
+LINE = datasets.Features({
+    "number": datasets.Value("int64"), "where": datasets.Value("string"), "text": datasets.Value("large_binary"),
+    "error": datasets.Value("string"),
+})  # fmt: skip
 ROW = datasets.Features({
-    "line": datasets.Value("int64"), "error": datasets.Value("string"), "has_reply": datasets.Value("bool"),
-    "truncated": datasets.Value("bool"), "prompts_differ": datasets.Value("bool"),
+    "line": datasets.Value("int64"), "where": datasets.Value("string"), "error": datasets.Value("string"),
+    "dropped": datasets.Value("string"), "format": datasets.Value("string"),
+    "unused": datasets.List(datasets.Value("string")), "cut_prompt": datasets.Value("bool"),
+    "cut_answer": datasets.Value("bool"), "prompts_differ": datasets.Value("bool"),
+    "empty_reply": datasets.Value("bool"), "lengths": datasets.List(datasets.Value("int32")),
+    "counted": datasets.Value("int32"), "tokens": datasets.Value("int32"), "digest": datasets.Value("string"),
     **{f"{side}_ids": datasets.List(datasets.Value("int32")) for side in SIDES},
     **{f"{side}_mask": datasets.List(datasets.Value("int8")) for side in SIDES},
 })  # fmt: skip
+BLANK: dict[str, Any] = {
+    "error": "", "dropped": "", "format": "", "unused": [], "cut_prompt": False, "cut_answer": False,
+    "prompts_differ": False, "empty_reply": False, "lengths": [0, 0, 0], "counted": 0, "tokens": 0,
+    "digest": "",
+    **{f"{side}_{what}": [] for side in SIDES for what in ("ids", "mask")},
+}  # fmt: skip
 
 
-def _lines(path: str, content: str) -> Iterator[dict[str, Any]]:
-    """content: the file's hash, so that the library's cache follows the file."""
-    with Path(path).open("rb") as file:
-        for number, text in enumerate(file, start=1):
-            if text.strip():
-                yield {"line": number, "text": text}
-
-
-def _texts(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, text in enumerate(file, start=1):
-            yield number, text.decode("utf-8", errors="replace").rstrip("\r\n")
-
-
-def _encode_line(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_turns: str
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"error": "", "has_reply": False, "truncated": False, "prompts_differ": False}
-    result |= {f"{side}_{what}": [] for side in SIDES for what in ("ids", "mask")}
+def _lines_of(source: Source, cache_dir: Path) -> datasets.Dataset:
+    """All lines of a source as they are, in a file that memory can be mapped to."""
+    if next(source.lines(), None) is None:
+        raise DataError(f"{source.name}: there is no pair in it; expected one a line")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    named = hashlib.sha256(f"{FORMAT} {source.name} {source.content}".encode()).hexdigest()[:32]
     try:
-        pair = parse_pair(row["text"])
-        encoded = {side: chat.encode(pair[side], tokenizer, max_length, assistant_turns) for side in SIDES}
-    except (DataError, chat.MessageError) as error:
-        return result | {"error": str(error)}
-    except chat.TemplateError as error:
-        raise chat.TemplateError(f"line {row['line']}: {error}") from error
-    for side in SIDES:
-        result |= {f"{side}_ids": encoded[side].input_ids, f"{side}_mask": encoded[side].mask}
-    return result | {
-        "has_reply": all(any(encoded[side].mask[1:]) for side in SIDES),
-        "truncated": any(encoded[side].truncated for side in SIDES),
-        "prompts_differ": pair["chosen"][:-1] != pair["rejected"][:-1],
-    }
+        return datasets.Dataset.from_generator(
+            _generate, features=LINE, cache_dir=str(cache_dir), fingerprint=named, gen_kwargs={"source": source}
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from error
+        raise
 
 
-def parse_pair(text: bytes) -> dict[str, list[chat.Message]]:
-    """One line of the file as {"chosen": messages, "rejected": messages}.
+def _generate(source: Source) -> Iterator[dict[str, Any]]:
+    for line in source.lines():
+        yield line._asdict()
 
+
+def _encode_lines(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+) -> dict[str, list[Any]]:
+    lines = (RawLine(*values) for values in zip(*(batch[name] for name in RawLine._fields), strict=True))
+    rows = [row for line in lines for row in _encode_line(line, tokenizer, options)]
+    return {name: [row[name] for row in rows] for name in ROW}
+
+
+def _encode_line(line: RawLine, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> Iterator[dict[str, Any]]:
+    """A row for each pair of the line; one with the reason in it if the line is bad."""
+    found = BLANK | {"line": line.number, "where": line.where}
+    rows = []
+    try:
+        if line.error:
+            raise DataError(line.error)
+        read = read_line(parse_json(line.text), options.read)
+        for pair in read.pairs:
+            encoded = encoding.encode(
+                pair, tokenizer, options.max_length, options.assistant_turns, options.truncation_mode
+            )
+            sides = {side: getattr(encoded, side) for side in SIDES}
+            ids = {name: side.input_ids for name, side in sides.items()}
+            rows.append(found | {
+                "format": read.format, "unused": list(read.unused), "dropped": encoded.dropped,
+                "cut_prompt": encoded.cut_prompt, "cut_answer": encoded.cut_answer, "lengths": list(encoded.lengths),
+                "prompts_differ": encoding.prompts_differ(pair), "empty_reply": encoding.has_empty_reply(pair),
+                "counted": sum(len(side.counted) for side in sides.values()), "tokens": sum(map(len, ids.values())),
+                "digest": hashlib.blake2b(json.dumps(ids).encode(), digest_size=12).hexdigest(),
+                **{f"{name}_ids": ids[name] for name in SIDES},
+                **{f"{name}_mask": side.mask for name, side in sides.items()},
+            })  # fmt: skip
+    except DataError as error:
+        rows = [found | {"error": str(error)}]
+    yield from rows
+
+
+def parse_json(text: bytes) -> Any:
+    """
     Raises:
-        DataError: says what is wrong, where in the line.
+        DataError: it is no JSON in UTF-8; says where.
     """
     try:
-        pair = json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise DataError(f"not JSON that can be read: {error}") from error
-    if not isinstance(pair, dict):
-        raise DataError(f"is {_kind(pair)}; expected an object with 'chosen' and 'rejected'")
-    for side in SIDES:
-        if side not in pair:
-            raise DataError(f"{side!r} is missing; found {sorted(pair)}")
-        messages = pair[side]
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"{side!r} is {_kind(messages)}; expected a list of messages")
-        for i, message in enumerate(messages):
-            _check_message(f"{side}[{i}]", message)
-        if messages[-1]["role"] != "assistant":
-            raise DataError(f"the last message of {side!r} is from {messages[-1]['role']!r}; expected 'assistant'")
-    return pair
 
 
-def _check_message(where: str, message: Any) -> None:
-    if not isinstance(message, dict):
-        raise DataError(f"{where} is {_kind(message)}; expected an object with 'role' and 'content'")
-    for key in ("role", "content"):
-        if key not in message:
-            raise DataError(f"{where} has no {key!r}; found {sorted(message)}")
-        if not isinstance(message[key], str):
-            raise DataError(f"{where}[{key!r}] is {_kind(message[key])}; expected a string")
-        try:
-            message[key].encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}[{key!r}] is no valid Unicode: {error.reason} at {error.start}") from error
-    if not message["role"]:
-        raise DataError(f"{where}['role'] is empty")
+def _handle_bad_lines(
+    rows: datasets.Dataset, lines: datasets.Dataset, source: Source, on_bad_line: str, skipped_path: Any
+) -> int:
+    """Raises, or writes the bad lines with their reasons; returns how many there are."""
+    reasons = {where: reason for where, reason in zip(rows["where"], rows["error"], strict=True) if reason}
+    if not reasons:
+        return 0
+    if on_bad_line == "raise":
+        where, reason = next(iter(reasons.items()))
+        more = f" ({len(reasons) - 1:,} more lines are bad)" if len(reasons) > 1 else ""
+        raise DataError(f"{where}: {reason}{more}; mend it, or leave bad lines out with --on_bad_line skip")
+    target = Path(skipped_path) if skipped_path else _beside(source)
+    kept = (
+        {"line": line["number"], "where": line["where"], "reason": reasons[line["where"]],
+         "text": line["text"].decode("utf-8", errors="replace").rstrip("\r\n")}
+        for line in lines if line["where"] in reasons
+    )  # fmt: skip
+    write_whole(target, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
+    return len(reasons)
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return "an empty list" if value == [] else names.get(type(value), "a number")
+def _beside(source: Source) -> Path:
+    if len(source.files) == 1:
+        return source.files[0].with_suffix(".skipped.jsonl")
+    return Path("skipped.jsonl") if source.table is not None else source.files[0].parent / "skipped.jsonl"
 
 
-def _content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _key(content: str, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_turns: str) -> str:
+def _key(content: str, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> str:
     facts = [
         FORMAT, content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-        sorted(tokenizer.special_tokens_map.items()), max_length, assistant_turns,
+        sorted(tokenizer.special_tokens_map.items()), asdict(options),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]

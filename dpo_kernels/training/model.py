@@ -237,6 +237,32 @@ def router_aux_loss_coef(model: Any) -> float | None:
     return getattr(config, "router_aux_loss_coef", None)
 
 
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a model was made for, in tokens, scaled rotary embeddings included; None: no limit."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for scaled in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
+        factor, original = (scaled.get(name) for name in ("factor", "original_max_position_embeddings"))
+        if factor and original:
+            limits.append(int(factor * original))
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return max(known, default=None)
+
+
+def check_positions(config: Any, max_length: int) -> None:
+    """
+    Raises:
+        ValueError: sequences of max_length tokens have more positions than the model.
+    """
+    limit = max_positions(config)
+    if limit is not None and max_length - 1 > limit:  # the last token is predicted, never read
+        raise ValueError(
+            f"max_length is {max_length:,}, and the model has {limit:,} positions (max_position_embeddings, with what "
+            f"its rope parameters extend them by); give --max_length {limit:,} or less, or a model for longer sequences"
+        )
+
+
 def _rounded(value: float) -> float:
     """To seven digits: what a model that computes in float32 can tell, and 1 is exactly 1."""
     return float(f"{value:.7g}")

@@ -83,5 +83,5 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _key(dataset: DPODataset, fingerprint: str, precision: str) -> str:
-    facts = [dataset.key, list(dataset.rows["line"]), fingerprint, precision, torch.__version__]
+    facts = [dataset.key, list(dataset.rows["digest"]), fingerprint, precision, torch.__version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

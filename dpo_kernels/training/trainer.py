@@ -2,136 +2,33 @@
 
 from __future__ import annotations
 
-import re
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from dpo_kernels import checks
 from dpo_kernels.losses import aggregate_log_probs, make_pairs
-from dpo_kernels.preference_losses import LossOptions, Sides, pair_losses
+from dpo_kernels.preference_losses import Sides, pair_losses
 from dpo_kernels.training import checkpoints
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm
-from dpo_kernels.training.data import PairCollator, attention_mask
-from dpo_kernels.training.model import FusedHead, HeadError, disable_dropout, router_aux_loss_coef
+from dpo_kernels.training.config import DPOConfig
+from dpo_kernels.training.data import IGNORE_INDEX, DPODataset, PairCollator, attention_mask
+from dpo_kernels.training.model import FusedHead, HeadError, check_positions, disable_dropout, router_aux_loss_coef
 from dpo_kernels.training.precompute import model_fingerprint, with_ref_log_probs
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
-
-
-# Options of TrainingArguments that would be ignored or misunderstood, and the values that they may have.
-RESTRICTED: dict[str, tuple[Any, ...]] = {
-    "label_smoothing_factor": (0.0,),
-    "batch_eval_metrics": (False,),
-    "train_sampling_strategy": ("random", "sequential"),
-    "use_liger_kernel": (False,),
-    "remove_unused_columns": (False,),
-    "neftune_noise_alpha": (None,),
-}
-
-
-@dataclass
-class DPOConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what DPO adds. Names and defaults follow TRL's where it has the option."""
-
-    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave it off: a non-finite loss is an error."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it off: the columns are the pairs."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"nargs": "?", "const": "latest", "help": "A checkpoint folder; alone: the latest of output_dir."},
-    )
-    beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference, >= 0."})
-    dpo_aggregate: Literal["sum", "mean"] = field(default="sum", metadata={"help": "Over the tokens of an answer."})
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Names from dpo_kernels.preference_losses.LOSSES; of several the weighted sum."},
-    )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "One number per loss_type; default: 1 each."}
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "The share of preferences that may be flipped, in [0, 1)."}
-    )
-    f_divergence_type: str = field(
-        default="reverse_kl", metadata={"help": "reverse_kl, forward_kl, js_divergence or alpha_divergence."}
-    )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "alpha of alpha_divergence."})
-    ld_alpha: float | None = field(
-        default=None, metadata={"help": "LD-DPO: weight of the tokens beyond the shorter answer's length, in [0, 1]."}
-    )
-    use_weighting: bool = field(
-        default=False, metadata={"help": "WPO: a pair weighs as much as it is likely under the policy."}
-    )
-    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of discopop, > 0."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of simpo, >= 0."})
-    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of cpo's negative log-likelihood, >= 0."})
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the load-balancing loss of a mixture of experts; default: the model's."},
-    )
-    memory_budget: str | None = field(
-        default=None, metadata={"help": "What the head may hold, such as 512MiB; default: 1GiB or more (see plan)."}
-    )
-    impl: str | None = field(
-        default=None, metadata={"help": "triton, cpp or torch; default: the fastest that can run."}
-    )
-    precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "One pass of the reference before training, cached on disk; then it is freed."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.memory_budget_bytes = parse_bytes(self.memory_budget)
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        names = {f.name: "dpo_aggregate" if f.name == "aggregate" else f.name for f in fields(LossOptions)}
-        self.loss_options = checks.loss_options(LossOptions(**{to: getattr(self, own) for to, own in names.items()}))
-        for name, allowed in RESTRICTED.items():
-            if (value := getattr(self, name, allowed[0])) not in allowed:
-                raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
-        if self.n_gpu > 1:
-            warnings.warn(
-                f"{self.n_gpu} GPUs are visible and one is used: to use them all, run "
-                f"torchrun --nproc_per_node {self.n_gpu} train.py ...",
-                stacklevel=2,
-            )
-            self._n_gpu = 1  # nn.DataParallel would share one head among its threads
-
-
-def parse_bytes(text: str | int | None) -> int | None:
-    """512MiB, 1.5 GiB, 64MB or a plain number of bytes; None stays None.
-
-    Raises:
-        ValueError: not a size.
-    """
-    if text is None or isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"memory_budget is {text!r}; expected a size such as 512MiB, 2GiB or 500000000")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+UNCOUNTED = "uncounted"  # in a batch: its pair is there for a process that has nothing left to do
 
 
 class DPOTrainer(Trainer):
@@ -162,6 +59,7 @@ class DPOTrainer(Trainer):
     train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
     _staged_in: str | None = None
+    _reference_freed: bool = False  # since the datasets hold its log-probs
     _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
@@ -179,6 +77,8 @@ class DPOTrainer(Trainer):
             raise ValueError("model and ref_model are one object; the reference must stay what it is: load it twice")
         if args.disable_dropout:
             disable_dropout(model)
+        for name, dataset in _named(train_dataset=train_dataset, eval_dataset=eval_dataset):
+            _check_dataset(name, dataset, model)
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
         super().__init__(
             model=model, args=args, data_collator=PairCollator(), train_dataset=train_dataset,
@@ -206,14 +106,12 @@ class DPOTrainer(Trainer):
             self.add_callback(callback)
         if args.precompute_ref_log_probs and self.ref_model is not None:
             self.train_dataset, self.eval_dataset = (
-                None if d is None else with_ref_log_probs(d, self._reference_log_probs, fingerprint, self)
+                _each(d, lambda one: with_ref_log_probs(one, self._reference_log_probs, fingerprint, self))
                 for d in (self.train_dataset, self.eval_dataset)
             )
-            self.ref_model = None
-        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
-            if not args.loss_options.needs_reference or self.ref_model is not None or dataset is None:
-                continue
-            if "ref_chosen" not in dataset[0]:
+            self.ref_model, self._reference_freed = None, True
+        for name, dataset in self._datasets():
+            if self._needs_reference and self.ref_model is None and "ref_chosen" not in dataset[0]:
                 raise ValueError(f"no ref_model, and {name} holds no log-probs of one; give a ref_model")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,10 +135,17 @@ class DPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The DPO loss of a batch; with return_outputs also the loss and `PAIR_METRICS` of each pair, (B, 8)."""
-        pairs = len(inputs["x_chosen"])
+        pairs = _count_pairs(inputs)
         mask = _both(inputs, "mask")
+        has_reference = self.ref_model is not None or "ref_chosen" in inputs
+        if self._needs_reference and not has_reference:
+            raise ValueError(
+                "a dataset that holds no log-probs of the reference, and the reference is not there"
+                + (" any more: precompute_ref_log_probs freed it. Give the dataset as eval_dataset when the trainer is "
+                   "made, by name in a dict if there are several" if self._reference_freed else "; give a ref_model")
+            )  # fmt: skip
         output = self._forward(model, inputs, output_router_logits=self.router_aux_loss_coef > 0)
-        policy, has_reference = output["log_probs"], self.ref_model is not None or "ref_chosen" in inputs
+        policy = output["log_probs"]
         ref = self._reference_log_probs(inputs) if has_reference else None  # some losses can do without
         options = self.args.loss_options
         of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else None
@@ -250,7 +155,7 @@ class DPOTrainer(Trainer):
             losses = losses + self.router_aux_loss_coef * output["aux_loss"]
         loss = losses.mean()
         metrics = self._pair_metrics(made.logratios, policy.detach(), mask)
-        if model.training:
+        if model.training and pairs:
             self._count(inputs, metrics, output.get("aux_loss"))
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
             # Gradients are averaged over processes, so that each multiplies its share by their number.
@@ -341,12 +246,40 @@ class DPOTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
+        self._leave_out_repeats(batch_samples[-1])
         # The pairs of the whole step, and its chosen tokens: a negative log-likelihood is a mean over those.
-        pairs = sum(len(batch["x_chosen"]) for batch in batch_samples)
+        pairs = sum(map(_count_pairs, batch_samples))
         tokens = sum(int(batch["mask_chosen"].count_nonzero()) for batch in batch_samples)
         of_the_step = self.accelerator.reduce(torch.tensor([pairs, tokens], device=device), reduction="sum")
         self._tokens_per_chosen = of_the_step[1] / of_the_step[0]
         return of_the_step[0]
+
+    def _leave_out_repeats(self, batch: dict[str, Tensor]) -> None:
+        """Takes out of an epoch's last batch, in place, the pairs that only fill it up.
+
+        accelerate gives each process as many batches of one size, and fills the last ones with pairs from the start of
+        the epoch, behind all others in the order of the processes. A process that is left with none keeps one for its
+        forward and backward, which the others wait for; it counts nowhere.
+        """
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        held = len(batch["x_chosen"])
+        own = max(0, min(state.remainder - self.accelerator.process_index * self.args.train_batch_size, held))
+        for name, tensor in batch.items():
+            batch[name] = tensor[: max(own, 1)]
+        if own == 0:
+            for side in ("chosen", "rejected"):
+                batch[f"mask_{side}"] = torch.zeros_like(batch[f"mask_{side}"])
+                batch[f"y_{side}"] = torch.full_like(batch[f"y_{side}"], IGNORE_INDEX)
+            batch[UNCOUNTED] = torch.ones(1)
+
+    @property
+    def _needs_reference(self) -> bool:
+        return self.args.loss_options.needs_reference or self._reference_freed
+
+    def _datasets(self) -> list[tuple[str, Any]]:
+        return _named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
         options = {name: value for name, value in options.items() if value}
@@ -421,6 +354,44 @@ class DPOTrainer(Trainer):
         if isinstance(outcome[0], HeadError):
             raise outcome[0]
         return outcome[0]
+
+
+def _count_pairs(inputs: dict[str, Tensor]) -> int:
+    return 0 if UNCOUNTED in inputs else len(inputs["x_chosen"])
+
+
+def _each(dataset: Any, change: Callable[[Any], Any]) -> Any:
+    """The change of a dataset, of each in a dict of them, or of none."""
+    if isinstance(dataset, dict):
+        return {name: change(one) for name, one in dataset.items()}
+    return None if dataset is None else change(dataset)
+
+
+def _named(**given: Any) -> list[tuple[str, Any]]:
+    """Every dataset that is given, by a name for messages; those in a dict one by one."""
+    found = []
+    for name, dataset in given.items():
+        if isinstance(dataset, dict):
+            found += [(f"{name}[{key!r}]", one) for key, one in dataset.items()]
+        elif dataset is not None:
+            found.append((name, dataset))
+    return found
+
+
+def _check_dataset(name: str, dataset: Any, model: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: it holds no tensors of pairs; says how to make them.
+        ValueError: its sequences are longer than what the model has positions for.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "x_chosen" not in columns:
+        raise TypeError(
+            f"{name} is a datasets.{type(dataset).__name__} with the columns {sorted(columns)}, which are no tensors "
+            "yet; give DPODataset.from_dataset(dataset, tokenizer, max_length)"
+        )
+    if isinstance(dataset, DPODataset) and (config := getattr(model, "config", None)) is not None:
+        check_positions(config, dataset.max_length)
 
 
 def _both(inputs: dict[str, Tensor], name: str) -> Tensor:

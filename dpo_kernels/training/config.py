@@ -1,0 +1,113 @@
+"""The options of a run: `transformers.TrainingArguments` and what DPO adds."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from dpo_kernels import checks
+from dpo_kernels.preference_losses import LossOptions
+
+# Options of TrainingArguments that would be ignored or misunderstood, and the values that they may have.
+RESTRICTED: dict[str, tuple[Any, ...]] = {
+    "label_smoothing_factor": (0.0,),
+    "batch_eval_metrics": (False,),
+    "train_sampling_strategy": ("random", "sequential"),
+    "use_liger_kernel": (False,),
+    "remove_unused_columns": (False,),
+    "neftune_noise_alpha": (None,),
+}
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what DPO adds. Names and defaults follow TRL's where it has the option."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave it off: a non-finite loss is an error."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it off: the columns are the pairs."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"nargs": "?", "const": "latest", "help": "A checkpoint folder; alone: the latest of output_dir."},
+    )
+    beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference, >= 0."})
+    dpo_aggregate: Literal["sum", "mean"] = field(default="sum", metadata={"help": "Over the tokens of an answer."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Names from dpo_kernels.preference_losses.LOSSES; of several the weighted sum."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One number per loss_type; default: 1 each."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "The share of preferences that may be flipped, in [0, 1)."}
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl", metadata={"help": "reverse_kl, forward_kl, js_divergence or alpha_divergence."}
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "alpha of alpha_divergence."})
+    ld_alpha: float | None = field(
+        default=None, metadata={"help": "LD-DPO: weight of the tokens beyond the shorter answer's length, in [0, 1]."}
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "WPO: a pair weighs as much as it is likely under the policy."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of discopop, > 0."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of simpo, >= 0."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of cpo's negative log-likelihood, >= 0."})
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the load-balancing loss of a mixture of experts; default: the model's."},
+    )
+    memory_budget: str | None = field(
+        default=None, metadata={"help": "What the head may hold, such as 512MiB; default: 1GiB or more (see plan)."}
+    )
+    impl: str | None = field(
+        default=None, metadata={"help": "triton, cpp or torch; default: the fastest that can run."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "One pass of the reference before training, cached on disk; then it is freed."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.memory_budget_bytes = parse_bytes(self.memory_budget)
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        names = {f.name: "dpo_aggregate" if f.name == "aggregate" else f.name for f in fields(LossOptions)}
+        self.loss_options = checks.loss_options(LossOptions(**{to: getattr(self, own) for to, own in names.items()}))
+        for name, allowed in RESTRICTED.items():
+            if (value := getattr(self, name, allowed[0])) not in allowed:
+                raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        if self.n_gpu > 1:
+            warnings.warn(
+                f"{self.n_gpu} GPUs are visible and one is used: to use them all, run "
+                f"torchrun --nproc_per_node {self.n_gpu} train.py ...",
+                stacklevel=2,
+            )
+            self._n_gpu = 1  # nn.DataParallel would share one head among its threads
+
+
+def parse_bytes(text: str | int | None) -> int | None:
+    """512MiB, 1.5 GiB, 64MB or a plain number of bytes; None stays None.
+
+    Raises:
+        ValueError: not a size.
+    """
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"memory_budget is {text!r}; expected a size such as 512MiB, 2GiB or 500000000")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -1,0 +1,296 @@
+"""A pair to token ids and masks that fit: tokenized, told where its answers begin, truncated so that they survive."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_kernels.training import chat
+from dpo_kernels.training.formats import SIDES, ChatPair, Pair, TextPair
+from dpo_kernels.training.messages import DataError, Message
+
+TRUNCATION_MODES = ("keep_answer", "keep_start", "drop")
+# What becomes of a pair that truncation leaves nothing to learn from, or that never had it; DataReport counts them.
+TOO_LONG, WITHOUT_REPLY, EQUAL_ANSWERS = "too_long", "without_reply", "equal_answers"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One side: input_ids and mask (1 where a token of the assistant counts), equally long.
+
+    Positions in it: keep, the tokens at its start (beginning of sequence, system message) that keep_answer leaves
+    alone; fork, where what the two sides do not share begins, with its header; header, where the last reply's header
+    begins; answer, the last reply's first token.
+    """
+
+    input_ids: list[int]
+    mask: list[int]
+    keep: int
+    fork: int
+    header: int
+    answer: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def reply(self) -> list[int]:
+        """The tokens of the last reply that count and are predicted: the first token of a sequence is not."""
+        start = max(self.answer, 1)
+        return [token for token, counts in zip(self.input_ids[start:], self.mask[start:], strict=True) if counts]
+
+    @property
+    def counted(self) -> list[int]:
+        return [token for token, counts in zip(self.input_ids[1:], self.mask[1:], strict=True) if counts]
+
+
+Both = tuple[Encoded, Encoded]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Both sides, cut to max_length and after the last token that counts.
+
+    lengths: of prompt, chosen and rejected answer in tokens, before anything was cut. cut_prompt, cut_answer: whether
+    truncation took something of them. dropped: why the pair is not used; empty if it is.
+    """
+
+    chosen: Encoded
+    rejected: Encoded
+    lengths: tuple[int, int, int]
+    cut_prompt: bool
+    cut_answer: bool
+    dropped: str
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What training needs of a tokenizer: a pad token, offsets.
+
+    Raises:
+        ValueError: one of them is missing; says which and what to do.
+    """
+    name = f"the tokenizer {tokenizer.name_or_path!r}"
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"{name} has no pad token; name one with --pad_token TOKEN (the end-of-sequence token "
+            f"{tokenizer.eos_token!r} will do), or set tokenizer.pad_token"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name} is {type(tokenizer).__name__}, which gives no character offsets; load a fast tokenizer "
+            "(AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+
+
+def prompts_differ(pair: Pair) -> bool:
+    """Whether the sides of a pair answer different conversations."""
+    return isinstance(pair, ChatPair) and pair.chosen[:-1] != pair.rejected[:-1]
+
+
+def has_empty_reply(pair: Pair) -> bool:
+    """Whether a last reply says nothing at all and calls no tool."""
+    if isinstance(pair, TextPair):
+        return not (pair.chosen.strip() and pair.rejected.strip())
+    last = (pair.chosen[-1], pair.rejected[-1])
+    return any(not (message["content"] or "").strip() and "tool_calls" not in message for message in last)
+
+
+def encode(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    assistant_turns: str = "all",
+    truncation_mode: str = "keep_answer",
+) -> EncodedPair:
+    """Token ids of both sides of a pair and the masks of what the assistant says.
+
+    Args:
+        tokenizer: fast; with a chat template if the pair is one of conversations.
+        max_length: of each side, in tokens.
+        assistant_turns: "all" counts every reply, "last" only the last one (of strings there is one).
+        truncation_mode: of sides longer than max_length. "keep_answer": the prompt's oldest tokens go first, whole
+            turns where the template allows, but for the first system message; an answer that is too long by itself is
+            cut at its end, beside the newest quarter of max_length of its prompt. "keep_start": the end goes, as in
+            TRL. "drop": the pair is not used.
+
+    Raises:
+        DataError: a conversation cannot be rendered, or a reply not be told apart.
+        ValueError: the tokenizer lacks a chat template, or an end-of-sequence token for strings.
+    """
+    if isinstance(pair, ChatPair):
+        chat.check_template(tokenizer)
+        template = chat.Template(tokenizer, pair.tools, pair.template_kwargs)
+        chosen, rejected = (chat.prepared(side, template) for side in (pair.chosen, pair.rejected))
+        pair = replace(pair, chosen=chosen, rejected=rejected)
+    whole = sides = _tokenized(pair, tokenizer, assistant_turns)
+    too_long = max(map(len, sides)) > max_length
+    if too_long and truncation_mode == "keep_answer":
+        if isinstance(pair, ChatPair):
+            sides = _without_old_turns(pair, sides, tokenizer, max_length, assistant_turns)
+        sides = _without_old_tokens(sides, max_length)
+    sides = (_cut(sides[0], max_length), _cut(sides[1], max_length))
+    return EncodedPair(
+        *sides, lengths=(whole[0].answer, len(whole[0]) - whole[0].answer, len(whole[1]) - whole[1].answer),
+        cut_prompt=any(after.answer < before.answer for before, after in zip(whole, sides, strict=True)),
+        cut_answer=any(len(after.reply) < len(before.reply) for before, after in zip(whole, sides, strict=True)),
+        dropped=TOO_LONG if too_long and truncation_mode == "drop" else _nothing_to_learn(whole, sides),
+    )  # fmt: skip
+
+
+def _nothing_to_learn(whole: Sequence[Encoded], sides: Sequence[Encoded]) -> str:
+    if not all(side.reply for side in sides):
+        return WITHOUT_REPLY
+    (was, was_too), (chosen, rejected) = ([side.reply for side in pair] for pair in (whole, sides))
+    became_equal = chosen == rejected and was != was_too
+    return EQUAL_ANSWERS if became_equal or sides[0].counted == sides[1].counted else ""
+
+
+def _tokenized(pair: Pair, tokenizer: PreTrainedTokenizerBase, assistant_turns: str) -> Both:
+    if isinstance(pair, TextPair):
+        sides = [_encode_text(pair.prompt, getattr(pair, side), tokenizer) for side in SIDES]
+        same_prompt = True
+    else:
+        shared = _shared(pair)
+        sides = [_encode_chat(getattr(pair, side), shared, pair, tokenizer, assistant_turns) for side in SIDES]
+        same_prompt = not prompts_differ(pair)
+    # Both answers begin at the same token, also where one of them alone merges with the end of the prompt, or alone
+    # repeats what a prompt that opens thinking has begun.
+    first = min(side.answer for side in sides)
+    if same_prompt and sides[0].input_ids[:first] == sides[1].input_ids[:first]:
+        sides = [replace(side, answer=first, mask=_set(side.mask, first, side.answer)) for side in sides]
+    return sides[0], sides[1]
+
+
+def _encode_chat(
+    messages: list[Message], shared: int, pair: ChatPair, tokenizer: PreTrainedTokenizerBase, assistant_turns: str
+) -> Encoded:
+    template = chat.Template(tokenizer, pair.tools, pair.template_kwargs)
+    text, spans, answer = chat.render(messages, template, assistant_turns)
+    batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = batch["offset_mapping"]
+    mask = [int(any(_touches(start, end, span) for span in spans)) for start, end in offsets]
+    first = next((i for i, (start, end) in enumerate(offsets) if _touches(start, end, answer)), len(offsets))
+    asked = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
+
+    def tokens_before(character: int | None) -> int:  # never more than up to the answer
+        return first if character is None else min(sum(end <= character for _, end in offsets), first)
+
+    return Encoded(
+        batch["input_ids"], mask,
+        keep=tokens_before(chat.content_start(text, messages, asked, template)) if asked < len(messages) - 1 else 0,
+        fork=tokens_before(chat.message_start(text, messages, shared, template)),
+        header=tokens_before(chat.message_start(text, messages, len(messages) - 1, template)),
+        answer=first,
+    )  # fmt: skip
+
+
+def _encode_text(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Prompt and answer as one text, with the end-of-sequence token once, whoever adds it."""
+    end = tokenizer.eos_token
+    if not isinstance(end, str):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, which ends an answer that is a "
+            "plain string; set tokenizer.eos_token, or make messages of the strings with --string_format chat"
+        )
+    text = prompt + answer + ("" if answer.endswith(end) else end)
+    batch = tokenizer(text, return_offsets_mapping=True)
+    special = [sequence is None for sequence in batch.sequence_ids()]  # what the tokenizer adds around a text
+    length = len(special) - next((i for i, added in enumerate(reversed(special)) if not added), len(special))
+    ids, offsets = batch["input_ids"][:length], batch["offset_mapping"][:length]
+    span = (len(prompt), len(text))
+    mask = [int(not added and _touches(at[0], at[1], span)) for at, added in zip(offsets, special, strict=False)]
+    first = mask.index(1)
+    keep = next((i for i, added in enumerate(special) if not added), 0)
+    return Encoded(ids, mask, keep, first, first, first)
+
+
+def _touches(start: int, end: int, span: chat.Span) -> bool:
+    """Whether a token at these characters lies in a span, wholly or in part. Tokenizers that trim offsets give a token
+    of white space no width, at its end."""
+    return max(start, span[0]) < min(end, span[1]) or (start == end and span[0] < start <= span[1])
+
+
+def _set(mask: list[int], start: int, stop: int) -> list[int]:
+    return mask[:start] + [1] * (stop - start) + mask[stop:]
+
+
+def _shared(pair: ChatPair) -> int:
+    """How many messages both sides begin with; the last one of a side is its answer."""
+    most = min(len(pair.chosen), len(pair.rejected)) - 1
+    same = zip(pair.chosen[:most], pair.rejected[:most], strict=True)
+    return next((i for i, (a, b) in enumerate(same) if a != b), most)
+
+
+def _without_old_turns(
+    pair: ChatPair, sides: Both, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_turns: str
+) -> Both:
+    """The pair without as few of its oldest turns as make it fit, or with its last turn alone if none do.
+
+    A turn begins with a message of the user. Where the template refuses what is left, nothing goes.
+    """
+    shared = pair.chosen[: _shared(pair)]
+    system = next((i for i, message in enumerate(shared) if message["role"] not in ("system", "developer")), 0)
+    starts = [i for i, message in enumerate(shared) if message["role"] == "user" and i > system]
+
+    def without(start: int) -> Both:
+        chosen, rejected = (side[:system] + side[start:] for side in (pair.chosen, pair.rejected))
+        return _tokenized(replace(pair, chosen=chosen, rejected=rejected), tokenizer, assistant_turns)
+
+    def fits(start: int) -> bool:
+        return max(map(len, without(start))) <= max_length
+
+    try:
+        at = bisect_left(starts, True, key=fits)
+        return without(starts[min(at, len(starts) - 1)]) if starts else sides
+    except DataError:
+        return sides
+
+
+def _without_old_tokens(sides: Both, max_length: int) -> Both:
+    """Takes the prompt's oldest tokens: first of what both share, as many from each, then of each side by itself."""
+    shared = min(side.fork for side in sides)
+    both = _shortened(sides, shared, max_length)
+    chosen, rejected = (_shortened([side], side.header, max_length)[0] for side in both)
+    return chosen, rejected
+
+
+def _shortened(sides: Sequence[Encoded], end: int, max_length: int) -> list[Encoded]:
+    """The sides, which are alike before `end`, without the same tokens before it."""
+    longest = max(map(len, sides))
+    keep = min(side.keep for side in sides)
+    if keep > max_length // 2:  # a system message that would leave no room goes as the rest does
+        keep = 0
+    answers_fit = longest - end + keep <= max_length
+    spared = 0 if answers_fit else max_length // 4
+    if keep == 0 and any(side.answer == end for side in sides):
+        spared = max(spared, 1)  # something has to predict the answer's first token
+    count = max(0, min(longest - max_length, end - keep - spared))
+    return [_remove(side, keep, count) for side in sides]
+
+
+def _remove(side: Encoded, start: int, count: int) -> Encoded:
+    def moved(position: int) -> int:
+        return position - max(0, min(position, start + count) - start)
+
+    def rest(values: list[Any]) -> list[Any]:
+        return values[:start] + values[start + count :]
+
+    return Encoded(
+        rest(side.input_ids),
+        rest(side.mask),
+        moved(side.keep),
+        moved(side.fork),
+        moved(side.header),
+        moved(side.answer),
+    )
+
+
+def _cut(side: Encoded, max_length: int) -> Encoded:
+    """At most max_length tokens, and nothing after the last one that counts."""
+    mask = side.mask[:max_length]
+    length = max((i + 1 for i, counts in enumerate(mask) if counts), default=0)
+    return replace(side, input_ids=side.input_ids[:length], mask=mask[:length])
