@@ -177,8 +177,8 @@ def test_a_template_that_hides_a_reply_names_file_and_line_and_can_be_skipped(lo
     messages = say("a", "b", "c", "d")
     lines = [PAIR, {"chosen": messages, "rejected": [*messages[:-1], {"role": "assistant", "content": "e"}]}]
     told = (
-        r"pairs.jsonl, line 2: the chat template writes message 1 \(assistant: 'b'\) in the whole conversation otherwise "
-        r"than .* Count only the last reply \(--assistant_turns last\); or use a template that marks"
+        r"pairs.jsonl, line 2: the chat template writes message 1 \(assistant: 'b'\) in the whole conversation "
+        r"otherwise than .* Count only the last reply \(--assistant_turns last\); or use a template that marks"
     )
     with pytest.raises(DataError, match=told):
         load(lines, tokenizer=make_tokenizer(shouts))

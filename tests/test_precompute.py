@@ -136,3 +136,47 @@ def test_a_dataset_can_bring_its_own(tmp_path, small):
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, max_steps=1, save_strategy="no")
     trainer = DPOTrainer(make_model("Llama", {"vocab_size": 500, "max_position_embeddings": 256}), None, args, dataset)
     assert losses(trainer)[0] > 0
+
+
+def test_a_dataset_without_log_probs_is_an_error_once_the_reference_is_gone(setup):
+    trainer = setup("freed", True)
+    held = trainer.eval_dataset
+    assert trainer.evaluate(held)["eval_loss"] > 0
+    bare = DPODataset(EXAMPLE, small_tokenizer(), 200, cache_dir=held.cache_dir).select(range(2))
+    with pytest.raises(
+        ValueError, match=r"no log-probs of the reference, and .* any more: precompute_ref_log_probs freed it"
+    ):
+        trainer.evaluate(bare)
+
+
+def test_a_loss_that_can_do_without_a_reference_is_no_exception(tmp_path, small):
+    _, tokenizer = small
+    policy, _ = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1, seed=5)
+    ref, _ = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
+    dataset = DPODataset(EXAMPLE, tokenizer, 200, cache_dir=tmp_path / "cache").select(range(5))
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, precompute_ref_log_probs=True,
+                     loss_type="simpo", max_steps=1, save_strategy="no")  # fmt: skip
+    trainer = DPOTrainer(policy, ref, args, dataset)
+    with pytest.raises(ValueError, match="no log-probs of the reference"):
+        trainer.evaluate(dataset)
+
+
+def test_several_evaluation_sets_all_get_their_log_probs(setup, tmp_path, small):
+    _, tokenizer = small
+    whole = DPODataset(EXAMPLE, tokenizer, 200, cache_dir=tmp_path / "cache")
+    held = {"a": whole.select(range(3)), "b": whole.select(range(3, 8))}
+    models = [make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1, seed=s)[0] for s in (5, 1, 5, 1)]
+    results = []
+    for precompute in (False, True):
+        args = DPOConfig(
+            output_dir=str(tmp_path / str(precompute)), use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=2,
+            precompute_ref_log_probs=precompute, save_strategy="no",
+        )  # fmt: skip
+        trainer = DPOTrainer(models.pop(0), models.pop(0), args, whole.select(range(4)), held)
+        results.append(trainer.evaluate())
+    for name in held:
+        assert results[0][f"eval_{name}_loss"] == pytest.approx(results[1][f"eval_{name}_loss"], abs=1e-5)
+
+
+def small_tokenizer():
+    return make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)[1]

@@ -162,6 +162,75 @@ def test_two_processes_train_like_one(tmp_path, model_dir, environment):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5 if "loss" in key else 2e-4), key
 
 
+@pytest.mark.parametrize("count", [5, 7])
+def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, environment, count):
+    """Of 5 pairs in steps of 4, one of two processes is left with a pair and filling, the other with filling alone."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(EXAMPLE.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
+    options = {"max_grad_norm": 0, "optim": "sgd", "save_strategy": "no", "data_path": data, "max_steps": 4,
+               "loss_type": "sigmoid sft"}  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, size, launch in (("one", 4, ()), ("two", 2, launcher)):
+        arguments = small_run(model_dir, tmp_path / name, per_device_train_batch_size=size, **options)
+        at = arguments.index("sigmoid sft")
+        arguments[at : at + 1] = ["sigmoid", "sft"]
+        done = run(environment, *arguments, launcher=launch)
+        assert done.returncode == 0, done.stderr
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=1e-6), name
+    entries = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+               for name in ("one", "two")]  # fmt: skip
+    for a, b in zip(*entries, strict=True):
+        for key in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=2e-5 if key == "loss" else 2e-4), key
+
+
+def test_data_of_several_kinds_shown_and_evaluated(tmp_path, model_dir, environment):
+    (tmp_path / "a.csv").write_text("q,good,bad\n" + "".join(f"Is {i} odd?,Yes.,No.\n" for i in range(6)))
+    (tmp_path / "b.csv").write_text("q,good,bad\nHi?,Hello.,No.\nYou?,Me.,Us.\n")
+    arguments = small_run(model_dir, tmp_path / "out", max_steps=2, eval_strategy="steps", eval_steps=1, show_pairs=1)
+    at = arguments.index("--data_path")
+    arguments[at : at + 2] = [
+        "--data_path", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--data_weights", "1", "2",
+        "--eval_data_path", str(tmp_path / "a.csv"), str(EXAMPLE), "--string_format", "chat",
+        "--columns", "prompt=q", "chosen=good", "rejected=bad", "--on_bad_line", "skip",
+    ]  # fmt: skip
+    done = run(environment, *arguments)
+    assert done.returncode == 1
+    assert "has no column ['q', 'good', 'bad']" in done.stderr or "no pair is left" in done.stderr
+    arguments[arguments.index(str(EXAMPLE))] = str(tmp_path / "b.csv")
+    done = run(environment, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "a.csv + " in done.stdout
+    assert "read as strings made messages" in done.stdout
+    assert "held out: 6 pairs as a, 2 pairs as b" in done.stdout
+    assert "⟦Yes.<|im_end|>⟧" in done.stdout or "⟦Hello.<|im_end|>⟧" in done.stdout or "⟦Me.<|im_end|>⟧" in done.stdout
+    assert "held-out preference accuracy of a: " in done.stdout
+    assert "held-out preference accuracy of b: " in done.stdout
+    assert (tmp_path / "out" / "lengths.png").stat().st_size > 5000
+
+
+def test_a_prompt_in_messages_trains_as_the_whole_conversations_do(tmp_path, model_dir, environment):
+    """TRL's recommended format: once read without its prompt."""
+    texts = [{"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", "content": "4"}],
+              "rejected": [{"role": "assistant", "content": "5"}]}]  # fmt: skip
+    texts.append({side: texts[0]["prompt"] + texts[0][side] for side in ("chosen", "rejected")})
+    margins = []
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.jsonl").write_text((json.dumps(text) + "\n") * 8)
+        done = run(
+            environment, *small_run(model_dir, tmp_path / str(i), data_path=tmp_path / f"{i}.jsonl", show_pairs=1)
+        )
+        assert done.returncode == 0, done.stderr
+        assert "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n" in done.stdout
+        assert "⟦4<|im_end|>⟧" in done.stdout
+        entries = map(json.loads, (tmp_path / str(i) / "log.jsonl").read_text().splitlines())
+        margins.append([entry["rewards/margins"] for entry in entries if "loss" in entry])
+    assert margins[0] == margins[1]
+    assert margins[0][-1] > 0.01
+
+
 def test_fused_heads_under_ddp_and_fsdp():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -195,6 +264,10 @@ def test_results_are_never_overwritten(tmp_path, model_dir, environment):
         ({"pad_token": "<nope>"}, "pad_token is '<nope>', which the tokenizer does not know"),
         ({"eval_size": 0.1, "eval_data_path": "x"}, "either by --eval_size or by --eval_data_path"),
         ({"beta": -1}, "beta is -1"),
+        ({"max_length": 1026}, "max_length is 1,026, and the model has 1,024 positions"),
+        ({"columns": "prompt"}, "columns holds ['prompt']; expected name=column"),
+        ({"data_weights": "1", "data_path": "pairs.xlsx"}, "no preference file pairs.xlsx"),
+        ({"tools": "nowhere.json"}, "No such file or directory: 'nowhere.json'"),
         ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from helpers import assert_close
@@ -15,10 +18,21 @@ from test_model import make_model
 from transformers import TrainerCallback
 
 from dpo_kernels import reference
-from dpo_kernels.training import DPOConfig, DPOTrainer, HeadError, NonFiniteError, PairCollator, checkpoints
+from dpo_kernels.training import (
+    DPOConfig,
+    DPODataset,
+    DPOTrainer,
+    HeadError,
+    NonFiniteError,
+    PairCollator,
+    checkpoints,
+)  # fmt: skip
 from dpo_kernels.training.config import parse_bytes
+from dpo_kernels.training.model import max_positions
+from dpo_kernels.training.small_model import make_small_model
 from dpo_kernels.training.trainer import PAIR_METRICS
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
 LOG2 = torch.tensor(2.0).log().item()
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
 
@@ -402,3 +416,64 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(ValueError, match=r"memory_budget is .*; expected a size such as 512MiB"):
         parse_bytes(text)
+
+
+def test_sequences_beyond_the_models_positions_are_refused_before_training(tmp_path):
+    small = make_model("Llama", {"max_position_embeddings": 100, "vocab_size": 500})
+    _, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    dataset = DPODataset(EXAMPLE, tokenizer, 102, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"max_length is 102, and the model has 100 positions .* --max_length 100"):
+        DPOTrainer(small, copy.deepcopy(small), args, dataset)
+    dataset = DPODataset(EXAMPLE, tokenizer, 101, cache_dir=tmp_path / "cache")
+    DPOTrainer(small, copy.deepcopy(small), args, dataset)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"n_positions": 64}, 64),
+        ({"max_position_embeddings": 64}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64}}, 256),
+        (
+            {"max_position_embeddings": 256, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64}},
+            256,
+        ),
+        ({"rope_parameters": {"full": {"factor": 2.0, "original_max_position_embeddings": 64}}}, 128),
+        ({}, None),
+    ],
+)
+def test_positions_of_a_model(config, limit):
+    class Config(SimpleNamespace):
+        def __getattr__(self, name):
+            if name == "max_position_embeddings" and "n_positions" in vars(self):
+                return vars(self)["n_positions"]  # as attribute_map does
+            raise AttributeError(name)
+
+    assert max_positions(Config(**config)) == limit
+
+
+def test_datasets_that_are_no_tensors_yet_are_told_what_to_do(tmp_path):
+    raw = datasets.Dataset.from_list([{"chosen": "a", "rejected": "b"}])
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    for given, name in (((raw, None), "train_dataset"), ((Pairs(), {"held": raw}), r"eval_dataset\['held'\]"),
+                        ((raw.to_iterable_dataset(), None), "train_dataset")):  # fmt: skip
+        with pytest.raises(
+            TypeError, match=rf"{name} is a datasets.\w+ with the columns \['chosen', 'rejected'\].*from_dataset"
+        ):
+            DPOTrainer(make_model("Llama"), make_model("Llama"), args, *given)
+
+
+def test_several_evaluation_sets_are_evaluated_one_by_one(tmp_path):
+    held = {"a": Pairs(5, seed=1), "b": Pairs(3, seed=2)}
+    trainer = make_trainer(
+        tmp_path, eval_pairs=held, per_device_eval_batch_size=2, eval_strategy="steps", eval_steps=3,
+        save_strategy="steps", save_steps=3, load_best_model_at_end=True, metric_for_best_model="eval_b_loss",
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    for name, pairs in held.items():
+        alone = trainer.evaluate(pairs)
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"], abs=1e-6)
+    assert logs(tmp_path, "eval_a_loss")
+    assert logs(tmp_path, "eval_b_logps/accuracies")

@@ -220,25 +220,27 @@ def _cannot_tell(
 
 
 def _with_readable_calls(messages: Sequence[Message], template: Template) -> list[Message]:
+    """The first spelling of the calls, and of no content beside them, in which the template shows all that is there."""
+    refused = True
     for spell in (_arguments_as_objects, _arguments_as_strings):
         spelled = [spell(message) for message in messages]
-        without_null = [m | {"content": ""} if m["content"] is None else m for m in spelled]
-        with_null, empty = _try(template, spelled), _try(template, without_null)
-        if with_null is None and empty is None:
-            continue
+        with_null, empty = ([_with_blank(message, blank) for message in spelled] for blank in (None, ""))
+        texts = _try(template, with_null), _try(template, empty)
         prints_none = (
-            with_null is not None and empty is not None and with_null != empty
-            and with_null.replace("None", "") == empty.replace("None", "")
-        )  # fmt: skip
-        chosen = without_null if with_null is None or prints_none else spelled
-        silent = [{key: value for key, value in m.items() if key != "tool_calls"} for m in without_null]
-        if _try(template, silent) in (with_null, empty):
-            raise DataError(
-                "has 'tool_calls', which the chat template does not read; give one that does (--chat_template)"
-            )
-        return chosen
-    template.text(messages)  # says why it refuses them
-    raise DataError("the chat template refuses the tool calls, with arguments as objects and as strings")
+            None not in texts and texts[0] != texts[1] and len({str(x).replace("None", "") for x in texts}) == 1
+        )
+        for candidate, text in ((empty, texts[1]),) if prints_none else zip((with_null, empty), texts, strict=True):
+            silent = [{key: value for key, value in m.items() if key != "tool_calls"} for m in candidate]
+            refused = refused and text is None
+            if text is not None and text != _try(template, silent):
+                return candidate
+    if refused:
+        template.text(messages)  # says why
+    raise DataError("has 'tool_calls', which the chat template does not read; give one that does (--chat_template)")
+
+
+def _with_blank(message: Message, blank: str | None) -> Message:
+    return message if message["content"] or "tool_calls" not in message else message | {"content": blank}
 
 
 def _arguments_as_objects(message: Message) -> Message:

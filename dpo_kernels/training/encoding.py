@@ -150,6 +150,7 @@ def _nothing_to_learn(whole: Sequence[Encoded], sides: Sequence[Encoded]) -> str
 
 
 def _tokenized(pair: Pair, tokenizer: PreTrainedTokenizerBase, assistant_turns: str) -> Both:
+    """Both sides whole, up to the last token that counts."""
     if isinstance(pair, TextPair):
         sides = [_encode_text(pair.prompt, getattr(pair, side), tokenizer) for side in SIDES]
         same_prompt = True
@@ -162,7 +163,8 @@ def _tokenized(pair: Pair, tokenizer: PreTrainedTokenizerBase, assistant_turns: 
     first = min(side.answer for side in sides)
     if same_prompt and sides[0].input_ids[:first] == sides[1].input_ids[:first]:
         sides = [replace(side, answer=first, mask=_set(side.mask, first, side.answer)) for side in sides]
-    return sides[0], sides[1]
+    chosen, rejected = (_cut(side, len(side)) for side in sides)
+    return chosen, rejected
 
 
 def _encode_chat(

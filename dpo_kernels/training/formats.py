@@ -267,6 +267,8 @@ def _ranked(row: Row, options: ReadOptions) -> list[Pair]:
     """NeMo-RL's: a conversation and completions with ranks, 0 the best."""
     context, tools = read_conversation("context", row["context"])
     ranked = []
+    if not isinstance(row["completions"], list):
+        raise DataError(f"'completions' is {kind(row['completions'])}; expected a list of completions with ranks")
     for i, completion in enumerate(row["completions"]):
         if not isinstance(completion, dict) or not {"rank", "completion"} <= set(completion):
             raise DataError(f"completions[{i}] is {kind(completion)}; expected an object with 'rank' and 'completion'")
@@ -275,10 +277,13 @@ def _ranked(row: Row, options: ReadOptions) -> list[Pair]:
             raise DataError(f"completions[{i}]['rank'] is {kind(rank)}; expected a number")
         ranked.append((rank, _reply(f"completions[{i}]['completion']", completion["completion"])))
     ranked.sort(key=lambda entry: entry[0])  # of equal ranks the first comes first
-    couples = list(itertools.combinations(ranked, 2)) if options.ranked_pairs == "all" else [(ranked[0], ranked[-1])]
+    couples = list(itertools.combinations(ranked, 2))
+    if options.ranked_pairs == "best":
+        couples = [(ranked[0], ranked[-1])] if ranked else []
     pairs: list[Pair] = [ChatPair(context + a, context + b, tools) for (r, a), (s, b) in couples if r < s]
     if not pairs:
-        raise DataError(f"completions have one rank, {ranked[0][0]}: none is better than another")
+        found = f"completions have one rank, {ranked[0][0]}" if ranked else "there are no completions"
+        raise DataError(f"{found}: none is better than another")
     return pairs
 
 
@@ -342,7 +347,7 @@ def _sides(row: Row) -> tuple[list[Message], list[Message], list[Any]]:
 
 def _reply(where: str, value: Any) -> list[Message]:
     if isinstance(value, str):
-        check_unicode(where, value)
+        check_unicode(repr(where), value)
         return [{"role": "assistant", "content": value}]
     messages, _ = read_conversation(where, value)
     return messages
@@ -355,7 +360,7 @@ def _say(user: str, assistant: str) -> list[Message]:
 def _string(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where!r} is {kind(value)}; expected a string")
-    check_unicode(where, value)
+    check_unicode(repr(where), value)
     return value
 
 

@@ -30,7 +30,7 @@ def show_pairs(
     for i, row in enumerate(dataset.rows.select(range(min(count, len(dataset))))):
         ids, masks = ([row[f"{side}_{what}"] for side in SIDES] for what in ("ids", "mask"))
         tokens = [list(zip(x, mask, strict=True)) for x, mask in zip(ids, masks, strict=True)]
-        shared = _common(tokens)
+        shared = 0 if row["prompts_differ"] else _common(tokens)
         lengths = ", ".join(f"{side} {len(x) - shared:,}" for side, x in zip(SIDES, tokens, strict=True))
         console.print(
             Text(f"pair {i + 1} of {len(dataset):,} ({row['where']}): both {shared:,} tokens, {lengths}", style="bold")

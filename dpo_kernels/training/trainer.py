@@ -155,8 +155,8 @@ class DPOTrainer(Trainer):
             losses = losses + self.router_aux_loss_coef * output["aux_loss"]
         loss = losses.mean()
         metrics = self._pair_metrics(made.logratios, policy.detach(), mask)
-        if model.training and pairs:
-            self._count(inputs, metrics, output.get("aux_loss"))
+        if model.training:
+            self._count(inputs, metrics[:pairs], output.get("aux_loss"))
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
             # Gradients are averaged over processes, so that each multiplies its share by their number.
             loss = loss * (pairs * self.accelerator.num_processes / num_items_in_batch)
@@ -312,11 +312,11 @@ class DPOTrainer(Trainer):
     def _count(self, inputs: dict[str, Tensor], metrics: Tensor, aux_loss: Tensor | None) -> None:
         for name, total in zip(PAIR_METRICS, metrics.sum(0), strict=True):
             self._sums[name] += total
-        self._sums["pairs"] += len(metrics)
-        self._sums["batches"] += 1
+        self._sums["pairs"] += len(metrics)  # none of a batch that only keeps step with the other processes
+        self._sums["batches"] += min(1, len(metrics))
         self._sums["tokens"] += attention_mask(_both(inputs, "mask")).sum()
         if aux_loss is not None:
-            self._sums["aux_loss"] += aux_loss.detach()
+            self._sums["aux_loss"] += aux_loss.detach() * min(1, len(metrics))
 
     def _reduce(self, totals: Tensor) -> list[float]:
         return self.accelerator.reduce(totals, reduction="sum").tolist()
