@@ -9,7 +9,7 @@ SANITIZED ?= $(wildcard tests/test_cpp.py) tests/test_log_probs.py tests/test_ed
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test lint sanitize bench clean
+.PHONY: install train test lint fuzz sanitize bench clean
 
 install: $(STAMP)
 
@@ -30,6 +30,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Lines of preference data mutated at random, 1,000 of a seed; the suite has a short fixed part of it.
+FUZZ ?= 1000
+SEED ?= 1
+fuzz: $(STAMP)
+	DPO_KERNELS_FUZZ=$(FUZZ) DPO_KERNELS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/test_data_fuzz.py
 
 # A report of either sanitizer ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the
 # start.
