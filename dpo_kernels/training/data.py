@@ -292,8 +292,6 @@ BLANK: dict[str, Any] = {
 
 def _lines_of(source: Source, cache_dir: Path) -> datasets.Dataset:
     """All lines of a source as they are, in a file that memory can be mapped to."""
-    if next(source.lines(), None) is None:
-        raise DataError(f"{source.name}: there is no pair in it; expected one a line")
     cache_dir.mkdir(parents=True, exist_ok=True)
     named = hashlib.sha256(f"{FORMAT} {source.name} {source.content}".encode()).hexdigest()[:32]
     try:
@@ -303,6 +301,10 @@ def _lines_of(source: Source, cache_dir: Path) -> datasets.Dataset:
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from error
+        raise
+    except ValueError as error:  # the library's way to say that nothing came
+        if next(source.lines(), None) is None:
+            raise DataError(f"{source.name}: there is no pair in it; expected one a line") from error
         raise
 
 

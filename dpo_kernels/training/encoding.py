@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels.training import chat
@@ -173,16 +174,19 @@ def _encode_chat(
     template = chat.Template(tokenizer, pair.tools, pair.template_kwargs)
     text, spans, answer = chat.render(messages, template, assistant_turns)
     batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = batch["offset_mapping"]
-    mask = [int(any(_touches(start, end, span) for span in spans)) for start, end in offsets]
-    first = next((i for i, (start, end) in enumerate(offsets) if _touches(start, end, answer)), len(offsets))
+    starts, ends = np.array(batch["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    counts = np.zeros(len(starts), dtype=bool)
+    for span in spans:
+        counts |= _touches(starts, ends, span)
+    in_answer = _touches(starts, ends, answer)
+    first = int(in_answer.argmax()) if in_answer.any() else len(starts)
     asked = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
 
     def tokens_before(character: int | None) -> int:  # never more than up to the answer
-        return first if character is None else min(sum(end <= character for _, end in offsets), first)
+        return first if character is None else min(int((ends <= character).sum()), first)
 
     return Encoded(
-        batch["input_ids"], mask,
+        batch["input_ids"], counts.astype(int).tolist(),
         keep=tokens_before(chat.content_start(text, messages, asked, template)) if asked < len(messages) - 1 else 0,
         fork=tokens_before(chat.message_start(text, messages, shared, template)),
         header=tokens_before(chat.message_start(text, messages, len(messages) - 1, template)),
@@ -202,18 +206,18 @@ def _encode_text(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -
     batch = tokenizer(text, return_offsets_mapping=True)
     special = [sequence is None for sequence in batch.sequence_ids()]  # what the tokenizer adds around a text
     length = len(special) - next((i for i, added in enumerate(reversed(special)) if not added), len(special))
-    ids, offsets = batch["input_ids"][:length], batch["offset_mapping"][:length]
-    span = (len(prompt), len(text))
-    mask = [int(not added and _touches(at[0], at[1], span)) for at, added in zip(offsets, special, strict=False)]
-    first = mask.index(1)
-    keep = next((i for i, added in enumerate(special) if not added), 0)
-    return Encoded(ids, mask, keep, first, first, first)
+    starts, ends = np.array(batch["offset_mapping"][:length], dtype=np.int64).reshape(-1, 2).T
+    mask = (_touches(starts, ends, (len(prompt), len(text))) & ~np.array(special[:length])).astype(int).tolist()
+    first, keep = mask.index(1), special.index(False)
+    return Encoded(batch["input_ids"][:length], mask, keep, first, first, first)
 
 
-def _touches(start: int, end: int, span: chat.Span) -> bool:
-    """Whether a token at these characters lies in a span, wholly or in part. Tokenizers that trim offsets give a token
-    of white space no width, at its end."""
-    return max(start, span[0]) < min(end, span[1]) or (start == end and span[0] < start <= span[1])
+def _touches(starts: np.ndarray, ends: np.ndarray, span: chat.Span) -> np.ndarray:
+    """Which tokens, at these characters, lie in a span, wholly or in part. Tokenizers that trim offsets give a token of
+    white space no width, at its end."""
+    a, b = span
+    inside = np.maximum(starts, a) < np.minimum(ends, b)
+    return inside | ((starts == ends) & (a < starts) & (starts <= b))
 
 
 def _set(mask: list[int], start: int, stop: int) -> list[int]:
@@ -294,5 +298,5 @@ def _remove(side: Encoded, start: int, count: int) -> Encoded:
 def _cut(side: Encoded, max_length: int) -> Encoded:
     """At most max_length tokens, and nothing after the last one that counts."""
     mask = side.mask[:max_length]
-    length = max((i + 1 for i, counts in enumerate(mask) if counts), default=0)
+    length = len(mask) - mask[::-1].index(1) if 1 in mask else 0
     return replace(side, input_ids=side.input_ids[:length], mask=mask[:length])
