@@ -25,12 +25,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, ReadOptions, checkpoints
 from dpo_kernels.training.data_report import lengths
-from dpo_kernels.training.loading import load_tokenizer
-from dpo_kernels.training.model import check_positions, max_positions
+from dpo_kernels.training.loading import check_positions, load_config, load_model, load_tokenizer, max_positions
 from dpo_kernels.training.report import save_lengths
 from dpo_kernels.training.show import show_pairs
 from dpo_kernels.training.small_model import make_small_model
@@ -97,6 +96,9 @@ class ScriptArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Of both models' weights; with --bf16 the products are bfloat16 anyway."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let code run that a model or tokenizer brings; read it first."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
     chat_template: str | None = field(
         default=None, metadata={"help": "File with a Jinja chat template to use instead."}
@@ -125,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     config.eval_on_start = bool(held_out) and resume_from is None
     trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer)
     del reference
+    if trainer.aux_loss.told:
+        say(config, trainer.aux_loss.told)
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except NonFiniteError as error:
@@ -206,7 +210,7 @@ def prepare_tokenizer(script: ScriptArguments, example: Any, with_reference: boo
     tokenizer: Any = example
     if script.ref_weight is not None:
         reference = script.ref_weight if with_reference or script.from_weight else None
-        tokenizer = load_tokenizer(script.from_weight or script.ref_weight, reference)
+        tokenizer = load_tokenizer(script.from_weight or script.ref_weight, reference, script.trust_remote_code)
     if script.chat_template is not None:
         tokenizer.chat_template = Path(script.chat_template).read_text(encoding="utf-8")
     if script.pad_token is not None:
@@ -225,7 +229,7 @@ def choose_max_length(script: ScriptArguments, example: Any) -> int:
         ValueError: more than one of the models has positions for.
     """
     names = dict.fromkeys(filter(None, (script.from_weight, script.ref_weight)))
-    configs = [example] if example is not None else [AutoConfig.from_pretrained(name) for name in names]
+    configs = [example] if example is not None else [load_config(name, script.trust_remote_code) for name in names]
     if script.max_length is None:
         return min([DEFAULT_MAX_LENGTH, *filter(None, map(max_positions, configs))])
     for config in configs:
@@ -317,7 +321,7 @@ def say(config: DPOConfig, text: str) -> None:
 def _load(script: ScriptArguments, path: str) -> Any:
     options = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
     dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    return load_model(path, trust_remote_code=script.trust_remote_code, dtype=dtype, **options)
 
 
 def _from_file(path: Path) -> list[str]:

@@ -28,7 +28,7 @@ from dpo_kernels.training import (
     checkpoints,
 )  # fmt: skip
 from dpo_kernels.training.config import parse_bytes
-from dpo_kernels.training.model import max_positions
+from dpo_kernels.training.loading import max_positions
 from dpo_kernels.training.small_model import make_small_model
 from dpo_kernels.training.trainer import PAIR_METRICS
 
@@ -361,7 +361,7 @@ def test_the_saved_model_loads_and_drops_no_earlier_file(tmp_path):
 
 
 def test_a_wrong_head_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpo_kernels.training.model.FusedHead._measure_transform", lambda self, *_: self.transform)
+    monkeypatch.setattr("dpo_kernels.training.head_check.measure_transform", lambda fused, *_: fused.transform)
     with pytest.raises(HeadError, match="would train CohereForCausalLM wrong"):
         make_trainer(tmp_path, "Cohere", {"logit_scale": 0.25})
 

@@ -5,6 +5,7 @@ from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset, PairCollator
 from dpo_kernels.training.data_report import DataReport
 from dpo_kernels.training.formats import ReadOptions
+from dpo_kernels.training.loading import LoadError
 from dpo_kernels.training.messages import DataError
 from dpo_kernels.training.model import FusedHead, HeadError
 from dpo_kernels.training.trainer import DPOTrainer
@@ -17,6 +18,7 @@ __all__ = [
     "DataReport",
     "FusedHead",
     "HeadError",
+    "LoadError",
     "NonFiniteError",
     "PairCollator",
     "ReadOptions",

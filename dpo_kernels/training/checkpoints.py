@@ -32,13 +32,15 @@ def publish(staged: Path, target: Path) -> None:
 
 
 def publish_files(staged: Path, target: Path) -> None:
-    """Renames each file of a finished folder into another folder, which may hold more."""
+    """Renames each file of a finished folder, and of those in it, into another folder, which may hold more."""
     _flush(staged)
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(staged.iterdir()):
-        path.replace(target / path.name)
-    _fsync(target)
-    staged.rmdir()
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+        final = target / path.relative_to(staged)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(final)
+        _fsync(final.parent)
+    shutil.rmtree(staged)
 
 
 def all_of(output_dir: str | os.PathLike[str]) -> list[Path]:

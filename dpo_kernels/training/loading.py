@@ -1,28 +1,58 @@
-"""Tokenizers from model folders and hub names, for a policy and its reference."""
+"""Tokenizers, configs and models from folders and hub names, those that bring their own code too."""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 
 # One of these is there wherever a tokenizer is.
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
+Loaded = TypeVar("Loaded")
 
-def load_tokenizer(policy: str, reference: str | None = None) -> PreTrainedTokenizerBase:
+
+class LoadError(ValueError):
+    """A model folder does not hold the model that it says, or its code may not or cannot run."""
+
+
+def load_tokenizer(
+    policy: str, reference: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, or the reference's where the policy has none.
 
     Args:
         policy, reference: folders or hub names; None: there is no reference.
+        trust_remote_code: whether code that they bring may run.
 
     Raises:
+        LoadError: it brings code, which was not allowed.
         ValueError: neither has a tokenizer; or the reference's gives other ids to the same text, so that it would score
             other text than the policy.
     """
-    found = {name: _load(name) for name in dict.fromkeys(filter(None, (policy, reference))) if _has_tokenizer(name)}
+    found: dict[str, Any] = {
+        name: _asked(name, functools.partial(AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code))
+        for name in dict.fromkeys(filter(None, (policy, reference))) if _has_tokenizer(name)
+    }  # fmt: skip
     if not found:
         raise ValueError(
             f"neither {policy} nor the reference {reference} holds a tokenizer"
@@ -35,8 +65,177 @@ def load_tokenizer(policy: str, reference: str | None = None) -> PreTrainedToken
     return tokenizer
 
 
-def _load(name: str) -> Any:
-    return AutoTokenizer.from_pretrained(name)
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """
+    Raises:
+        LoadError: it brings code, which was not allowed.
+    """
+    return _asked(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+
+
+def load_model(name: str, *, trust_remote_code: bool = False, dtype: Any = "auto", **options: Any) -> Any:
+    """A causal language model, or one of images and text whose text is trained alone, as its constructor makes it.
+
+    transformers makes models without memory and fills in what the checkpoint holds. What no checkpoint holds (rotary
+    tables in buffers that are not saved) is made again here for models that bring their own code, which would
+    otherwise compute with whatever the memory held; transformers does it for its own classes.
+
+    Args:
+        name: a folder or hub name.
+        trust_remote_code: whether code that it brings may run.
+        dtype: of the weights; "auto" is the checkpoint's.
+        options: for `from_pretrained`, such as attn_implementation.
+
+    Raises:
+        LoadError: it brings code, which was not allowed; the checkpoint lacks weights; buffers cannot be made again.
+    """
+    config = load_config(name, trust_remote_code)
+    auto = _auto_class(config)
+    _mend_old_ties(name, config, trust_remote_code)
+    model, info = _asked(name, lambda: auto.from_pretrained(
+        name, config=config, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True, **options
+    ))  # fmt: skip
+    _tie(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = {id(p) for key, p in parameters.items() if key not in info["missing_keys"]}
+    missing = sorted(k for k in info["missing_keys"] if k in parameters and id(parameters[k]) not in tied)
+    if missing or info["mismatched_keys"]:
+        wrong = missing or [key for key, *_ in info["mismatched_keys"]]
+        raise LoadError(
+            f"the checkpoint {name} lacks {len(wrong)} weights of {type(model).__name__}, {wrong[:5]}, or has them in "
+            "other shapes: they would be random numbers; give the folder of the whole model"
+        )
+    if is_own_code(model):
+        made_again(model, [key for key in info["missing_keys"] if key not in parameters])
+    return model
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a model was made for, in tokens, scaled rotary embeddings included; None: no limit."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for scaled in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
+        factor, original = (scaled.get(name) for name in ("factor", "original_max_position_embeddings"))
+        if factor and original:
+            limits.append(int(factor * original))
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return max(known, default=None)
+
+
+def check_positions(config: Any, max_length: int) -> None:
+    """
+    Raises:
+        ValueError: sequences of max_length tokens have more positions than the model.
+    """
+    limit = max_positions(config)
+    if limit is not None and max_length - 1 > limit:  # the last token is predicted, never read
+        raise ValueError(
+            f"max_length is {max_length:,}, and the model has {limit:,} positions (max_position_embeddings, with what "
+            f"its rope parameters extend them by); give --max_length {limit:,} or less, or a model for longer sequences"
+        )
+
+
+def is_own_code(model: nn.Module) -> bool:
+    """Whether a model's class is none of transformers' own."""
+    return type(model).__module__.split(".")[0] != "transformers"
+
+
+def made_again(model: Any, missing: list[str] | None = None) -> list[str]:
+    """Sets what no checkpoint holds to what the model's constructor makes of its config; returns the names.
+
+    Args:
+        model: loaded, with its weights in place.
+        missing: names of buffers that are saved, and which the checkpoint lacked.
+
+    Raises:
+        LoadError: the constructor cannot be run again, or makes something else than it did.
+    """
+    names = set(missing or [])
+    for prefix, module in model.named_modules():
+        names |= {f"{prefix}.{name}".lstrip(".") for name in module._non_persistent_buffers_set}
+        names |= {f"{prefix}.{name}".lstrip(".") for name, value in vars(module).items() if isinstance(value, Tensor)}
+    if not names:
+        return []
+    try:
+        with torch.random.fork_rng(devices=[]), _default_dtype(model.dtype), init_empty_weights(include_buffers=False):
+            made = type(model)(model.config)
+        for name in sorted(names):
+            owner, _, attribute = name.rpartition(".")
+            _replace(model.get_submodule(owner), attribute, getattr(made.get_submodule(owner), attribute))
+    except Exception as error:
+        raise LoadError(
+            f"{type(model).__name__} keeps {sorted(names)[:5]} outside its checkpoint, and its constructor cannot make "
+            f"them again ({type(error).__name__}: {error}): the model would compute with whatever the memory held. "
+            "Save them with the model (persistent buffers), or make them in its constructor"
+        ) from error
+    return sorted(names)
+
+
+def _replace(module: nn.Module, name: str, value: Any) -> None:
+    was = getattr(module, name)
+    if not isinstance(value, Tensor) or value.shape != was.shape:
+        raise ValueError(f"{name} was {tuple(was.shape)}, is {tuple(getattr(value, 'shape', ()))} now")
+    if value.is_meta:
+        raise ValueError(f"{name} is computed from weights")
+    device = next((p.device for p in module.parameters() if not p.is_meta), value.device)
+    setattr(module, name, value.detach().to(device=device if was.is_meta else was.device, dtype=was.dtype))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _auto_class(config: Any) -> Any:
+    kind = getattr(config, "model_type", None)
+    own = getattr(config, "auto_map", None) or {}
+    text_alone = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
+    if not text_alone and (kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "AutoModelForImageTextToText" in own):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _mend_old_ties(name: str, config: Any, trust_remote_code: bool) -> None:
+    """A list of tied weights, as code for earlier versions of transformers has it, is no mapping: `_tie` makes one."""
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if reference is None or not trust_remote_code:
+        return
+    own_class: Any = get_class_from_dynamic_module(reference, name)
+    if isinstance(getattr(own_class, "_tied_weights_keys", None), list | tuple | set):
+        own_class._tied_weights_keys = None
+
+
+def _tie(model: Any) -> None:
+    """Ties the head to the embedding where the config says so and the class has not done it."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not is_own_code(model) or not getattr(model.config, "tie_word_embeddings", False) or head is None:
+        return
+    if head.weight is embedding.weight:
+        return
+    head.weight = embedding.weight
+    names = {id(module): name for name, module in model.named_modules()}
+    keys = {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+    model.all_tied_weights_keys = keys
+    setattr(type(model), "_tied_weights_keys", keys)  # noqa: B010  (of a class that comes with the model)
+
+
+def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:
+    """What a loader gives; what it says of code that may not run, in the words of the command line."""
+    try:
+        return load()
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise LoadError(
+            f"{name} brings code of its own, which runs on this machine: read it, then allow it with "
+            "--trust_remote_code (trust_remote_code=True)"
+        ) from error
 
 
 def _has_tokenizer(name: str) -> bool:

@@ -8,23 +8,23 @@ head (a scale, a softcap) is measured on a probe, not guessed from names in a co
 
 from __future__ import annotations
 
-import re
+import inspect
 import types
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dpo_kernels import reference, token_stats
+from dpo_kernels import token_stats
 from dpo_kernels.head import TokenStats, Transform
 
-# Where the probe looks at what stands behind the head: small enough for a slope, large enough for a cap.
-PROBE = (1e-4, -1e-4, 0.5, -0.5, 3.0, -3.0, 20.0, -20.0, 200.0, -200.0, 1e9, -1e9)
-# A model rounds its logits to its dtype, we do not: what the check at start allows, in roundings of the largest logit.
-ROUNDINGS = 3.0
+# What a model without get_output_embeddings calls its head.
+HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")
+# What the trainer gives a model that takes it.
+DISPENSABLE = ("attention_mask", "output_router_logits", "use_cache")
 
 
 class HeadError(ValueError):
@@ -38,16 +38,20 @@ class _Request:
     labels: Tensor | None = None  # (R, S): compute log-probs
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
+    hidden: Tensor | None = None  # what reached the head in a call without labels
     stats: TokenStats | None = None  # of the same call; the fields besides log_probs have no gradient
 
 
 class FusedHead:
-    """Makes `model(input_ids=..., attention_mask=..., labels=...)` return log-probs of the labels instead of logits.
+    """Makes `model(input_ids=..., labels=...)` return log-probs of the labels instead of logits.
 
     After `FusedHead(model)`, a call with labels returns {"log_probs": (R, S) float32, "log_sum_sq_probs" alike where
     asked for, and "aux_loss" where the model has one and router logits are asked for}; labels are already shifted, -100
-    where a token does not count. A call without labels is the model's own. The model may be wrapped (DDP, FSDP,
-    accelerate) afterwards.
+    where a token does not count. A call without labels is the model's own, and so are `generate`, `save_pretrained`,
+    pickling and copying. The model may be wrapped (DDP, FSDP, accelerate) afterwards.
+
+    `unfuse` gives the model back as it was, and so does the end of `with FusedHead(model):`. A second FusedHead takes
+    the place of the first.
 
     Args:
         model: an `AutoModelForCausalLM`; tied or untied head, with or without bias.
@@ -66,51 +70,83 @@ class FusedHead:
         impl: str | None = None,
         with_log_sum_sq_probs: bool = False,
     ) -> None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head: Any = find_head(model)
+        if isinstance(head, _OutputHead):
+            head.fused.unfuse(model)
         weight = getattr(head, "weight", None)
-        if head is None or weight is None or weight.ndim != 2 or not weight.is_floating_point():
-            found = "none" if head is None else f"{type(head).__name__} with weight {_describe(weight)}"
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             raise HeadError(
-                f"{type(model).__name__} has no output head with a floating-point weight (V, D); found {found}; "
-                "load a model for causal language modelling, its head not quantized"
+                f"{type(model).__name__} has no output head with a floating-point weight (V, D); found "
+                f"{type(head).__name__} with weight {_describe(weight)}; load a model for causal language modelling, "
+                "its head not quantized"
             )
         if others := sorted({name for name, _ in head.named_parameters()} - {"weight", "bias"}):
             raise HeadError(
                 f"the output head {type(head).__name__} has parameters besides weight and bias, which would not be "
                 f"trained: {others}; leave the head out of the adapter"
             )
+        if "forward" in vars(head) and "_old_forward" not in vars(head):
+            raise HeadError(
+                f"something has put a forward of its own on the output head {type(head).__name__} of this model: make "
+                "the FusedHead before it is wrapped"
+            )
         self.memory_budget, self.impl = memory_budget, impl
         self.outputs = ("log_sum_sq_probs",) if with_log_sum_sq_probs else ()
         self.transform = Transform()
         self._request = _Request()
         self._vocab_size = weight.shape[0]
-        replaced = model.__dict__.get("forward")  # by another wrapper, before us
-
-        def forward(this: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            # Through `this` alone: a copy of the model is a model of its own.
-            own_forward = replaced or types.MethodType(type(this).forward, this)
-            if labels is None:
-                return own_forward(*args, **kwargs)
-            own_head = this.get_output_embeddings()
-            if not hasattr(own_head, "fused"):
-                raise HeadError(f"{type(this).__name__} got another output head since; make a FusedHead of it again")
-            with own_head.fused._asking(_Request(labels=labels)) as request:
-                output = own_forward(*args, **kwargs)
-            if request.output is None:
-                raise HeadError(
-                    f"{type(this).__name__} did not call its output head {type(own_head).__name__} in forward"
-                )
-            result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
-            if request.stats is not None and request.stats.log_sum_sq_probs is not None:
-                result["log_sum_sq_probs"] = request.stats.log_sum_sq_probs.squeeze(-1)
-            if getattr(output, "aux_loss", None) is not None:
-                result["aux_loss"] = output.aux_loss
-            return result
-
-        # A method of the instance, not of the class: other models stay what they are, and wrappers find a method.
-        model.forward = types.MethodType(forward, model)
         head.fused = self
-        head.__class__ = type(f"Fused{type(head).__name__}", (_OutputHead, type(head)), {})
+        head.__class__ = _fused_class(type(head))
+        if "_old_forward" in vars(head):  # accelerate's hooks call the forward that they found
+            head._old_forward = types.MethodType(_OutputHead.forward, head)
+        self._model = weakref.ref(model)
+        # An attribute of the instance, not of the class: other models stay what they are.
+        model.forward = _FusedForward(model, vars(model).get("forward"))
+
+    def __enter__(self) -> FusedHead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        model = self._model()
+        if model is not None:
+            self.unfuse(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's model is another one; it is found when the copy is fused again."""
+        return {**vars(self), "_model": _no_model}
+
+    def unfuse(self, model: Any) -> None:
+        """Makes the model what it was; what is no model of this head is left alone."""
+        head: Any = find_head(model)
+        if not isinstance(head, _OutputHead):
+            return
+        head.__class__ = type(head).plain  # type: ignore[assignment]
+        del head.fused
+        if "_old_forward" in vars(head):
+            vars(head)["_old_forward"] = types.MethodType(type(head).forward, head)
+        for holder in {id(m): m for m in (model, *model.modules())}.values():
+            found = vars(holder)
+            for name in ("_original_forward", "forward"):  # accelerate keeps the first where it wraps the second
+                if isinstance(fused := found.get(name), _FusedForward):
+                    found.pop("_original_forward", None)
+                    found.pop("forward", None)
+                    if fused.replaced is not None:
+                        holder.forward = fused.replaced
+                    break
+
+    def check(self, model: nn.Module, deterministic: bool = True) -> None:
+        """Refuses a model that would be trained wrong; see `head_check.check_head`.
+
+        Args:
+            model: the model given at the start, or what now wraps it.
+            deterministic: whether training has to compute what evaluation does (dropout is off).
+
+        Raises:
+            HeadError: says what is not as it has to be.
+        """
+        from dpo_kernels.training.head_check import check_head
+
+        check_head(self, model, deterministic)
 
     def token_stats(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> TokenStats:
         t = self.transform
@@ -119,73 +155,8 @@ class FusedHead:
             softcap=t.softcap, memory_budget=self.memory_budget, impl=self.impl,
         )  # fmt: skip
 
-    @torch.no_grad()
-    def check(self, model: nn.Module, tokens: int = 16) -> None:
-        """Measures what stands behind the head, then compares log-probs with those of the model's own logits.
-
-        Runs three forwards of one sequence of `tokens` tokens; on every process alike, where there are several.
-
-        Args:
-            model: the model given at the start, or what now wraps it.
-
-        Raises:
-            HeadError: the two differ by more than the rounding of the logits explains, or behind the head stands
-                something that is no scale and no softcap.
-        """
-        device = next(model.parameters()).device
-        ids = torch.arange(tokens, device=device).remainder(self._vocab_size).unsqueeze(0)
-        labels = ids.roll(-1, 1)
-        training = model.training
-        model.eval()
-        try:
-            self.transform = Transform()
-            self.transform = self._measure_transform(model, ids)
-            log_probs = model(input_ids=ids, labels=labels)["log_probs"]
-            logits = model(input_ids=ids).logits
-        finally:
-            model.train(training)
-        if logits.shape[-1] != self._vocab_size:
-            raise HeadError(
-                f"the model's logits are {tuple(logits.shape)}, its head's weight has {self._vocab_size} rows"
-            )
-        own = reference.logits_to_log_probs(logits.float(), labels)
-        error = (own - log_probs).abs().max().item()
-        allowed = ROUNDINGS * torch.finfo(_logits_dtype(model, logits)).eps * max(1.0, logits.abs().max().item())
-        if not error <= max(allowed, 1e-3):
-            raise HeadError(
-                f"the fused head would train {type(model).__name__} wrong: on {tokens} tokens its log-probs differ "
-                f"from those of the model's own logits by {error:.2e}, where rounding explains {allowed:.2e} (measured "
-                f"behind the head: {self.transform}); please report the model's class"
-            )
-
-    def _measure_transform(self, model: nn.Module, ids: Tensor) -> Transform:
-        """logit_scale and softcap from what the model's forward makes of known numbers in place of its logits."""
-        probe = torch.tensor(PROBE, dtype=torch.float64 if ids.device.type in ("cpu", "cuda") else torch.float32)
-        with self._asking(_Request(probe=probe)), torch.enable_grad():
-            seen = model(input_ids=ids[:, :1]).logits
-        if seen.requires_grad:
-            raise HeadError(f"{type(model).__name__} has parameters behind its output head, which would not be trained")
-        seen = seen.detach()
-        if seen.shape[-1] != len(probe):
-            raise HeadError(f"the model turns {len(probe)} numbers from its head into logits of {tuple(seen.shape)}")
-        made = seen.double().reshape(-1, len(probe))[0].cpu()
-        probe = probe.double()
-        scale = _rounded((made[0] / probe[0]).item())
-        largest = made[-2].item()
-        capped = abs(largest) < 0.5 * abs(scale) * probe[-2].item()
-        found = Transform(logit_scale=scale, softcap=_rounded(abs(largest)) if capped else None)
-        expected = reference.logits(
-            probe[:, None], torch.ones(1, 1, dtype=torch.float64), logit_scale=scale, softcap=found.softcap
-        ).squeeze(1)
-        if not torch.allclose(made, expected, rtol=1e-3, atol=1e-9):
-            raise HeadError(
-                f"{type(model).__name__} does something to its logits that is neither a scale nor a softcap: it makes "
-                f"{[f'{x:.4g}' for x in made.tolist()]} of {list(PROBE)}"
-            )
-        return found
-
     @contextmanager
-    def _asking(self, request: _Request) -> Iterator[_Request]:
+    def asking(self, request: _Request) -> Iterator[_Request]:
         before, self._request = self._request, request
         try:
             yield request
@@ -193,9 +164,49 @@ class FusedHead:
             self._request = before
 
 
+class _FusedForward:
+    """A model's forward that takes labels, and looks like the model's own to whoever asks for its signature."""
+
+    def __init__(self, model: Any, replaced: Any) -> None:
+        self.model, self.replaced = model, replaced  # replaced: by another wrapper, before us
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(own_forward(self.model, self.replaced))
+
+    @property
+    def __func__(self) -> Any:
+        """As of a method: accelerate wraps the function, and binds it to the model again."""
+
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            return _FusedForward(this, self.replaced)(*args, **kwargs)
+
+        return forward
+
+    def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        model = self.model
+        forward = own_forward(model, self.replaced)
+        if labels is None:
+            return forward(*args, **kwargs)
+        head = find_head(model)
+        if not isinstance(head, _OutputHead):
+            raise HeadError(f"{type(model).__name__} got another output head since; make a FusedHead of it again")
+        with head.fused.asking(_Request(labels=labels)) as request:
+            output = forward(*args, **accepted(model, kwargs))
+        if request.output is None:
+            raise HeadError(f"{type(model).__name__} did not call its output head {type(head).__name__} in forward")
+        result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
+        if request.stats is not None and request.stats.log_sum_sq_probs is not None:
+            result["log_sum_sq_probs"] = request.stats.log_sum_sq_probs.squeeze(-1)
+        if getattr(output, "aux_loss", None) is not None:
+            result["aux_loss"] = output.aux_loss
+        return result
+
+
 class _OutputHead(nn.Module):
     """What the model's output head becomes: a subclass of its own class, so that it stays what others take it for."""
 
+    plain: type[nn.Module]
     fused: FusedHead
     weight: Tensor
 
@@ -204,7 +215,8 @@ class _OutputHead(nn.Module):
         if request.probe is not None:
             return request.probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
         if request.labels is None:
-            return super().forward(hidden, *args, **kwargs)
+            request.hidden = hidden
+            return type(self).plain.forward(self, hidden, *args, **kwargs)
         bias = getattr(self, "bias", None)
         request.stats = self.fused.token_stats(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
         return request.stats.log_probs
@@ -217,63 +229,73 @@ class _OutputHead(nn.Module):
         self.fused._request.output = output
         return output.detach().clone()  # what the model makes of it, in place perhaps, is not used
 
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, in modules and in configs that they read, so that policy and reference start
-    equal."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-    holders = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
-    for holder in holders:
-        for name, value in list(vars(holder).items()):
-            if isinstance(value, float) and re.search(r"dropout|_pdrop$|layerdrop", name):
-                setattr(holder, name, 0.0)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_head, (type(self).plain,), vars(self)
 
 
-def router_aux_loss_coef(model: Any) -> float | None:
-    """The weight of the model's load-balancing loss, None where it is no mixture of experts."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(config, "router_aux_loss_coef", None)
+def _fused_class(plain: Any) -> Any:
+    if plain not in _FUSED:
+        _FUSED[plain] = type(f"Fused{plain.__name__}", (_OutputHead, plain), {"plain": plain})
+    return _FUSED[plain]
 
 
-def max_positions(config: Any) -> int | None:
-    """The longest sequence that a model was made for, in tokens, scaled rotary embeddings included; None: no limit."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for scaled in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
-        factor, original = (scaled.get(name) for name in ("factor", "original_max_position_embeddings"))
-        if factor and original:
-            limits.append(int(factor * original))
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return max(known, default=None)
+_FUSED: dict[Any, Any] = {}
 
 
-def check_positions(config: Any, max_length: int) -> None:
-    """
+def _no_model() -> None:
+    """Where a weak reference to a model was, in a copy."""
+
+
+def _new_head(plain: type[nn.Module]) -> Any:
+    """An empty head of a class that pickle cannot find by its name."""
+    fused = _fused_class(plain)
+    return fused.__new__(fused)
+
+
+def find_head(model: Any) -> nn.Module:
+    """The output head of a model: what the model says it is, or the one layer that makes logits.
+
     Raises:
-        ValueError: sequences of max_length tokens have more positions than the model.
+        HeadError: there is none, or more than one.
     """
-    limit = max_positions(config)
-    if limit is not None and max_length - 1 > limit:  # the last token is predicted, never read
-        raise ValueError(
-            f"max_length is {max_length:,}, and the model has {limit:,} positions (max_position_embeddings, with what "
-            f"its rope parameters extend them by); give --max_length {limit:,} or less, or a model for longer sequences"
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    if isinstance(head, nn.Module):
+        return head
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    found = [
+        module for name, module in (model.named_modules() if isinstance(model, nn.Module) else ())
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in HEAD_NAMES and module.out_features == size
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise HeadError(
+            f"{type(model).__name__} has no output head that it names itself, and {len(found)} of its linear layers "
+            f"are called {', '.join(HEAD_NAMES)} and make {size} logits; load a model for causal language modelling"
         )
+    return found[0]
 
 
-def _rounded(value: float) -> float:
-    """To seven digits: what a model that computes in float32 can tell, and 1 is exactly 1."""
-    return float(f"{value:.7g}")
+def own_forward(model: Any, replaced: Any = None) -> Any:
+    """The forward that a model had before it was fused."""
+    if replaced is not None:
+        return replaced
+    return types.MethodType(type(model).forward, model)
 
 
-def _logits_dtype(model: nn.Module, logits: Tensor) -> torch.dtype:
-    """What the logits were rounded to; a wrapper may have cast them up since."""
-    if torch.is_autocast_enabled(logits.device.type):
-        return torch.get_autocast_dtype(logits.device.type)
-    narrow = [p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    return max([logits.dtype, *narrow], key=lambda dtype: torch.finfo(dtype).eps)
+def plain_forward(model: Any) -> Any:
+    """The forward of a model as if it had not been fused."""
+    found = vars(model).get("forward")
+    return own_forward(model, found.replaced if isinstance(found, _FusedForward) else found)
+
+
+def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the model's own forward takes, of those that it may do without."""
+    parameters = inspect.signature(plain_forward(model)).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return options
+    return {name: value for name, value in options.items() if name in parameters or name not in DISPENSABLE}
 
 
 def _describe(weight: Any) -> str:

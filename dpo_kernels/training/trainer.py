@@ -17,12 +17,15 @@ from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import aggregate_log_probs, make_pairs
 from dpo_kernels.preference_losses import Sides, pair_losses
-from dpo_kernels.training import checkpoints
+from dpo_kernels.training import aux_loss, checkpoints
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import IGNORE_INDEX, DPODataset, PairCollator, attention_mask
-from dpo_kernels.training.model import FusedHead, HeadError, check_positions, disable_dropout, router_aux_loss_coef
+from dpo_kernels.training.head_check import first_difference
+from dpo_kernels.training.loading import check_positions, is_own_code
+from dpo_kernels.training.model import FusedHead, HeadError
 from dpo_kernels.training.precompute import model_fingerprint, with_ref_log_probs
+from dpo_kernels.training.randomness import Silenced, disable_dropout
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -75,8 +78,8 @@ class DPOTrainer(Trainer):
     ) -> None:
         if model is ref_model:
             raise ValueError("model and ref_model are one object; the reference must stay what it is: load it twice")
-        if args.disable_dropout:
-            disable_dropout(model)
+        self._silenced = disable_dropout(model) if args.disable_dropout else Silenced()
+        self.aux_loss = aux_loss.decide(model, args.router_aux_loss_coef)
         for name, dataset in _named(train_dataset=train_dataset, eval_dataset=eval_dataset):
             _check_dataset(name, dataset, model)
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
@@ -86,15 +89,11 @@ class DPOTrainer(Trainer):
             compute_metrics=_mean_metrics,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
-        coef = args.router_aux_loss_coef
-        self.router_aux_loss_coef = router_aux_loss_coef(model) or 0.0 if coef is None else coef
-        if args.router_aux_loss_coef and router_aux_loss_coef(model) is None:
-            raise ValueError(
-                f"router_aux_loss_coef is {args.router_aux_loss_coef}, but {type(model).__name__} has no experts"
-            )
-        self._check_head(self.head, model)
+        self._check_head(self.head, model, args.disable_dropout)
+        self._starts_equal = args.disable_dropout and ref_model is not None and _same_weights(model, ref_model)
         if args.precompute_ref_log_probs and ref_model is not None:
             fingerprint = self._from_main(lambda: model_fingerprint(ref_model))  # before it is wrapped or sharded
+        self._own_code, self._is_flash = is_own_code(model), "flash" in str(_attention(model))
         self.ref_model = None if ref_model is None else self._freeze(ref_model)
         self.step_loss = torch.zeros((), device=args.device)  # of the step that is running
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
@@ -144,15 +143,17 @@ class DPOTrainer(Trainer):
                 + (" any more: precompute_ref_log_probs freed it. Give the dataset as eval_dataset when the trainer is "
                    "made, by name in a dict if there are several" if self._reference_freed else "; give a ref_model")
             )  # fmt: skip
-        output = self._forward(model, inputs, output_router_logits=self.router_aux_loss_coef > 0)
+        output = self._forward(model, inputs, output_router_logits=self.aux_loss.weight > 0)
         policy = output["log_probs"]
         ref = self._reference_log_probs(inputs) if has_reference else None  # some losses can do without
+        if self._starts_equal and model.training and "ref_chosen" not in inputs:
+            self._check_equal_start(model, inputs, policy.detach(), ref)
         options = self.args.loss_options
         of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else None
         made = make_pairs(ref, policy, mask, options, output.get("log_sum_sq_probs"), of_the_step)
         losses = pair_losses(made, options)
         if "aux_loss" in output:
-            losses = losses + self.router_aux_loss_coef * output["aux_loss"]
+            losses = losses + self.aux_loss.weight * output["aux_loss"]
         loss = losses.mean()
         metrics = self._pair_metrics(made.logratios, policy.detach(), mask)
         if model.training:
@@ -203,10 +204,11 @@ class DPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Model and tokenizer to output_dir, each file whole or not at all."""
         if _internal_call:
-            return super().save_model(output_dir, _internal_call=True)
+            with self._silenced.as_they_were():
+                return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or str(self.args.output_dir))
         staged = checkpoints.staging(target) / "model"
-        super().save_model(str(staged), _internal_call=True)
+        self.save_model(str(staged), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.publish_files(staged, target)
@@ -283,10 +285,36 @@ class DPOTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
         options = {name: value for name, value in options.items() if value}
-        return model(
-            input_ids=_both(inputs, "x"), attention_mask=attention_mask(_both(inputs, "mask")),
-            labels=_both(inputs, "y"), **options,
-        )  # fmt: skip
+        # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
+        # keeps attention from its causal path. A load-balancing loss is over real tokens; flash attention leaves
+        # padding out by it.
+        if (options and not self._own_code) or self._is_flash:
+            options["attention_mask"] = attention_mask(_both(inputs, "mask"))
+        return model(input_ids=_both(inputs, "x"), labels=_both(inputs, "y"), use_cache=False, **options)
+
+    def _check_equal_start(
+        self, model: nn.Module, inputs: dict[str, Tensor], policy: Tensor, ref: Tensor | None
+    ) -> None:
+        """At the first batch: policy and reference have the same weights, so they give the same numbers, to the bit.
+
+        Raises:
+            HeadError: they do not, though each gives the same numbers twice; names the first module that differs.
+        """
+        self._starts_equal = False
+        if self.state.global_step > 0 or ref is None or self.ref_model is None or torch.equal(policy, ref):
+            return
+        own = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+        with torch.no_grad(), self.accelerator.autocast():
+            again = self._forward(own, inputs)["log_probs"]
+            given = {"input_ids": _both(inputs, "x"), "labels": _both(inputs, "y")}
+            name = first_difference(own, self.ref_model, given)
+        difference = (policy - ref).abs().max().item()
+        if torch.equal(again, policy) or not difference <= 1e-2:
+            raise HeadError(
+                "policy and reference have the same weights, and their log-probs of the first batch differ by up "
+                f"to {difference:.2e}; the first module whose outputs differ is {name or 'the head'!r}. Something in "
+                "it is random, or keeps what no checkpoint holds; nothing was trained"
+            )
 
     @torch.no_grad()
     def _reference_log_probs(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -324,7 +352,7 @@ class DPOTrainer(Trainer):
     def _freeze(self, ref_model: nn.Module) -> nn.Module:
         ref_model.requires_grad_(False).eval()
         self.ref_head = FusedHead(ref_model, self.args.memory_budget_bytes, self.args.impl)
-        self._check_head(self.ref_head, ref_model)
+        self._check_head(self.ref_head, ref_model, deterministic=False)  # it never trains
         if not self.is_fsdp_enabled:
             return ref_model.to(self.args.device)
         if self.accelerator.is_fsdp2:
@@ -333,11 +361,11 @@ class DPOTrainer(Trainer):
             return fsdp2_prepare_model(self.accelerator, ref_model)
         return self.accelerator.prepare_model(ref_model)
 
-    def _check_head(self, head: FusedHead, model: nn.Module) -> None:
+    def _check_head(self, head: FusedHead, model: nn.Module, deterministic: bool = True) -> None:
         """On the main process, which may be the only one that has loaded the weights; the others take its word."""
 
         def check() -> Any:
-            head.check(model)
+            head.check(model, deterministic)
             return head.transform
 
         head.transform = self._from_main(check)
@@ -354,6 +382,17 @@ class DPOTrainer(Trainer):
         if isinstance(outcome[0], HeadError):
             raise outcome[0]
         return outcome[0]
+
+
+def _same_weights(model: nn.Module, other: nn.Module) -> bool:
+    if type(model) is not type(other):
+        return False
+    pairs = zip(model.parameters(), other.parameters(), strict=False)
+    return all(a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in pairs)
+
+
+def _attention(model: nn.Module) -> Any:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def _count_pairs(inputs: dict[str, Tensor]) -> int:
