@@ -170,9 +170,11 @@ def test_the_script_trains_and_saves_it_with_its_code(tmp_path):
     _, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
     save(tmp_path / "model", vocab_size=500, experts=2)
     tokenizer.save_pretrained(tmp_path / "model")
-    command = [sys.executable, str(ROOT / "train.py"), "--data_path", str(EXAMPLE),
-               "--ref_weight", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--disable_tqdm", "True",
-               "--per_device_train_batch_size", "2"]  # fmt: skip
+    command = [
+        sys.executable, str(ROOT / "train.py"), "--data_path", str(EXAMPLE), "--ref_weight", str(tmp_path / "model"),
+        "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--disable_tqdm", "True",
+        "--per_device_train_batch_size", "2",
+    ]  # fmt: skip
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     run = {"env": environment, "capture_output": True, "text": True, "timeout": 300, "stdin": subprocess.DEVNULL}
     done = subprocess.run(command, check=False, **run)
