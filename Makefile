@@ -9,7 +9,7 @@ SANITIZED ?= $(wildcard tests/test_cpp.py) tests/test_log_probs.py tests/test_ed
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test lint fuzz sanitize bench clean
+.PHONY: install train test lint fuzz breadth sanitize bench clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ FUZZ ?= 1000
 SEED ?= 1
 fuzz: $(STAMP)
 	DPO_KERNELS_FUZZ=$(FUZZ) DPO_KERNELS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/test_data_fuzz.py
+
+# A tiny instance of every causal class of transformers through the fused head; writes docs/models.md.
+breadth: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/breadth.py --write
 
 # A report of either sanitizer ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the
 # start.

@@ -12,8 +12,10 @@ transformers.TrainingArguments work too; `python train.py --help` lists them.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -249,10 +251,10 @@ def load_pairs(
     script: ScriptArguments, config: DPOConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[DPODataset, DPODataset | dict[str, DPODataset] | None]:
     """Pairs to train on, and held-out ones if asked for: one dataset, or several by their names."""
+    tools = Path(script.tools).read_text(encoding="utf-8") if script.tools else None
     read = ReadOptions(
-        _columns(script.columns or []), script.string_format, script.pairs,
-        json.loads(Path(script.tools).read_text(encoding="utf-8")) if script.tools else [],
-        json.loads(script.chat_template_kwargs) if script.chat_template_kwargs else {},
+        _columns(script.columns or []), script.string_format, script.pairs, _json("tools", tools, list) or [],
+        _json("chat_template_kwargs", script.chat_template_kwargs, dict) or {},
     )  # fmt: skip
 
     def load(path: str | Path, skipped: str) -> DPODataset:
@@ -271,31 +273,50 @@ def load_pairs(
         loaded = [load(path, f"skipped.eval{number(i)}") for i, path in enumerate(script.eval_data_path)]
         held_out = loaded[0] if len(loaded) == 1 else dict(zip(_names(script.eval_data_path), loaded, strict=True))
     elif script.eval_size:  # before pairs are drawn more than once: none is on both sides
-        shares = [part.split(_share(script.eval_size, part, parts), config.seed) for part in parts]
-        parts, held = [train for train, _ in shares], [kept for _, kept in shares]
-        held_out = DPODataset.mix(held)
+        shares = DPODataset.split_all(parts, script.eval_size, config.seed)
+        parts, held_out = [train for train, _ in shares], DPODataset.mix([kept for _, kept in shares])
     return DPODataset.mix(parts, script.data_weights, config.seed), held_out
+
+
+def _json(option: str, text: str | None, kind: type) -> Any:
+    """What an option holds as JSON, None where it is not given.
+
+    Raises:
+        ValueError: it is no JSON, or of another kind.
+    """
+    if text is None:
+        return None
+    expected = "a list, as in [{...}]" if kind is list else 'an object, as in {"enable_thinking": false}'
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} is {text[:80]!r}, which is no JSON ({error}); expected {expected}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{option} is {text[:80]!r}; expected {expected}")
+    return value
 
 
 def _columns(parts: list[str]) -> dict[str, str]:
     """name=column, one or several; or one JSON object, as a file of options gives it."""
     if len(parts) == 1 and parts[0].startswith("{"):
-        return dict(json.loads(parts[0]))
-    split = [part.partition("=") for part in parts]
-    if wrong := ["".join(found) for found in split if not all(found)]:
+        split = [(name, "=", column) for name, column in _json("columns", parts[0], dict).items()]
+    else:
+        split = [part.partition("=") for part in parts]
+    if wrong := [found for found in split if not all(isinstance(x, str) and x for x in found)]:
         raise ValueError(f"columns holds {wrong}; expected name=column, as in prompt=question")
     return {name: column for name, _, column in split}
 
 
-def _share(eval_size: float, part: DPODataset, parts: list[DPODataset]) -> float:
-    """A number of pairs is held out of all datasets together, of each as many as it has of them."""
-    return eval_size if eval_size < 1 else max(1, round(eval_size * len(part) / sum(map(len, parts))))
-
-
 def _names(paths: list[str]) -> list[str]:
     """Short names for several evaluation sets, each another."""
-    short = [Path(path).name.split(".")[0].replace(":", "_") for path in paths]
-    return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)]
+    names: list[str] = []
+    for path in paths:
+        short = re.sub(r"(\.(jsonl|ndjson|json|csv|tsv|parquet))?(\.(gz|zst|bz2))?$", "", Path(path).name)
+        short = short.replace(":", "_")
+        numbered = (f"{short}_{i}" for i in itertools.count(2))
+        name = next(name for name in itertools.chain([short], numbered) if name not in names)
+        names.append(name)
+    return names
 
 
 def tell(
@@ -303,10 +324,8 @@ def tell(
 ) -> None:
     """What will be trained on: figures, a picture, and pairs as the model sees them."""
     print(f"training: {train.report}", flush=True)
-    if isinstance(held_out, dict):
-        print(f"held out: {', '.join(f'{len(part):,} pairs as {name}' for name, part in held_out.items())}")
-    elif held_out:
-        print(f"held out: {len(held_out):,} pairs")
+    for name, part in (held_out if isinstance(held_out, dict) else {"": held_out} if held_out else {}).items():
+        print(f"held out{' as ' + name if name else ''}: {part.report}", flush=True)
     save_lengths(lengths(train.rows), train.max_length, output_dir)
     count = int(sys.stdout.isatty()) if script.show_pairs is None else script.show_pairs
     if count:

@@ -10,7 +10,8 @@ from templates import make_tokenizer, say
 from tokenizers import processors
 
 from dpo_kernels.training import DataError
-from dpo_kernels.training.chat import Template, check_template, render
+from dpo_kernels.training.chat import render
+from dpo_kernels.training.chat_template import Template, check_template
 from dpo_kernels.training.encoding import check_tokenizer
 from dpo_kernels.training.encoding import encode as encode_pair
 from dpo_kernels.training.formats import ChatPair

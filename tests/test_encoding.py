@@ -148,7 +148,7 @@ def test_replies_that_have_become_equal_are_dropped_whatever_else_differs():
     assert encode(ChatPair(chosen, rejected), tokenizer, limit, truncation_mode="keep_start").dropped == "equal_answers"
     same = [*rejected[:-1], chosen[-1]]
     assert encode(ChatPair(chosen, same), tokenizer, 1000).dropped == ""  # earlier replies differ and count
-    assert encode(ChatPair(chosen, same), tokenizer, 1000, "last").dropped == "equal_answers"
+    assert encode(ChatPair(chosen, same), tokenizer, 1000, "last").dropped == ""  # all behind what both share
 
 
 def test_drop_leaves_out_what_is_too_long():
@@ -217,3 +217,53 @@ def test_lengths_are_those_before_truncation():
     tokenizer = make_tokenizer()
     made = pair(LONG + "Is it?")
     assert encode(made, tokenizer, 60).lengths == encode(made, tokenizer, 1000).lengths
+
+
+@pytest.mark.parametrize("max_length", [60, 90, 120, 231])
+@pytest.mark.parametrize("template", [t.CHATML, t.LLAMA3, t.TOOLS], ids=["chatml", "llama3", "tools"])
+def test_both_sides_keep_the_same_prompt_whatever_does_not_fit(template, max_length):
+    tokenizer = make_tokenizer(template)
+    for chosen, rejected in (("Yes. " * 10, "No. " * 150), ("Yes. " * 150, "No."), ("Yes.", "No. " * 20)):
+        encoded = encode(pair(LONG, chosen=chosen, rejected=rejected, system="Be short."), tokenizer, max_length)
+        assert not encoded.dropped
+        prompts = [side.input_ids[: side.answer] for side in (encoded.chosen, encoded.rejected)]
+        assert prompts[0] == prompts[1]
+        assert len(prompts[0]) > 5
+        start = "<s>" if template == t.LLAMA3 else "<|im_start|>"
+        assert tokenizer.decode(prompts[0]).startswith(start)
+
+
+def test_the_beginning_of_sequence_stays_where_a_system_message_goes():
+    tokenizer = make_tokenizer(t.LLAMA3)
+    encoded = encode(pair("Is it? " * 30, system=LONG), tokenizer, 200)
+    assert texts(encoded, tokenizer)[0].startswith("<s>")
+    assert encoded.cut_prompt
+
+
+def test_a_rendered_prompt_gets_no_second_beginning_and_an_answer_no_second_end():
+    tokenizer = make_tokenizer(None)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>",)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
+    encoded = encode(TextPair("<s>The sky is", " blue.</s>\n", " loud."), tokenizer, 100)
+    assert texts(encoded, tokenizer) == ["<s>The sky is blue.</s>", "<s>The sky is loud.</s>"]
+
+
+def test_last_counts_what_the_assistant_says_behind_what_both_share():
+    tokenizer = make_tokenizer(t.TOOLS)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
+    asked = say("Old?", "Old.", "Warm?")
+    chosen = [*asked, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "24"},
+              {"role": "assistant", "content": "Yes."}]  # fmt: skip
+    encoded = encode(ChatPair(chosen, [*asked, {"role": "assistant", "content": "No."}]), tokenizer, 1000, "last")
+    assert (
+        counted(encoded.chosen, tokenizer)
+        == '<tool_call>weather {"city": "Lima"}</tool_call><|im_end|>Yes.<|im_end|>\n'
+    )
+    assert counted(encoded.rejected, tokenizer) == "No.<|im_end|>\n"
+
+
+def test_an_answer_whose_thinking_the_template_takes_out_is_told():
+    strips = t.CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+    encoded = encode(pair("Is it?", chosen="<think>hm</think>Yes."), make_tokenizer(strips), 1000)
+    assert encoded.rewritten
+    assert not encode(pair("Is it?", chosen=" <think>hm</think>Yes. "), make_tokenizer(), 1000).rewritten

@@ -125,16 +125,30 @@ REFUSED = [
     pytest.param({**f.PAIR, "chosen": [{"role": "user", "content": [{"type": "text", "txt": "x"}]}, f.CHOSEN[1]]},
                  r"is no part of text: found \['txt', 'type'\], type 'text'", id="part-without-text"),
     pytest.param({**f.PAIR, "prompt": "Another"}, "'prompt' is a string that repeats none of", id="other-prompt"),
-    pytest.param({**f.PAIR, "prompt": say("Another")}, "'prompt' is not how chosen begins", id="other-prompt-messages"),
+    pytest.param({**f.PAIR, "prompt": say("Another")}, "'prompt' is not how chosen and rejected begin", id="other-prompt-messages"),
     pytest.param({**f.PAIR, "messages": say("Another", "Yes.")}, "'messages' is neither chosen nor rejected",
                  id="other-messages"),
+    pytest.param({"question": "a", **f.REPLIES}, r"fits none of the known formats: found chosen \(a list\), rejected",
+                 id="answers-without-a-prompt"),
+    pytest.param({"context": f.CHOSEN[:1], **f.REPLIES}, "fits none of the known formats", id="answers-beside-a-context"),
+    pytest.param({"chosen_conversations": f.CHOSEN[1:], "rejected_conversations": f.REJECTED[1:]},
+                 "'chosen' is a conversation in which the user says nothing: the prompt is missing", id="torchtune-alone"),
+    pytest.param({"prompt": f.CHOSEN[:1], "chosen": f.CHOSEN, "rejected": f.REJECTED[1:]},
+                 "'rejected' is a conversation in which the user says nothing", id="one-side-without-its-prompt"),
+    pytest.param({"prompt": "q", "chosen": [{"role": None, "content": "b"}], "rejected": [{"role": None, "content": "b"}]},
+                 r"chosen\[0\]\['role'\] is null", id="replies-without-a-role"),
+    pytest.param({"chosen": [{**f.CHOSEN[0], "images": ["cat.png"]}, f.CHOSEN[1]], "rejected": f.REJECTED},
+                 r"chosen\[0\] has 'images', which is not trained on; only text", id="images-in-a-message"),
+    pytest.param({"chosen": [f.CHOSEN[0], {"role": "assistant", "content": "", "function_call": {"name": "x"}}],
+                  "rejected": f.REJECTED}, r"chosen\[1\] has 'function_call', .* write it as 'tool_calls'",
+                 id="function-call-key"),
     pytest.param({"question": "a", **f.ANSWERS}, r"no turn of the assistant .* --columns prompt=NAME", id="no-prompt"),
     pytest.param({"messages": f.CHOSEN}, r"'chosen' and 'rejected' are missing; fits none of the known formats: found "
                  r"messages \(a list\)\. Known: whole conversations \(chosen, rejected, \[prompt\]", id="sft"),
     pytest.param({"a": 1}, "found none of their columns", id="none-of-the-columns"),
     pytest.param({"prompt": "a", "instruction": "b", **f.ANSWERS},
                  r"fits two formats, strings \(prompt, chosen, rejected\) and instruction", id="two-formats"),
-    pytest.param({"prompt": "a", "history": [], "context": "[]", **f.ANSWERS}, r"looks like strings .* but has "
+    pytest.param({"prompt": "a", "history": [["b", "c"]], "context": "[1]", **f.ANSWERS}, r"looks like strings .* but has "
                  r"\['context', 'history'\] too", id="more-than-the-format-reads"),
     pytest.param({"prompt": 3, **f.ANSWERS}, "'prompt' is a number; expected a list of messages", id="prompt-a-number"),
     pytest.param({"instruction": "a", "history": ["b"], **f.ANSWERS}, r"history\[0\] is a string; expected two strings",
@@ -181,9 +195,39 @@ def test_what_is_refused_and_what_is_said(line, message):
         read_line(line, ReadOptions())
 
 
+def test_blank_columns_are_none_and_replaced_ones_are_told():
+    blank = {"input": "", "history": [], "messages": None, "tools": "[]", "system": ""}
+    assert read_line({"prompt": "a", **f.ANSWERS, **blank}, ReadOptions(string_format="plain")).format == "strings"
+    read = read_line({"prompt": "a", "question": "b", **f.ANSWERS}, ReadOptions(columns={"prompt": "question"}))
+    assert read.pairs == [TextPair("b", f.GOOD, f.BAD)]
+    assert read.unused == ("prompt (another was given for it)",)
+
+
+def test_an_explicit_prompt_may_be_answered_by_several_messages():
+    answer = say("", "Which?", "Any.", "Blue.")[1:]
+    (pair,) = read_line(
+        {"prompt": say("A colour?")[:1], "chosen": answer, "rejected": f.REPLIES["rejected"]}, ReadOptions()
+    ).pairs
+    assert pair.chosen == [*say("A colour?")[:1], *answer]
+
+
+def test_calls_and_their_results_as_ms_swift_writes_them():
+    call = {"name": "weather", "arguments": {"city": "Lima"}}
+    messages = [{"role": "user", "content": "Warm?"}, {"role": "tool_call", "content": json.dumps(call)},
+                {"role": "tool_response", "content": "24"}, {"role": "assistant", "content": "Yes."}]  # fmt: skip
+    (pair,) = read_line({"messages": messages, "rejected_response": "No."}, ReadOptions()).pairs
+    assert [m["role"] for m in pair.chosen] == ["user", "assistant", "tool", "assistant"]
+    assert pair.chosen[1]["tool_calls"] == [{"type": "function", "function": call}]
+
+
 @pytest.mark.parametrize(
     ("line", "options", "message"),
     [
+        (
+            {"prompt": "a", **f.ANSWERS},
+            {"string_format": "plain", "tools": [f.TOOL]},
+            r"has \['tools'\] beside strings",
+        ),
         ({"prompt": "a", "system": "b", **f.ANSWERS}, {"string_format": "plain"}, r"has \['system'\] beside strings"),
         ({"chosen": "Hi", "rejected": "Ho"}, {"string_format": "chat"}, "chosen is no transcript of lines"),
         (f.PAIR, {"columns": {"prompt": "question"}}, r"has no column \['question'\], which --columns names; found"),
@@ -209,6 +253,13 @@ def test_bad_options(options, message):
 
 
 IGNORED = [
+    pytest.param({side: [{"role": "developer", "content": "x"}, *m] for side, m in f.PAIR.items()},
+                 t.CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'developer' %}"),
+                 "the chat template leaves out a message from 'developer' \\('x'\\)", id="developer"),
+    pytest.param({**f.PAIR, "chosen": [f.CHOSEN[0], {**f.CHOSEN[1], "reasoning_content": "hm"}]}, t.CHATML,
+                 "the answer has 'reasoning_content', which the chat template does not read", id="reasoning"),
+    pytest.param({"chat_template_kwargs": {"content": "x"}, **f.PAIR}, t.CHATML,
+                 "chat_template_kwargs sets 'content', which the chat template does not read", id="a-name-of-another-kind"),
     pytest.param({"tools": [f.TOOL], **f.PAIR}, t.CHATML, "has 'tools', which the chat template does not", id="tools"),
     pytest.param({"chosen": [f.CALLED[0], f.CALLED[1]], "rejected": say("Warm?", "No.")}, t.CHATML,
                  "has 'tool_calls', which the chat template does not read", id="tool-calls"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import format_cases as f
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import templates as t
 from templates import make_tokenizer, say
@@ -50,6 +51,11 @@ FILES = {
     "pretty.json": json.dumps(ROWS, indent=2).encode(),
     "pairs.csv": table(","),
     "pairs.tsv": table("\t"),
+    "INDEX.CSV": b"".join(
+        (b"," if i == 0 else b"%d," % i) + line
+        for i, line in enumerate(table(",").replace(b"\nsecond", b" second").splitlines(True))
+    ),
+    "UPPER.JSONL.GZ": gzip.compress(LINES.encode()),
     "mark.jsonl": b"\xef\xbb\xbf" + LINES.encode(),
     "mark.csv": b"\xef\xbb\xbf" + table(","),
     "mark.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
@@ -94,7 +100,7 @@ def test_a_file_of_any_kind(load, expected, tmp_path, name):
     path.write_bytes(FILES[name])
     dataset = load(path)
     assert tokens(dataset) == expected
-    assert dataset.report.unused == ("id",)
+    assert dataset.report.unused == (("column 1", "id") if name == "INDEX.CSV" else ("id",))
 
 
 def test_parquet_and_saved_datasets_and_a_dataset_in_memory(load, expected, tmp_path):
@@ -131,6 +137,26 @@ def test_a_table_fills_messages_with_nulls_that_mean_nothing(load, tmp_path):
     assert results[0] == results[1] == results[2]
 
 
+def test_what_is_no_text_is_never_trained_as_text(load, tmp_path):
+    pa.parquet.write_table(pa.table({"prompt": [b"bytes"], "chosen": ["a"], "rejected": ["b"]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet, row 1: .*found \['unreadable'\]"):
+        load(tmp_path / "b.parquet")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["chosen", "chosen"])
+    pa.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice.parquet: column names \['chosen', 'chosen'\]; expected each once"):
+        load(tmp_path / "twice.parquet")
+
+
+def test_the_same_content_elsewhere_is_told_by_its_own_place(load, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text(LINES + "broken\n", encoding="utf-8")
+        dataset = load(tmp_path / name / "x.jsonl", on_bad_line="skip")
+        assert f"{tmp_path / name}" in dataset.rows[0]["where"]
+        (kept,) = (tmp_path / name / "x.skipped.jsonl").read_text().splitlines()
+        assert json.loads(kept)["where"] == f"{tmp_path / name / 'x.jsonl'}, line 3"
+
+
 def test_a_folder_is_its_files_in_order(load, expected, tmp_path):
     folder = tmp_path / "folder"
     (folder / "inner").mkdir(parents=True)
@@ -157,6 +183,11 @@ def test_a_folder_of_splits_asks_which(load, tmp_path):
     assert len(load(f"{tmp_path / 'data'}:train_prefs")) == 4
     with pytest.raises(ValueError, match=r"holds the splits \['test_prefs', 'train_prefs'\]; 'dev' is none of them"):
         load(f"{tmp_path / 'data'}:dev")
+    hashed = tmp_path / "hashed"
+    hashed.mkdir()
+    for i in range(2):
+        datasets.Dataset.from_list(ROWS).to_parquet(hashed / f"train_prefs-0000{i}-of-00002-aac53fbb337ac8e1.parquet")
+    assert len(load(hashed)) == len(load(f"{hashed}:train_prefs")) == 4
     for name in ("train_1", "train_2"):
         (tmp_path / "parts").mkdir(exist_ok=True)
         (tmp_path / "parts" / f"{name}.jsonl").write_text(LINES, encoding="utf-8")
@@ -217,6 +248,8 @@ BROKEN = {
     "cut.json": (json.dumps(ROWS).encode()[:-3], "cut.json is not JSON: "),
     "bytes.json": (b'["\xff"]', "bytes.json is not JSON: "),
     "names.csv": (b"chosen,chosen\na,b\n", r"names.csv, line 1: column names \['chosen', 'chosen'\]"),
+    "quote.csv": (b'prompt,chosen,rejected\na,b,"c\nd,e,f\n', r"quote.csv cannot be read to its end: unexpected end"),
+    "quotes.tsv": (b'prompt\tchosen\trejected\na\t"Yes", he said.\tNo.\n', r"quotes.tsv cannot be read to its end: "),
     "wide.csv": (b"chosen,rejected\na,b,c\n", "wide.csv, line 2: has 3 cells, the first line 2 columns"),
     "narrow.csv": (b'prompt,chosen,rejected\n"a\nb",c,d\ne\n', "narrow.csv, line 4: has 1 cells"),
     "bytes.csv": (b"prompt,chosen,rejected\na,b,\xff\n", "bytes.csv, line 2: 'rejected' is no valid Unicode"),
@@ -274,9 +307,16 @@ def test_several_datasets_are_one_after_the_other_or_drawn_by_weights(load, tmp_
     few = [where for where in drawn if "b.jsonl" in where]
     assert few[:10] == names[1]  # none comes again before all others
     assert 2 < len(few) / (len(drawn) - len(few)) < 4.5
+    with pytest.warns(
+        UserWarning, match=r"data_weights \[1, 50\] makes .* pairs of 50, so that some are seen many times"
+    ):
+        DPODataset.mix(parts, [1, 50])
+    (a, held_a), (b, held_b) = DPODataset.split_all(parts, 5, seed=2)
+    assert (len(a) + len(b), len(held_a) + len(held_b)) == (45, 5)
+    assert held_a.report.pairs == len(held_a)
     assert mixed.report.duplicates == len(drawn) - 50
     assert [row["where"] for row in DPODataset.mix(parts, [1, 3], seed=1).rows] == drawn
     assert DPODataset.mix(parts[:1]) is parts[0]
-    for weights in ([1], [1, 0], [1, -1]):
+    for weights in ([1], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")]):
         with pytest.raises(ValueError, match=r"data_weights is .* for 2 datasets; expected a positive number for each"):
             DPODataset.mix(parts, weights)

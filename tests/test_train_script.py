@@ -186,6 +186,21 @@ def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, enviro
             assert a.get(key) == pytest.approx(b.get(key), abs=2e-5 if key == "loss" else 2e-4), key
 
 
+def test_a_resume_inside_an_epoch_of_two_processes_gives_the_same_weights(tmp_path, model_dir, environment):
+    """Of 7 pairs in steps of 4 the second step fills one process' batch up; the resumed run knows that too."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(EXAMPLE.read_text(encoding="utf-8").splitlines(True)[:7]), encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = {"data_path": data, "per_device_train_batch_size": 2, "max_steps": 2, "save_steps": 1}
+    for name, extra in (("straight", []), ("resumed", ["--resume_from_checkpoint", "checkpoint-1"])):
+        if extra:
+            extra[1] = str(tmp_path / "straight" / extra[1])
+        done = run(environment, *small_run(model_dir, tmp_path / name, **options), *extra, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_data_of_several_kinds_shown_and_evaluated(tmp_path, model_dir, environment):
     (tmp_path / "a.csv").write_text("q,good,bad\n" + "".join(f"Is {i} odd?,Yes.,No.\n" for i in range(6)))
     (tmp_path / "b.csv").write_text("q,good,bad\nHi?,Hello.,No.\nYou?,Me.,Us.\n")
@@ -204,7 +219,8 @@ def test_data_of_several_kinds_shown_and_evaluated(tmp_path, model_dir, environm
     assert done.returncode == 0, done.stderr
     assert "a.csv + " in done.stdout
     assert "read as strings made messages" in done.stdout
-    assert "held out: 6 pairs as a, 2 pairs as b" in done.stdout
+    assert "held out as a: 6 pairs of" in done.stdout
+    assert "held out as b: 2 pairs of" in done.stdout
     assert "⟦Yes.<|im_end|>⟧" in done.stdout or "⟦Hello.<|im_end|>⟧" in done.stdout or "⟦Me.<|im_end|>⟧" in done.stdout
     assert "held-out preference accuracy of a: " in done.stdout
     assert "held-out preference accuracy of b: " in done.stdout
@@ -265,8 +281,11 @@ def test_results_are_never_overwritten(tmp_path, model_dir, environment):
         ({"eval_size": 0.1, "eval_data_path": "x"}, "either by --eval_size or by --eval_data_path"),
         ({"beta": -1}, "beta is -1"),
         ({"max_length": 1026}, "max_length is 1,026, and the model has 1,024 positions"),
-        ({"columns": "prompt"}, "columns holds ['prompt']; expected name=column"),
+        ({"columns": "prompt"}, "columns holds [('prompt', '', '')]; expected name=column"),
         ({"data_weights": "1", "data_path": "pairs.xlsx"}, "no preference file pairs.xlsx"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs is '[1]'; expected an object, as in"),
+        ({"chat_template_kwargs": "{a: 1}"}, "chat_template_kwargs is '{a: 1}', which is no JSON"),
+        ({"columns": '{"prompt": ["a"]}'}, "columns holds [('prompt', '=', ['a'])]; expected name=column"),
         ({"tools": "nowhere.json"}, "No such file or directory: 'nowhere.json'"),
         ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
     ],

@@ -439,6 +439,7 @@ def test_sequences_beyond_the_models_positions_are_refused_before_training(tmp_p
             {"max_position_embeddings": 256, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64}},
             256,
         ),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 256),
         ({"rope_parameters": {"full": {"factor": 2.0, "original_max_position_embeddings": 64}}}, 128),
         ({}, None),
     ],
@@ -477,3 +478,15 @@ def test_several_evaluation_sets_are_evaluated_one_by_one(tmp_path):
         assert metrics[f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"], abs=1e-6)
     assert logs(tmp_path, "eval_a_loss")
     assert logs(tmp_path, "eval_b_logps/accuracies")
+
+
+def test_a_dataset_given_to_evaluate_is_checked_too(tmp_path):
+    trainer = make_trainer(tmp_path)
+    raw = datasets.Dataset.from_list([{"chosen": "a", "rejected": "b"}])
+    for given, name in ((raw, "eval_dataset"), ({"a": raw}, r"eval_dataset\['a'\]")):
+        with pytest.raises(TypeError, match=rf"{name} is a datasets.Dataset with the columns"):
+            trainer.evaluate(given)
+    _, tokenizer = make_small_model(EXAMPLE, vocab_size=97 + 200, hidden_size=64, layers=1)
+    long = DPODataset(EXAMPLE, tokenizer, 300, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"max_length is 300, and the model has 64 positions"):
+        trainer.evaluate({"long": long})

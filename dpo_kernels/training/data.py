@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels.training import chat, encoding
-from dpo_kernels.training.data_report import DataReport
+from dpo_kernels.training.data_report import DataReport, column
 from dpo_kernels.training.formats import SIDES, ReadOptions, read_line
 from dpo_kernels.training.messages import DataError
 from dpo_kernels.training.sources import RawLine, Source, open_source
 
 ON_BAD_LINE = ("raise", "skip")
+REPEATED = 5  # by how much a mixture may be larger than its sources before it is told
 IGNORE_INDEX = -100
 FORMAT = 2  # of the cached rows: raise it when what a row holds changes
 
@@ -75,7 +79,6 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             dpo_kernels in the cache of the `datasets` library.
 
     Attributes:
-        report: what became of the lines, a `DataReport`.
         rows: the `datasets.Dataset` behind it, one row a pair.
 
     Raises:
@@ -105,17 +108,17 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         source = open_source(path)
         self.name, self.max_length = source.name, max_length
         self.pad_token_id = int(tokenizer.pad_token_id)
-        self.key = _key(source.content, tokenizer, self.options)
+        self.key = _key(source, tokenizer, self.options)
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
         lines = _lines_of(source, self.cache_dir)
         rows = self._encode(lines, tokenizer, num_proc)
-        self.skipped = _handle_bad_lines(rows, lines, source, on_bad_line, skipped_path)
-        reasons = Counter(reason for reason, error in zip(rows["dropped"], rows["error"], strict=True) if not error)
-        usable = [i for i, (error, dropped) in enumerate(zip(rows["error"], rows["dropped"], strict=True))
-                  if not (error or dropped)]  # fmt: skip
-        self.rows = rows.select(usable)
-        self.dropped = {reason: count for reason, count in reasons.items() if reason}
-        self.report = DataReport.of(self.rows, self.name, max_length, self.skipped, self.dropped)
+        errors, dropped = (column(rows, name) for name in ("error", "dropped"))
+        self.skipped = 0
+        if any(errors):
+            self.skipped = _handle_bad_lines(rows, errors, lines, source, on_bad_line, skipped_path)
+        reasons = Counter(reason for reason, error in zip(dropped, errors, strict=True) if reason and not error)
+        usable = [i for i, (error, reason) in enumerate(zip(errors, dropped, strict=True)) if not (error or reason)]
+        self.rows, self.dropped = rows.select(usable), dict(reasons)
         if not usable:
             raise DataError(f"{self.name}: no pair is left to train on.\n{self.report}\n{self._advice()}")
 
@@ -132,6 +135,11 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         if isinstance(dataset, str | os.PathLike) or not hasattr(dataset, "column_names"):
             raise TypeError(f"from_dataset takes a datasets.Dataset, not {type(dataset).__name__}")
         return cls(dataset, tokenizer, max_length, **options)
+
+    @property
+    def report(self) -> DataReport:
+        """What became of the lines: of the pairs that this dataset holds, and of all lines that were not used."""
+        return DataReport.of(self.rows, self.name, self.max_length, self.skipped, self.dropped)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -154,16 +162,26 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         Raises:
             ValueError: one of the parts would be empty.
         """
-        count = round(eval_size * len(self)) if eval_size < 1 else int(eval_size)
-        if not 0 < count < len(self):
-            raise ValueError(
-                f"eval_size is {eval_size}: {count} of {len(self)} pairs; expected at least 1 on each side"
-            )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        return self.select(sorted(order[count:])), self.select(sorted(order[:count]))
+        ((train, held_out),) = self.split_all([self], eval_size, seed)
+        return train, held_out
+
+    @staticmethod
+    def split_all(parts: Sequence[DPODataset], eval_size: float, seed: int = 0) -> list[tuple[DPODataset, DPODataset]]:
+        """Each of several datasets in two parts, as `split`; eval_size counts over all of them together."""
+        total = sum(map(len, parts))
+        count = round(eval_size * total) if eval_size < 1 else int(eval_size)
+        if not 0 < count < total:
+            raise ValueError(f"eval_size is {eval_size}: {count} of {total} pairs; expected at least 1 on each side")
+        held_out = torch.zeros(total, dtype=torch.bool)
+        held_out[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]] = True
+        pieces = held_out.split([len(part) for part in parts])
+        return [
+            (part.select((~piece).nonzero().flatten().tolist()), part.select(piece.nonzero().flatten().tolist()))
+            for part, piece in zip(parts, pieces, strict=True)
+        ]
 
     def select(self, indices: Sequence[int]) -> DPODataset:
-        """The pairs at these positions; the report stays that of the whole file."""
+        """The pairs at these positions."""
         return self._with_rows(self.rows.select(indices))
 
     def with_reference(self, log_probs: datasets.Dataset) -> DPODataset:
@@ -176,33 +194,30 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
         Args:
             parts: read with one tokenizer and one max_length.
-            weights: how often a pair of each is drawn, relative to the others; drawn by the seed, without repeating a
-                pair of a part before all its others, until each pair of each part has been drawn. None: every pair
-                once, one part after the other.
+            weights: how many of the draws are of each part, relative to the others: with [3, 1] three of four pairs
+                come from the first, whatever the sizes. Drawn by the seed, a part's pairs in their order and from the
+                start again, until each pair of each part has been drawn. None: every pair once, one part after the
+                other.
 
         Raises:
             ValueError: weights of another number than the parts, or not positive; parts of different max_length.
         """
         if len({part.max_length for part in parts}) != 1:
             raise ValueError(f"datasets of different max_length: {[part.max_length for part in parts]}")
-        if weights is not None and (len(weights) != len(parts) or min(weights) <= 0):
+        if weights is not None and (len(weights) != len(parts) or not all(0 < weight < math.inf for weight in weights)):
             raise ValueError(
                 f"data_weights is {list(weights)} for {len(parts)} datasets; expected a positive number for each"
             )
         if len(parts) == 1:
             return parts[0]
-        rows = [part.rows for part in parts]
-        if weights is None:
-            mixed = datasets.concatenate_datasets(rows)
-        else:
-            shares = [weight / sum(weights) for weight in weights]
-            mixed = datasets.interleave_datasets(rows, shares, seed=seed, stopping_strategy="all_exhausted")
-        result = parts[0]._with_rows(mixed)
+        result = parts[0]._with_rows(datasets.concatenate_datasets([part.rows for part in parts]))
+        if weights is not None:
+            result.rows = result.rows.select(_draws([len(part) for part in parts], weights, seed))
         result.name = " + ".join(part.name for part in parts)
-        result.key = hashlib.sha256(json.dumps([part.key for part in parts]).encode()).hexdigest()[:32]
+        facts = [*(part.key for part in parts), weights, seed]
+        result.key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         result.skipped = sum(part.skipped for part in parts)
         result.dropped = dict(sum((Counter(part.dropped) for part in parts), Counter()))
-        result.report = DataReport.of(mixed, result.name, result.max_length, result.skipped, result.dropped)
         return result
 
     def _with_rows(self, rows: datasets.Dataset) -> DPODataset:
@@ -238,6 +253,28 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         if set(self.dropped) == {encoding.EQUAL_ANSWERS}:
             return "Chosen and rejected are the same in each pair; look at the columns that were read"
         return f"Raise max_length ({self.max_length})"
+
+
+def _draws(sizes: list[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """Indices into datasets one after the other, drawn until each of them has come."""
+    random, shares = np.random.default_rng(seed), np.asarray(weights, dtype=float) / sum(weights)
+    starts = np.cumsum([0, *sizes])
+    parts = np.empty(0, dtype=np.int64)
+    while any(np.count_nonzero(parts == i) < size for i, size in enumerate(sizes)):
+        parts = np.concatenate([parts, random.choice(len(sizes), size=sum(sizes), p=shares)])
+    places = np.zeros(len(parts), dtype=np.int64)
+    last = 0
+    for i, size in enumerate(sizes):
+        where = np.flatnonzero(parts == i)
+        places[where] = starts[i] + np.arange(len(where)) % max(size, 1)
+        last = max(last, int(where[size - 1]) + 1 if size else 0)
+    if last > REPEATED * sum(sizes):
+        warnings.warn(
+            f"data_weights {list(weights)} makes {last:,} pairs of {sum(sizes):,}, so that some are seen many times; "
+            "give weights nearer to the sizes of the sources",
+            stacklevel=3,
+        )
+    return places[:last]
 
 
 @dataclass(frozen=True)
@@ -277,14 +314,16 @@ ROW = datasets.Features({
     "dropped": datasets.Value("string"), "format": datasets.Value("string"),
     "unused": datasets.List(datasets.Value("string")), "cut_prompt": datasets.Value("bool"),
     "cut_answer": datasets.Value("bool"), "prompts_differ": datasets.Value("bool"),
-    "empty_reply": datasets.Value("bool"), "lengths": datasets.List(datasets.Value("int32")),
+    "empty_reply": datasets.Value("bool"), "rewritten": datasets.Value("bool"),
+    "lengths": datasets.List(datasets.Value("int32")),
     "counted": datasets.Value("int32"), "tokens": datasets.Value("int32"), "digest": datasets.Value("string"),
     **{f"{side}_ids": datasets.List(datasets.Value("int32")) for side in SIDES},
     **{f"{side}_mask": datasets.List(datasets.Value("int8")) for side in SIDES},
 })  # fmt: skip
 BLANK: dict[str, Any] = {
     "error": "", "dropped": "", "format": "", "unused": [], "cut_prompt": False, "cut_answer": False,
-    "prompts_differ": False, "empty_reply": False, "lengths": [0, 0, 0], "counted": 0, "tokens": 0,
+    "prompts_differ": False, "empty_reply": False,
+    "rewritten": False, "lengths": [0, 0, 0], "counted": 0, "tokens": 0,
     "digest": "",
     **{f"{side}_{what}": [] for side in SIDES for what in ("ids", "mask")},
 }  # fmt: skip
@@ -339,6 +378,7 @@ def _encode_line(line: RawLine, tokenizer: PreTrainedTokenizerBase, options: Enc
                 "format": read.format, "unused": list(read.unused), "dropped": encoded.dropped,
                 "cut_prompt": encoded.cut_prompt, "cut_answer": encoded.cut_answer, "lengths": list(encoded.lengths),
                 "prompts_differ": encoding.prompts_differ(pair), "empty_reply": encoding.has_empty_reply(pair),
+                "rewritten": encoded.rewritten,
                 "counted": sum(len(side.counted) for side in sides.values()), "tokens": sum(map(len, ids.values())),
                 "digest": hashlib.blake2b(json.dumps(ids).encode(), digest_size=12).hexdigest(),
                 **{f"{name}_ids": ids[name] for name in SIDES},
@@ -365,12 +405,15 @@ def parse_json(text: bytes) -> Any:
 
 
 def _handle_bad_lines(
-    rows: datasets.Dataset, lines: datasets.Dataset, source: Source, on_bad_line: str, skipped_path: Any
+    rows: datasets.Dataset,
+    errors: list[str],
+    lines: datasets.Dataset,
+    source: Source,
+    on_bad_line: str,
+    skipped_path: Any,
 ) -> int:
     """Raises, or writes the bad lines with their reasons; returns how many there are."""
-    reasons = {where: reason for where, reason in zip(rows["where"], rows["error"], strict=True) if reason}
-    if not reasons:
-        return 0
+    reasons = {where: reason for where, reason in zip(column(rows, "where"), errors, strict=True) if reason}
     if on_bad_line == "raise":
         where, reason = next(iter(reasons.items()))
         more = f" ({len(reasons) - 1:,} more lines are bad)" if len(reasons) > 1 else ""
@@ -391,9 +434,9 @@ def _beside(source: Source) -> Path:
     return Path("skipped.jsonl") if source.table is not None else source.files[0].parent / "skipped.jsonl"
 
 
-def _key(content: str, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> str:
     facts = [
-        FORMAT, content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+        FORMAT, source.name, source.content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
         sorted(tokenizer.special_tokens_map.items()), asdict(options),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels.training import chat
+from dpo_kernels.training.chat_template import Span, Template, check_template, prepared
 from dpo_kernels.training.formats import SIDES, ChatPair, Pair, TextPair
 from dpo_kernels.training.messages import DataError, Message
 
@@ -23,17 +24,20 @@ TOO_LONG, WITHOUT_REPLY, EQUAL_ANSWERS = "too_long", "without_reply", "equal_ans
 class Encoded:
     """One side: input_ids and mask (1 where a token of the assistant counts), equally long.
 
-    Positions in it: keep, the tokens at its start (beginning of sequence, system message) that keep_answer leaves
-    alone; fork, where what the two sides do not share begins, with its header; header, where the last reply's header
-    begins; answer, the last reply's first token.
+    Positions in it: opening, behind the beginning-of-sequence token; keep, the tokens at its start (that one, and the
+    system message) that keep_answer leaves alone; fork, where what the two sides do not share begins, with its header;
+    header, where the last reply's header begins; answer, the last reply's first token.
+    rewritten: whether the template has changed the last reply's words.
     """
 
     input_ids: list[int]
     mask: list[int]
+    opening: int
     keep: int
     fork: int
     header: int
     answer: int
+    rewritten: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -57,7 +61,8 @@ class EncodedPair:
     """Both sides, cut to max_length and after the last token that counts.
 
     lengths: of prompt, chosen and rejected answer in tokens, before anything was cut. cut_prompt, cut_answer: whether
-    truncation took something of them. dropped: why the pair is not used; empty if it is.
+    truncation took something of them. rewritten: whether the template has changed an answer's words. dropped: why the
+    pair is not used; empty if it is.
     """
 
     chosen: Encoded
@@ -65,6 +70,7 @@ class EncodedPair:
     lengths: tuple[int, int, int]
     cut_prompt: bool
     cut_answer: bool
+    rewritten: bool
     dropped: str
 
 
@@ -112,7 +118,8 @@ def encode(
     Args:
         tokenizer: fast; with a chat template if the pair is one of conversations.
         max_length: of each side, in tokens.
-        assistant_turns: "all" counts every reply, "last" only the last one (of strings there is one).
+        assistant_turns: "all" counts every reply, "last" those behind the messages that both sides share (of strings
+            there is one), as TRL does.
         truncation_mode: of sides longer than max_length. "keep_answer": the prompt's oldest tokens go first, whole
             turns where the template allows, but for the first system message; an answer that is too long by itself is
             cut at its end, beside the newest quarter of max_length of its prompt. "keep_start": the end goes, as in
@@ -123,9 +130,9 @@ def encode(
         ValueError: the tokenizer lacks a chat template, or an end-of-sequence token for strings.
     """
     if isinstance(pair, ChatPair):
-        chat.check_template(tokenizer)
-        template = chat.Template(tokenizer, pair.tools, pair.template_kwargs)
-        chosen, rejected = (chat.prepared(side, template) for side in (pair.chosen, pair.rejected))
+        check_template(tokenizer)
+        template = Template(tokenizer, pair.tools, pair.template_kwargs)
+        chosen, rejected = (prepared(side, template) for side in (pair.chosen, pair.rejected))
         pair = replace(pair, chosen=chosen, rejected=rejected)
     whole = sides = _tokenized(pair, tokenizer, assistant_turns)
     too_long = max(map(len, sides)) > max_length
@@ -138,6 +145,7 @@ def encode(
         *sides, lengths=(whole[0].answer, len(whole[0]) - whole[0].answer, len(whole[1]) - whole[1].answer),
         cut_prompt=any(after.answer < before.answer for before, after in zip(whole, sides, strict=True)),
         cut_answer=any(len(after.reply) < len(before.reply) for before, after in zip(whole, sides, strict=True)),
+        rewritten=any(side.rewritten for side in sides),
         dropped=TOO_LONG if too_long and truncation_mode == "drop" else _nothing_to_learn(whole, sides),
     )  # fmt: skip
 
@@ -171,8 +179,8 @@ def _tokenized(pair: Pair, tokenizer: PreTrainedTokenizerBase, assistant_turns: 
 def _encode_chat(
     messages: list[Message], shared: int, pair: ChatPair, tokenizer: PreTrainedTokenizerBase, assistant_turns: str
 ) -> Encoded:
-    template = chat.Template(tokenizer, pair.tools, pair.template_kwargs)
-    text, spans, answer = chat.render(messages, template, assistant_turns)
+    template = Template(tokenizer, pair.tools, pair.template_kwargs)
+    text, spans, answer = chat.render(messages, template, assistant_turns, shared)
     batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts, ends = np.array(batch["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     counts = np.zeros(len(starts), dtype=bool)
@@ -185,12 +193,16 @@ def _encode_chat(
     def tokens_before(character: int | None) -> int:  # never more than up to the answer
         return first if character is None else min(int((ends <= character).sum()), first)
 
+    ids = batch["input_ids"]
+    opening = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    keep = chat.content_start(text, messages, asked, template) if asked < len(messages) - 1 else None
     return Encoded(
-        batch["input_ids"], counts.astype(int).tolist(),
-        keep=tokens_before(chat.content_start(text, messages, asked, template)) if asked < len(messages) - 1 else 0,
+        ids, counts.astype(int).tolist(), opening,
+        keep=opening if keep is None else max(opening, tokens_before(keep)),
         fork=tokens_before(chat.message_start(text, messages, shared, template)),
         header=tokens_before(chat.message_start(text, messages, len(messages) - 1, template)),
         answer=first,
+        rewritten=chat.rewrites(text, messages, template),
     )  # fmt: skip
 
 
@@ -202,17 +214,19 @@ def _encode_text(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, which ends an answer that is a "
             "plain string; set tokenizer.eos_token, or make messages of the strings with --string_format chat"
         )
-    text = prompt + answer + ("" if answer.endswith(end) else end)
-    batch = tokenizer(text, return_offsets_mapping=True)
+    answer = answer.rstrip() if answer.rstrip().endswith(end) else answer + end
+    text = prompt + answer
+    rendered = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # what a template made of it
+    batch = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not rendered)
     special = [sequence is None for sequence in batch.sequence_ids()]  # what the tokenizer adds around a text
     length = len(special) - next((i for i, added in enumerate(reversed(special)) if not added), len(special))
     starts, ends = np.array(batch["offset_mapping"][:length], dtype=np.int64).reshape(-1, 2).T
     mask = (_touches(starts, ends, (len(prompt), len(text))) & ~np.array(special[:length])).astype(int).tolist()
-    first, keep = mask.index(1), special.index(False)
-    return Encoded(batch["input_ids"][:length], mask, keep, first, first, first)
+    first, opening = mask.index(1), max(special.index(False), int(rendered))
+    return Encoded(batch["input_ids"][:length], mask, opening, opening, first, first, first)
 
 
-def _touches(starts: np.ndarray, ends: np.ndarray, span: chat.Span) -> np.ndarray:
+def _touches(starts: np.ndarray, ends: np.ndarray, span: Span) -> np.ndarray:
     """Which tokens, at these characters, lie in a span, wholly or in part. Tokenizers that trim offsets give a token of
     white space no width, at its end."""
     a, b = span
@@ -257,25 +271,25 @@ def _without_old_turns(
 
 
 def _without_old_tokens(sides: Both, max_length: int) -> Both:
-    """Takes the prompt's oldest tokens: first of what both share, as many from each, then of each side by itself."""
-    shared = min(side.fork for side in sides)
-    both = _shortened(sides, shared, max_length)
-    chosen, rejected = (_shortened([side], side.header, max_length)[0] for side in both)
+    """Takes oldest tokens: of the prompt that both share, as many from each; then, of each side by itself, from what
+    lies between that and its last reply."""
+    keep, fork = min(side.keep for side in sides), min(side.fork for side in sides)
+    if keep > max_length // 2:  # a system message that would leave no room goes as the rest does
+        keep = min(side.opening for side in sides)
+    both = _shortened(sides, keep, fork, max_length)
+    chosen, rejected = (_shortened([side], max(side.fork, side.opening), side.header, max_length)[0] for side in both)
     return chosen, rejected
 
 
-def _shortened(sides: Sequence[Encoded], end: int, max_length: int) -> list[Encoded]:
-    """The sides, which are alike before `end`, without the same tokens before it."""
-    longest = max(map(len, sides))
-    keep = min(side.keep for side in sides)
-    if keep > max_length // 2:  # a system message that would leave no room goes as the rest does
-        keep = 0
-    answers_fit = longest - end + keep <= max_length
-    spared = 0 if answers_fit else max_length // 4
-    if keep == 0 and any(side.answer == end for side in sides):
+def _shortened(sides: Sequence[Encoded], start: int, end: int, max_length: int) -> list[Encoded]:
+    """The sides without as many of the tokens in [start, end), the oldest first, as make them fit; where all of them
+    would not be enough, the newest quarter of max_length stays."""
+    longest, room = max(map(len, sides)), end - start
+    spared = 0 if longest - room <= max_length else max_length // 4
+    if start == 0 and any(side.answer == end for side in sides):
         spared = max(spared, 1)  # something has to predict the answer's first token
-    count = max(0, min(longest - max_length, end - keep - spared))
-    return [_remove(side, keep, count) for side in sides]
+    count = max(0, min(longest - max_length, room - spared))
+    return [_remove(side, start, count) for side in sides]
 
 
 def _remove(side: Encoded, start: int, count: int) -> Encoded:
@@ -285,14 +299,10 @@ def _remove(side: Encoded, start: int, count: int) -> Encoded:
     def rest(values: list[Any]) -> list[Any]:
         return values[:start] + values[start + count :]
 
-    return Encoded(
-        rest(side.input_ids),
-        rest(side.mask),
-        moved(side.keep),
-        moved(side.fork),
-        moved(side.header),
-        moved(side.answer),
-    )
+    return replace(
+        side, input_ids=rest(side.input_ids), mask=rest(side.mask), opening=moved(side.opening), keep=moved(side.keep),
+        fork=moved(side.fork), header=moved(side.header), answer=moved(side.answer),
+    )  # fmt: skip
 
 
 def _cut(side: Encoded, max_length: int) -> Encoded:

@@ -56,8 +56,8 @@ class ReadOptions:
     """How lines are read.
 
     columns: the line's own name of each column that it calls otherwise, such as {"prompt": "question"}.
-    string_format: "plain" trains on strings as they are, "chat" makes messages of them; None: plain, but where columns
-        stand beside them that only a template can render (system, tools, chat_template_kwargs).
+    string_format: "plain" trains on strings as they are, "chat" makes messages of them; None: plain, but chat where
+        something stands beside them that only a template can render (system, tools, chat_template_kwargs).
     ranked_pairs: of ranked completions "best" takes the first against the last, "all" each against each that is worse.
     tools, chat_template_kwargs: for the chat template, where a line brings none of its own.
     """
@@ -87,7 +87,7 @@ class Format:
 
     name: as reports and messages call it. required, optional: the columns that it is made of. looks_right: whether
     lines with these columns are of this kind. read: makes pairs of a line. complete: nothing that other columns hold
-    can be missing from its conversations.
+    can be missing from its conversations. of_strings: no template has to render it.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Format:
     read: Callable[[Row, ReadOptions], list[Pair]]
     optional: tuple[str, ...] = ()
     complete: bool = False
+    of_strings: bool = False
 
     def matches(self, row: Row) -> bool:
         return all(column in row for column in self.required) and self.looks_right(row)
@@ -131,6 +132,7 @@ def read_line(value: Any, options: ReadOptions) -> Line:
     row = {name: value for name, value in row.items() if value is not None}
     known = {name: value for name, value in row.items() if name in STRUCTURE}
     known = {name: from_json(repr(name), value) if name in PACKED else value for name, value in known.items()}
+    known = {name: value for name, value in known.items() if name in SAID or value not in NOTHING}
     _unpack_answers(known)
     matching = [form for form in FORMATS if form.matches(known)]
     if len(matching) != 1:
@@ -141,15 +143,18 @@ def read_line(value: Any, options: ReadOptions) -> Line:
         raise DataError(
             f"looks like {form}, but has {left} too, which that does not read: remove it, or rename columns"
         )
-    settings = {name: row[name] for name in SETTINGS if row.get(name) not in NOTHING}
+    settings = {name: row[name] if name == "system" else from_json(repr(name), row[name])
+                for name in SETTINGS if name in row}  # fmt: skip
+    settings = {name: value for name, value in settings.items() if value not in NOTHING}
     if options.string_format is None:
-        as_chat = not set(value).isdisjoint(SETTINGS) or not set(options.columns).isdisjoint(SETTINGS)
+        as_chat = options.tools or options.chat_template_kwargs or not {*value, *options.columns}.isdisjoint(SETTINGS)
         options = replace(options, string_format="chat" if as_chat else "plain")
     pairs = [_with_settings(pair, settings, options) for pair in form.read(known, options)]
     used = {*form.required, *form.optional, *settings}
-    as_strings = form.read in (_strings, _whole_strings)
-    name = f"{form.name} made messages" if as_strings and isinstance(pairs[0], ChatPair) else form.name
-    return Line(pairs, name, tuple(sorted(name for name in row if name not in used and row[name] not in NOTHING)))
+    replaced = [name for name in options.columns if name in value and name not in options.columns.values()]
+    name = f"{form.name} made messages" if form.of_strings and isinstance(pairs[0], ChatPair) else form.name
+    unused = [name for name in row if name not in used and row[name] not in NOTHING]
+    return Line(pairs, name, tuple(sorted([*unused, *(f"{name} (another was given for it)" for name in replaced)])))
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -202,23 +207,29 @@ def _fits(matching: list[Format], row: Row) -> str:
 def _whole(row: Row, options: ReadOptions) -> list[Pair]:
     """Chosen and rejected as whole conversations; what stands beside them may only repeat a part of them."""
     chosen, rejected, tools = _sides(row)
+    for side, messages in zip(SIDES, (chosen, rejected), strict=True):
+        if not any(message["role"] == "user" for message in messages):
+            raise DataError(
+                f"{side!r} is a conversation in which the user says nothing: the prompt is missing; name the column "
+                "that holds it with --columns prompt=NAME"
+            )
     shared = _common(chosen, rejected)
     if isinstance(prompt := row.get("prompt"), str):
-        asked = [message["content"] for message in chosen[:shared] if message["role"] == "user"]
-        if prompt.strip() and prompt.strip() not in [str(text).strip() for text in asked]:
+        asked = [str(message["content"]).strip() for message in chosen[:shared] if message["role"] == "user"]
+        if prompt.strip() and prompt.strip() not in asked:
             raise DataError(
                 "'prompt' is a string that repeats none of the user's messages that chosen and rejected share; "
                 "remove it, or make it part of both"
             )
     elif prompt is not None:
         messages, _ = read_conversation("prompt", prompt)
-        if messages != chosen[: len(messages)]:
-            raise DataError("'prompt' is not how chosen begins, though chosen is a whole conversation")
+        if any(side[: len(messages)] != messages for side in (chosen, rejected)):
+            raise DataError("'prompt' is not how chosen and rejected begin, though they are whole conversations")
     for name in ("messages", "conversations"):
         if name in row:
             messages, _ = read_conversation(name, row[name])
-            if messages not in (chosen, rejected, chosen[:shared], chosen[: len(messages)]):
-                raise DataError(f"{name!r} is neither chosen nor rejected nor their beginning; remove it")
+            if messages not in (chosen, rejected) and messages != chosen[:shared][: len(messages)]:
+                raise DataError(f"{name!r} is neither chosen nor rejected nor how both begin; remove it")
     return [ChatPair(chosen, rejected, tools)]
 
 
@@ -314,7 +325,9 @@ def _whole_strings(row: Row, options: ReadOptions) -> list[Pair]:
     if options.string_format == "chat":
         return [ChatPair(_transcript("chosen", chosen), _transcript("rejected", rejected))]
     shared = _common(chosen, rejected)
-    starts = [match.end() for match in SPEAKER.finditer(chosen, 0, shared)]
+    turns = list(SPEAKER.finditer(chosen, 0, shared))
+    # By whatever opened the first turn: 'Answer:' within an answer opens none of a dialogue of 'Assistant:'.
+    starts = [turn.end() for turn in turns if turn[0].strip() == turns[0][0].strip()]
     if not starts:
         raise DataError(
             "chosen and rejected are strings without a 'prompt', and no turn of the assistant (such as "
@@ -372,6 +385,8 @@ def _common(a: Any, b: Any) -> int:
 def _with_settings(pair: Pair, settings: Row, options: ReadOptions) -> Pair:
     """The pair with what stands beside it in its line (system, tools, template options), or in the command line."""
     if isinstance(pair, TextPair):
+        given = {"tools": options.tools, "chat_template_kwargs": options.chat_template_kwargs}
+        settings = settings | {name: value for name, value in given.items() if value}
         if settings:
             raise DataError(
                 f"has {sorted(settings)} beside strings that no template renders; make messages of them with "
@@ -381,7 +396,7 @@ def _with_settings(pair: Pair, settings: Row, options: ReadOptions) -> Pair:
     tools = read_tools("'tools'", settings.get("tools"))
     if tools and pair.tools and tools != pair.tools:
         raise DataError("has 'tools' of its own and others in its system message; keep one of them")
-    kwargs = from_json("'chat_template_kwargs'", settings.get("chat_template_kwargs")) or {}
+    kwargs = settings.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
         raise DataError(f"'chat_template_kwargs' is {kind(kwargs)}; expected an object")
     sides = {side: _with_system(getattr(pair, side), settings.get("system")) for side in SIDES}
@@ -406,15 +421,18 @@ def _with_system(messages: list[Message], system: Any) -> list[Message]:
 
 
 def _is_answer(value: Any) -> bool:
-    """A reply alone: a string, one message, or messages in which nothing is asked."""
+    """A string, one message, or messages of which the first is not a question: the assistant's, or a tool's."""
     if isinstance(value, str) or is_message(value):
         return True
-    return is_conversation(value) and not any(_asks(message) for message in value)
+    return is_conversation(value) and _speaker(value[0]) not in ("user", "human", "system", "developer")
 
 
-def _asks(message: Row) -> bool:
-    speaker = message["from"] if message.get("role") is None else message["role"]
-    return speaker in ("user", "human", "system", "developer")
+def _speaker(message: Row) -> Any:
+    return message.get("role") or message.get("from")
+
+
+def _asks(value: Any) -> bool:
+    return isinstance(value, list) and any(is_message(m) and _speaker(m) in ("user", "human") for m in value)
 
 
 def _strings_alone(row: Row) -> bool:
@@ -425,8 +443,15 @@ def _answers_alone(row: Row) -> bool:
     return all(_is_answer(row[side]) for side in SIDES)
 
 
-def _answers_with_prompt(row: Row) -> bool:
+def _answers_to_prompt(row: Row) -> bool:
     return _answers_alone(row) and not (isinstance(row["prompt"], str) and _strings_alone(row))
+
+
+def _conversations(row: Row) -> bool:
+    """Each side holds what was asked; the assistant may open it only where no prompt stands beside."""
+    if _strings_alone(row):
+        return False
+    return not _answers_alone(row) or (not _has_prompt(row) and all(_asks(row[side]) for side in SIDES))
 
 
 def _has_prompt(row: Row) -> bool:
@@ -434,11 +459,13 @@ def _has_prompt(row: Row) -> bool:
 
 
 FORMATS = (
-    Format("whole conversations", SIDES, lambda row: not (_answers_alone(row) if _has_prompt(row) else
-           _strings_alone(row)), _whole, ("prompt", "messages", "conversations"), complete=True),
-    Format("prompt and answers as messages", ("prompt", *SIDES), _answers_with_prompt, _answered("prompt")),
-    Format("strings", ("prompt", *SIDES), lambda row: isinstance(row["prompt"], str) and _strings_alone(row), _strings),
-    Format("whole strings", SIDES, lambda row: _strings_alone(row) and not _has_prompt(row), _whole_strings),
+    Format("whole conversations", SIDES, _conversations, _whole, ("prompt", "messages", "conversations"),
+           complete=True),
+    Format("prompt and answers as messages", ("prompt", *SIDES), _answers_to_prompt, _answered("prompt")),
+    Format("strings", ("prompt", *SIDES), lambda row: isinstance(row["prompt"], str) and _strings_alone(row), _strings,
+           of_strings=True),
+    Format("whole strings", SIDES, lambda row: _strings_alone(row) and not _has_prompt(row), _whole_strings,
+           of_strings=True),
     Format("ShareGPT", ("conversations", *SIDES), _answers_alone, _answered("conversations")),
     Format("messages and answers", ("messages", *SIDES), _answers_alone, _answered("messages")),
     Format("messages and a rejected response", ("messages", "rejected_response"), lambda row: True, _swift),
@@ -451,6 +478,8 @@ FORMATS = (
 
 STRUCTURE = tuple(dict.fromkeys(name for form in FORMATS for name in (*form.required, *form.optional)))
 SETTINGS = ("system", "tools", "chat_template_kwargs")
+# Columns that say something even where they are empty.
+SAID = ("prompt", "chosen", "rejected", "rejected_response", "instruction", "completions")
 COLUMNS = (*STRUCTURE, *SETTINGS)
 # Columns that hold lists, also where a table had to write them as strings of JSON.
 PACKED = ("messages", "conversations", "rejected_messages", "history", "context", "completions",

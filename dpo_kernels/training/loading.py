@@ -117,6 +117,7 @@ def max_positions(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for scaled in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
         factor, original = (scaled.get(name) for name in ("factor", "original_max_position_embeddings"))
+        original = original or limits[0]
         if factor and original:
             limits.append(int(factor * original))
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
@@ -239,10 +240,7 @@ def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:
 
 
 def _has_tokenizer(name: str) -> bool:
-    missing: dict[str, bool] = {
-        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")
-    }
-    return any(cached_file(name, file, **missing) for file in FILES)
+    return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in FILES)
 
 
 def _compare(policy: str, own: Any, reference: str, other: Any) -> None:

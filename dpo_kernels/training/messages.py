@@ -11,6 +11,7 @@ Message = dict[str, Any]
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "bot": "assistant", "ai": "assistant", "model": "assistant", "observation": "tool", "function_call": "assistant",
+    "tool_call": "assistant", "tool_response": "tool",
 }  # fmt: skip
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
 # How a message says who speaks, and what.
@@ -120,12 +121,17 @@ def _read_message(where: str, message: Any) -> Message:
         raise DataError(f"{where}[{who!r}] is {kind(role)}; expected a string")
     if not role:
         raise DataError(f"{where}[{who!r}] is empty")
-    if role == "function_call":  # ShareGPT's: the value is one call or several, as JSON
+    if role in ("function_call", "tool_call"):  # ShareGPT's, ms-swift's: the value is one call or several, as JSON
         read["tool_calls"] = [
             call if "function" in call else {"type": "function", "function": call}
             for call in _read_tool_calls(f"{where}[{what!r}]", content)
         ]
         content = None
+    for key in (*MEDIA, "function_call"):
+        if read.get(key):
+            raise DataError(f"{where} has {key!r}, which is not trained on" + (
+                ": write it as 'tool_calls'" if key == "function_call" else "; only text can be"
+            ))  # fmt: skip
     if "tool_calls" in read:
         read["tool_calls"] = _read_tool_calls(f"{where}['tool_calls']", read["tool_calls"])
         if not read["tool_calls"]:

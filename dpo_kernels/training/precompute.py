@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.training.data import SIDES, DPODataset, PairCollator
+from dpo_kernels.training.data_report import column
 
 if TYPE_CHECKING:
     from dpo_kernels.training.trainer import DPOTrainer
@@ -83,5 +84,5 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _key(dataset: DPODataset, fingerprint: str, precision: str) -> str:
-    facts = [dataset.key, list(dataset.rows["digest"]), fingerprint, precision, torch.__version__]
+    facts = [dataset.key, column(dataset.rows, "digest"), fingerprint, precision, torch.__version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

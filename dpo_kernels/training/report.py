@@ -60,7 +60,7 @@ def save_lengths(lengths: np.ndarray, max_length: int, output_dir: Path) -> Path
     share = np.searchsorted(longest, max_length, side="right") / len(longest)
     fits.set(title=f"{share:.0%} of the pairs fit whole", xlabel="tokens of prompt and answer", ylabel="share of pairs",
              xscale="log", ylim=(0, 1.02))  # fmt: skip
-    for axis, ticks in ((parts, (1, 3)), (fits, (1, 2, 5))):
+    for axis, ticks in ((parts, (1,)), (fits, (1, 2, 5))):
         axis.xaxis.set_major_locator(LogLocator(subs=ticks))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_formatter(NullFormatter())

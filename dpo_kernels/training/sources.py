@@ -161,7 +161,7 @@ def _folder(path: Path, split: str) -> Source:
 def _split_of(path: Path) -> str:
     """train_prefs of train_prefs-00000-of-00002.parquet, test of test.jsonl; "" of names that tell none."""
     stem = path.name.split(".")[0]
-    shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", stem)
+    shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?", stem)
     if shard:
         return shard[1]
     is_split = re.match(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", stem)
@@ -178,14 +178,14 @@ def _known(path: Path) -> bool:
 
 def _suffix(path: Path) -> str:
     """What says how to read a file, below what says how it is compressed."""
-    inner = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return inner.suffix
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return inner.suffix.lower()
 
 
 def _kind_of(path: Path) -> str:
     """The suffix that says how to read a file; a name without any is read as lines of JSON."""
     kind = _suffix(path) or ".jsonl"
-    if kind not in READERS or (kind == ".parquet" and path.suffix in COMPRESSED):
+    if kind not in READERS or (kind == ".parquet" and path.suffix.lower() in COMPRESSED):
         raise ValueError(
             f"{path} is of a kind that is not read; known are {', '.join(READERS)}, and all but the last "
             f"also compressed as {', '.join(COMPRESSED)}"
@@ -210,7 +210,7 @@ Read = Iterator[tuple[int, str, bytes, str]]
 
 def _open(path: Path) -> io.BufferedReader:
     """The bytes of a file, unpacked, as UTF-8 without a byte-order mark."""
-    raw: Any = pyarrow.input_stream(str(path), compression=COMPRESSED.get(path.suffix))
+    raw: Any = pyarrow.input_stream(str(path), compression=COMPRESSED.get(path.suffix.lower()))
     stream = io.BufferedReader(raw)
     mark = stream.peek(4)[:4]
     if mark.startswith(b"\xef\xbb\xbf"):
@@ -262,10 +262,10 @@ def _table_of_text(delimiter: str) -> Callable[[Path], Read]:
     def read(path: Path) -> Read:
         csv.field_size_limit(2**31 - 1)  # an answer may be longer than the 128 KiB that are the default
         with _open(path) as file, io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="") as text:
-            rows = csv.reader(text, delimiter=delimiter)
-            names = next(rows, [])
-            if len(set(names)) < len(names) or "" in names:
-                raise DataError(f"{path}, line 1: column names {names}; expected a name for each, and each once")
+            rows = csv.reader(text, delimiter=delimiter, strict=True)  # an open quote swallows the lines after it
+            names = [name or f"column {i}" for i, name in enumerate(next(rows, []), start=1)]  # pandas' index has none
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}, line 1: column names {names}; expected each once")
             first = rows.line_num + 1
             for row in rows:
                 number, first = first, rows.line_num + 1  # a quoted field may hold line breaks
@@ -279,8 +279,10 @@ def _table_of_text(delimiter: str) -> Callable[[Path], Read]:
 
 
 def _parquet(path: Path) -> Read:
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+    number, file = 0, pyarrow.parquet.ParquetFile(path)
+    if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+        raise DataError(f"{path}: column names {file.schema_arrow.names}; expected each once")
+    for batch in file.iter_batches(batch_size=256):
         for row in batch.to_pylist():
             number += 1
             yield number, "row", _as_json(_table_row(row)), ""
@@ -293,8 +295,8 @@ READERS: dict[str, Callable[[Path], Read]] = {
 
 
 def _as_json(value: Any) -> bytes:
-    """What JSON cannot hold, such as the bytes of an image, is there as a word: nothing is trained on it."""
-    return json.dumps(value, default=lambda other: f"<{type(other).__name__}>").encode()
+    """What JSON cannot hold, such as the bytes of an image, becomes an object that no format reads."""
+    return json.dumps(value, default=lambda other: {"unreadable": type(other).__name__}).encode()
 
 
 def _table_row(row: dict[str, Any]) -> dict[str, Any]:

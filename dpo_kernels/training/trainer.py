@@ -165,6 +165,12 @@ class DPOTrainer(Trainer):
             self.step_loss += loss.detach()
         return (loss, torch.cat([losses.detach()[:, None], metrics], 1)) if return_outputs else loss
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        given = eval_dataset if not isinstance(eval_dataset, str) else None  # the name of one that was checked
+        for name, dataset in _named(eval_dataset=given):
+            _check_dataset(name, dataset, self.model)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -263,11 +269,15 @@ class DPOTrainer(Trainer):
         the epoch, behind all others in the order of the processes. A process that is left with none keeps one for its
         forward and backward, which the others wait for; it counts nowhere.
         """
-        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
-        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        accelerator, held = self.accelerator, len(batch["x_chosen"])
+        processes = accelerator.num_processes
+        if processes == 1 or not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
             return
-        held = len(batch["x_chosen"])
-        own = max(0, min(state.remainder - self.accelerator.process_index * self.args.train_batch_size, held))
+        size = self.args.train_batch_size // (processes if accelerator.split_batches else 1)
+        left = len(self.train_dataset) % (size * processes)  # not accelerate's remainder: a resume loses that
+        if left == 0:
+            return
+        own = max(0, min(left - accelerator.process_index * (held if accelerator.dispatch_batches else size), held))
         for name, tensor in batch.items():
             batch[name] = tensor[: max(own, 1)]
         if own == 0:
