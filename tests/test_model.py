@@ -125,7 +125,7 @@ class Behind(nn.Module):
         (lambda _, z: z if z.shape[-1] < 97 else z.index_fill(-1, torch.arange(5), -9.0), "would train Behind wrong"),
         (
             lambda _, z: z if z.shape[-1] < 97 else z[..., :90],
-            r"logits are \(1, 16, 90\), its head's weight has 97 rows",
+            r"logits are \(2, 8, 90\), its head's weight has 97 rows",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_head_that_lost_its_bias_is_refused():
     model = make_model("Phi")
     head = FusedHead(model)
     head.token_stats = lambda hidden, weight, labels, bias: FusedHead.token_stats(head, hidden, weight, labels, None)
-    with pytest.raises(HeadError, match=r"would train PhiForCausalLM wrong: on 16 tokens its log-probs differ"):
+    with pytest.raises(HeadError, match=r"would train PhiForCausalLM wrong: on 8 tokens its log-probs differ"):
         head.check(model)
 
 
