@@ -122,7 +122,10 @@ class Behind(nn.Module):
         (lambda _, z: z.clamp(-4, 4), "neither a scale nor a softcap"),
         (lambda this, z: z * this.scale, "has parameters behind its output head"),
         (lambda _, z: torch.cat([z, z], -1), r"turns 12 numbers from its head into logits of \(1, 1, 24\)"),
-        (lambda _, z: z if z.shape[-1] < 97 else z.index_fill(-1, torch.arange(5), -9.0), "would train Behind wrong"),
+        (
+            lambda _, z: z if z.shape[-1] < 97 else z.index_fill(-1, torch.arange(48, 53), -9.0),
+            "would train Behind wrong",
+        ),
         (
             lambda _, z: z if z.shape[-1] < 97 else z[..., :90],
             r"logits are \(2, 8, 90\), its head's weight has 97 rows",
@@ -190,7 +193,9 @@ def test_a_copy_is_a_model_of_its_own():
 def test_a_head_with_more_parameters_is_refused():
     model = make_model("Llama")
     model.lm_head.lora_A = nn.Parameter(torch.zeros(2, 32))
-    with pytest.raises(HeadError, match=r"parameters besides weight and bias.*\['lora_A'\]; leave the head out"):
+    with pytest.raises(
+        HeadError, match=r"parameters besides weight and bias.*\['lora_A'\]; if they are an adapter's, leave"
+    ):
         FusedHead(model)
 
 

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dpo_kernels.training.head_check import logits_of
+from dpo_kernels.training.head_check import logits_of, probe_ids
 from dpo_kernels.training.loading import is_own_code
 from dpo_kernels.training.model import accepted, plain_forward
 
 # Where configs keep the coefficient.
 NAMES = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha")
-TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _measure(model: Any) -> tuple[float | None, float | None]:
     """The model's aux_loss on a few tokens, and what its own loss multiplies it by; None where there is none."""
     device = next(model.parameters()).device
     size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(TOKENS, device=device).remainder(size).unsqueeze(0)
+    ids = probe_ids(size, device)
     forward = plain_forward(model)
     options = accepted(model, {"output_router_logits": True, "use_cache": False})
     modes = {module: module.training for module in model.modules()}

@@ -60,7 +60,7 @@ def check_head(fused: FusedHead, model: nn.Module, deterministic: bool = True) -
 
 def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
     device = next(model.parameters()).device
-    ids = torch.arange(TOKENS, device=device).remainder(fused._vocab_size).repeat(2, 1)
+    ids = probe_ids(fused._vocab_size, device).repeat(2, 1)
     labels = ids.roll(-1, 1)
     ids[1, -1] = (ids[0, -1] + 1) % fused._vocab_size  # the same but for its last token
     name = type(model).__name__
@@ -180,6 +180,11 @@ def measure_transform(fused: FusedHead, model: Any, ids: Tensor) -> Transform:
             f"{[f'{x:.4g}' for x in made.tolist()]} of {list(PROBE)}"
         )
     return found
+
+
+def probe_ids(vocab_size: int, device: torch.device) -> Tensor:
+    """(1, TOKENS) ordinary tokens: special ones stand at the beginning or the end of a vocabulary."""
+    return (torch.arange(TOKENS, device=device) + vocab_size // 2).remainder(vocab_size).unsqueeze(0)
 
 
 def logits_of(output: Any) -> Tensor:

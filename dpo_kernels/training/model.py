@@ -83,7 +83,7 @@ class FusedHead:
         if others := sorted({name for name, _ in head.named_parameters()} - {"weight", "bias"}):
             raise HeadError(
                 f"the output head {type(head).__name__} has parameters besides weight and bias, which would not be "
-                f"trained: {others}; leave the head out of the adapter"
+                f"trained: {others}; if they are an adapter's, leave the head out of the adapter"
             )
         if "forward" in vars(head) and "_old_forward" not in vars(head):
             raise HeadError(

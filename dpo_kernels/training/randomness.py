@@ -8,42 +8,80 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-NAMES = re.compile(r"dropout|_pdrop$|layerdrop|jitter")
+from dpo_kernels.training.head_check import logits_of, probe_ids
+
+DROPOUT, JITTER = re.compile(r"dropout|_pdrop$|layerdrop"), re.compile(r"jitter")
 
 
 @dataclass
 class Silenced:
-    """What was set to 0. configs: (holder, name, value) of configs, which are saved with the model."""
+    """What was set to 0: (holder, name, value, whether the holder is a config, which is saved with the model)."""
 
-    configs: list[tuple[Any, str, float]] = field(default_factory=list)
+    changed: list[tuple[Any, str, float, bool]] = field(default_factory=list)
 
     @contextmanager
     def as_they_were(self) -> Iterator[None]:
         """While a model is saved: its config says what it said before."""
-        for holder, name, value in self.configs:
+        configs = [(holder, name, value) for holder, name, value, is_config in self.changed if is_config]
+        for holder, name, value in configs:
             setattr(holder, name, value)
         try:
             yield
         finally:
-            for holder, name, _ in self.configs:
+            for holder, name, _ in configs:
                 setattr(holder, name, 0.0)
 
+    def undo(self) -> None:
+        for holder, name, value, _ in self.changed:
+            setattr(holder, name, value)
 
-def disable_dropout(model: nn.Module) -> Silenced:
+
+def disable_dropout(model: Any) -> Silenced:
     """Sets every probability of dropout, and every jitter of a router, to 0, in modules and in configs that they read,
-    so that policy and reference start equal."""
-    silenced = Silenced()
+    so that policy and reference start equal.
+
+    A number that a model computes with in evaluation too is no noise, whatever it is called, and stays.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+    silenced = _set(model, DROPOUT, 0.0)
+    if not any(_find(model, JITTER)):
+        return silenced
+    before = _evaluated(model)
+    noise = _set(model, JITTER, 10.0)  # so much that an evaluation which reads it moves
+    is_noise = torch.equal(before, _evaluated(model))
+    noise.undo()
+    return Silenced(silenced.changed + _set(model, JITTER, 0.0).changed) if is_noise else silenced
+
+
+def _find(model: nn.Module, names: re.Pattern[str]) -> Iterator[tuple[Any, str, float, bool]]:
+    """Holders and names of numbers that are not 0, and whether the holder is a config."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for holder in (*model.modules(), *configs.values()):
-        for name, value in list(vars(holder).items()):
-            if isinstance(value, float) and value != 0.0 and NAMES.search(name):
-                with suppress(AttributeError, TypeError, ValueError):  # a property, or a config that checks itself
-                    setattr(holder, name, 0.0)
-                    if id(holder) in configs:
-                        silenced.configs.append((holder, name, value))
+        for name, value in list(getattr(holder, "__dict__", {}).items()):
+            if isinstance(value, float) and value != 0.0 and names.search(name):
+                yield holder, name, value, id(holder) in configs
+
+
+def _set(model: nn.Module, names: re.Pattern[str], to: float) -> Silenced:
+    silenced = Silenced()
+    for holder, name, value, is_config in _find(model, names):
+        with suppress(AttributeError, TypeError, ValueError):  # a property, or a config that checks itself
+            setattr(holder, name, to)
+            silenced.changed.append((holder, name, value, is_config))
     return silenced
+
+
+@torch.no_grad()
+def _evaluated(model: Any) -> torch.Tensor:
+    modes = {module: module.training for module in model.modules()}
+    weight = model.get_input_embeddings().weight
+    try:
+        return logits_of(model.eval()(input_ids=probe_ids(weight.shape[0], weight.device))).clone()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
