@@ -8,6 +8,7 @@ compute in training what it computes in evaluation.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from dpo_kernels.head import Transform
 from dpo_kernels.training.model import FusedHead, HeadError, _OutputHead, _Request, accepted, find_head
 
 TOKENS = 8
+JITTER = re.compile(r"jitter")  # what configs call noise of routers
 ROUTED = 64  # tokens to see a router by
 ROWS = 4096  # of the head's weight, whose gradients are compared
 # Where the probe looks at what stands behind the head: small enough for a slope, large enough for a cap.
@@ -94,6 +96,11 @@ def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
                 "a causal model"
             )
         if deterministic:
+            if jitter := next(numbers_named(model, JITTER), None):
+                raise HeadError(
+                    f"{name} has {jitter[1]} {jitter[2]:g}, which makes its routes random in training, so that policy "
+                    "and reference would not start equal; set it to 0 in its config where evaluation does without it"
+                )
             if _has_experts(model):  # what is random in a router shows where scores are near one another
                 ids = probe_ids(fused._vocab_size, device, ROUTED).repeat(2, 1)
                 labels = ids.roll(-1, 1)
@@ -115,9 +122,18 @@ def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
         _check_gradients(fused, model, hidden)
 
 
+def numbers_named(model: nn.Module, names: re.Pattern[str]) -> Iterator[tuple[Any, str, float, bool]]:
+    """Holders and names of numbers that are not 0, and whether the holder is a config."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for holder in (*model.modules(), *configs.values()):
+        for name, value in list(getattr(holder, "__dict__", {}).items()):
+            if isinstance(value, float) and value != 0.0 and names.search(name):
+                yield holder, name, value, id(holder) in configs
+
+
 def _has_experts(model: Any) -> bool:
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     return any("expert" in name for name in getattr(text, "__dict__", {}))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_kernels.training.head_check import logits_of, probe_ids
+from dpo_kernels.training.head_check import JITTER, logits_of, numbers_named, probe_ids
 
-DROPOUT, JITTER = re.compile(r"dropout|_pdrop$|layerdrop"), re.compile(r"jitter")
+DROPOUT = re.compile(r"dropout|_pdrop$|layerdrop")
 
 
 @dataclass
@@ -49,7 +49,7 @@ def disable_dropout(model: Any) -> Silenced:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     silenced = _set(model, DROPOUT, 0.0)
-    if not any(_find(model, JITTER)):
+    if not any(numbers_named(model, JITTER)):
         return silenced
     before = _evaluated(model)
     noise = _set(model, JITTER, 10.0)  # so much that an evaluation which reads it moves
@@ -58,18 +58,9 @@ def disable_dropout(model: Any) -> Silenced:
     return Silenced(silenced.changed + _set(model, JITTER, 0.0).changed) if is_noise else silenced
 
 
-def _find(model: nn.Module, names: re.Pattern[str]) -> Iterator[tuple[Any, str, float, bool]]:
-    """Holders and names of numbers that are not 0, and whether the holder is a config."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    for holder in (*model.modules(), *configs.values()):
-        for name, value in list(getattr(holder, "__dict__", {}).items()):
-            if isinstance(value, float) and value != 0.0 and names.search(name):
-                yield holder, name, value, id(holder) in configs
-
-
 def _set(model: nn.Module, names: re.Pattern[str], to: float) -> Silenced:
     silenced = Silenced()
-    for holder, name, value, is_config in _find(model, names):
+    for holder, name, value, is_config in numbers_named(model, names):
         with suppress(AttributeError, TypeError, ValueError):  # a property, or a config that checks itself
             setattr(holder, name, to)
             silenced.changed.append((holder, name, value, is_config))
