@@ -214,7 +214,7 @@ def test_jitter_is_off_in_training_and_stays_in_the_config():
     model.train()
     twice = [model(input_ids=ids, labels=labels)["log_probs"] for _ in range(2)]
     assert not torch.equal(*twice)
-    with pytest.raises(HeadError, match="has jitter_noise 0.3, which makes its routes random"):
+    with pytest.raises(HeadError, match=r"has jitter_noise 0.3, which makes its routes random"):
         FusedHead(model).check(model)
     silenced = disable_dropout(model)
     twice = [model(input_ids=ids, labels=labels)["log_probs"] for _ in range(2)]

@@ -71,7 +71,7 @@ def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
     with torch.no_grad():
         fused.transform = Transform()
         fused.transform = measure_transform(fused, model, ids[:1])
-        log_probs = model(input_ids=ids, labels=labels)["log_probs"]
+        log_probs = model(input_ids=ids, labels=labels, use_cache=False)["log_probs"]
         with fused.asking(_Request()) as request:
             logits = logits_of(model(input_ids=ids, **accepted(model, {"use_cache": False})))
         hidden = request.hidden
@@ -104,9 +104,9 @@ def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
             if _has_experts(model):  # what is random in a router shows where scores are near one another
                 ids = probe_ids(fused._vocab_size, device, ROUTED).repeat(2, 1)
                 labels = ids.roll(-1, 1)
-                log_probs = model(input_ids=ids, labels=labels)["log_probs"]
+                log_probs = model(input_ids=ids, labels=labels, use_cache=False)["log_probs"]
             model.train()
-            trained = model(input_ids=ids, labels=labels)["log_probs"]
+            trained = model(input_ids=ids, labels=labels, use_cache=False)["log_probs"]
             for what, difference in (
                 ("computes something else in training than in evaluation", trained - log_probs),
                 ("computes something else each time in training", (trained[0] - trained[1])[: TOKENS - 1]),

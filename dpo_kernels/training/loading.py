@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
@@ -199,6 +200,9 @@ def _auto_class(config: Any) -> Any:
     text_alone = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
     if not text_alone and (kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "AutoModelForImageTextToText" in own):
         return AutoModelForImageTextToText
+    named = getattr(transformers, next(iter(getattr(config, "architectures", None) or ()), ""), None)
+    if not text_alone and named is not None:  # a class that saves a kind of config which no mapping has
+        return named
     return AutoModelForCausalLM
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dpo_kernels.training.head_check import JITTER, logits_of, numbers_named, probe_ids
+from dpo_kernels.training.model import accepted
 
 DROPOUT = re.compile(r"dropout|_pdrop$|layerdrop")
 
@@ -72,7 +73,8 @@ def _evaluated(model: Any) -> torch.Tensor:
     modes = {module: module.training for module in model.modules()}
     weight = model.get_input_embeddings().weight
     try:
-        return logits_of(model.eval()(input_ids=probe_ids(weight.shape[0], weight.device))).clone()
+        ids = probe_ids(weight.shape[0], weight.device)
+        return logits_of(model.eval()(input_ids=ids, **accepted(model, {"use_cache": False}))).clone()
     finally:
         for module, mode in modes.items():
             module.training = mode
