@@ -87,7 +87,7 @@ class StopOnSigterm(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.received = _anywhere(self.trainer, self.received)
+        self.received = anywhere(self.trainer, self.received)
         if self.received:
             control.should_save = control.should_training_stop = True
 
@@ -115,7 +115,7 @@ class StopOnNonFinite(TrainerCallback):
         grads = [] if args.fp16 else [_local(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
         if grads and not bool(torch.stack([n.float() for n in torch._foreach_norm(grads)]).isfinite().all()):
             bad.append("gradient")
-        if not _anywhere(self.trainer, bool(bad)):
+        if not anywhere(self.trainer, bool(bad)):
             return
         folder = self.trainer.save_checkpoint()
         raise NonFiniteError(
@@ -129,7 +129,7 @@ def _local(grad: torch.Tensor) -> torch.Tensor:
     return grad.to_local() if hasattr(grad, "to_local") else grad  # a shard of a DTensor
 
 
-def _anywhere(trainer: DPOTrainer, here: bool) -> bool:
+def anywhere(trainer: DPOTrainer, here: bool) -> bool:
     """Whether it is so on any process; all of them get the same answer."""
     if trainer.accelerator.num_processes == 1:
         return here

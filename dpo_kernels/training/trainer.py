@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 from dpo_kernels.losses import aggregate_log_probs, make_pairs
 from dpo_kernels.preference_losses import Sides, pair_losses
 from dpo_kernels.training import aux_loss, checkpoints
-from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm
+from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm, anywhere
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import IGNORE_INDEX, DPODataset, PairCollator, attention_mask
 from dpo_kernels.training.head_check import first_difference
@@ -79,7 +79,6 @@ class DPOTrainer(Trainer):
         if model is ref_model:
             raise ValueError("model and ref_model are one object; the reference must stay what it is: load it twice")
         self._silenced = disable_dropout(model) if args.disable_dropout else Silenced()
-        self.aux_loss = aux_loss.decide(model, args.router_aux_loss_coef)
         for name, dataset in _named(train_dataset=train_dataset, eval_dataset=eval_dataset):
             _check_dataset(name, dataset, model)
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
@@ -90,7 +89,8 @@ class DPOTrainer(Trainer):
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         self._check_head(self.head, model, args.disable_dropout)
-        self._starts_equal = args.disable_dropout and ref_model is not None and _same_weights(model, ref_model)
+        self.aux_loss = self._from_main(lambda: aux_loss.decide(model, args.router_aux_loss_coef))
+        self._starts_equal = args.disable_dropout and self._from_main(lambda: _same_weights(model, ref_model))
         if args.precompute_ref_log_probs and ref_model is not None:
             fingerprint = self._from_main(lambda: model_fingerprint(ref_model))  # before it is wrapped or sharded
         self._own_code, self._is_flash = is_own_code(model), "flash" in str(_attention(model))
@@ -311,7 +311,9 @@ class DPOTrainer(Trainer):
             HeadError: they do not, though each gives the same numbers twice; names the first module that differs.
         """
         self._starts_equal = False
-        if self.state.global_step > 0 or ref is None or self.ref_model is None or torch.equal(policy, ref):
+        if self.state.global_step > 0 or ref is None or self.ref_model is None:
+            return
+        if not anywhere(self, not torch.equal(policy, ref)):  # all processes look for it together, or none
             return
         own = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
         with torch.no_grad(), self.accelerator.autocast():
@@ -319,7 +321,7 @@ class DPOTrainer(Trainer):
             given = {"input_ids": _both(inputs, "x"), "labels": _both(inputs, "y")}
             name = first_difference(own, self.ref_model, given)
         difference = (policy - ref).abs().max().item()
-        if torch.equal(again, policy) or not difference <= 1e-2:
+        if anywhere(self, torch.equal(again, policy) or not difference <= 1e-2):
             raise HeadError(
                 "policy and reference have the same weights, and their log-probs of the first batch differ by up "
                 f"to {difference:.2e}; the first module whose outputs differ is {name or 'the head'!r}. Something in "
@@ -381,21 +383,21 @@ class DPOTrainer(Trainer):
         head.transform = self._from_main(check)
 
     def _from_main(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives on the main process, on all of them; a HeadError too."""
+        """What `compute` gives on the main process, on all of them; a ValueError (a HeadError is one) too."""
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
                 outcome = [compute()]
-            except HeadError as error:
+            except ValueError as error:
                 outcome = [error]
         broadcast_object_list(outcome)
-        if isinstance(outcome[0], HeadError):
+        if isinstance(outcome[0], ValueError):
             raise outcome[0]
         return outcome[0]
 
 
-def _same_weights(model: nn.Module, other: nn.Module) -> bool:
-    if type(model) is not type(other):
+def _same_weights(model: nn.Module, other: nn.Module | None) -> bool:
+    if other is None or type(model) is not type(other):
         return False
     pairs = zip(model.parameters(), other.parameters(), strict=False)
     return all(a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in pairs)
