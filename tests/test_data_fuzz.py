@@ -300,6 +300,8 @@ def check_kept(found, sides, limit, mode):
     )
     spared = 0 if sides[0].same_prompt else limit // 4
     fit = all(len(side.tokens) - side.header + keep + spared <= limit for side in sides)
+    if fit and all(side.header == side.answer for side in sides):  # strings, of which tokens go alone
+        assert max(map(len, found)) == limit, "more is cut than has to be"
     begins = []  # where in each side the last reply may begin
     for tokens, side in zip(found, sides, strict=True):
         prompt, reply = side.tokens[: side.answer], side.tokens[side.answer :]

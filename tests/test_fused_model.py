@@ -7,12 +7,14 @@ import inspect
 import io
 import json
 import pickle
+import types
 
 import accelerate
 import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils.operations import convert_outputs_to_fp32
 from helpers import assert_close
 from test_model import SMALL, batch, make_model
 from test_trainer import LOG2, Pairs, logs, make_trainer
@@ -273,3 +275,53 @@ def test_no_mask_reaches_a_model_that_needs_none(tmp_path):
     policy, ref = given["Qwen3Moe"]
     assert policy.shape[1] > 1
     assert ref is None
+
+
+def test_after_a_training_in_bf16_it_generates_and_unfuses_as_ever(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True, max_steps=1)
+    trainer.train()
+    model = trainer.model.eval()
+    own = inspect.signature(type(model).forward).parameters
+    assert list(inspect.signature(model.forward).parameters) == list(own)[1:]
+    twin = make_model("Llama")
+    twin.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(twin)
+    assert torch.equal(generate(model), expected)
+    trainer.head.unfuse(model)
+    assert vars(model).get("forward") is None
+    assert torch.equal(generate(model), generate(twin))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_it_unfuses_after_accelerate_has_let_it_go(keep):
+    model = make_model("Llama")
+    head = FusedHead(model)
+    accelerate.Accelerator(cpu=True)
+    model._original_forward = model.forward
+    model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=keep)
+    ids, labels = batch()
+    assert "log_probs" in model(input_ids=ids, labels=labels)
+    head.unfuse(model)
+    assert "forward" not in vars(model)
+    assert model(input_ids=ids, labels=labels.clamp(min=0)).loss is not None
+
+
+def test_a_copy_after_a_forward_of_its_own_with_gradients():
+    ids, labels = batch()
+    model = make_model("Llama")
+    FusedHead(model).check(model)
+    model(input_ids=ids).logits.sum().backward()
+    one, other = (m(input_ids=ids, labels=labels)["log_probs"] for m in (model, copy.deepcopy(model)))
+    assert torch.equal(one, other)
+
+
+def test_a_second_training_saves_the_dropout_of_before_the_first(tmp_path):
+    first = make_trainer(tmp_path / "first", options={"attention_dropout": 0.25}, max_steps=1)
+    first.train()
+    options = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1}
+    args = DPOConfig(output_dir=str(tmp_path / "second"), **options)
+    second = DPOTrainer(first.model, make_model("Llama"), args, Pairs())
+    second.save_model()
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["attention_dropout"] == 0.25

@@ -71,6 +71,29 @@ def test_ties_spelled_the_old_way(tmp_path):
     assert again.lm_head.weight is again.embed.weight
 
 
+def test_a_checkpoint_with_the_heads_weight_alone(tmp_path):
+    save(tmp_path, habits=["old-ties"])
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in weights if key in ("embed.weight", "lm_head.weight"))
+    weights["lm_head.weight"] = kept = weights.pop(key)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(tmp_path)
+    assert torch.equal(loaded.embed.weight, kept)
+    assert loaded.lm_head.weight is loaded.embed.weight
+
+
+def test_embeddings_without_a_name_and_buffers_without_a_value(tmp_path):
+    save(tmp_path, tie_word_embeddings=False)
+    code = tmp_path / "own_code_model.py"
+    text = code.read_text().replace("return self.embed\n", "raise NotImplementedError\n")
+    code.write_text(
+        text.replace("self.scale =", "self.register_buffer('late', None, persistent=False)\n        self.scale =")
+    )
+    model = load(tmp_path)
+    FusedHead(model).check(model)
+    assert decide(model, None).weight == 1.0
+
+
 def test_weights_that_are_missing_are_never_random(tmp_path):
     save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dpo_kernels.training.head_check import logits_of, probe_ids
-from dpo_kernels.training.loading import is_own_code
-from dpo_kernels.training.model import accepted, plain_forward
+from dpo_kernels.training.loading import is_of_its_own_kind
+from dpo_kernels.training.model import accepted, find_head, plain_forward
 
 # Where configs keep the coefficient.
 NAMES = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha")
@@ -48,7 +48,7 @@ def decide(model: Any, wanted: float | None) -> AuxLoss:
         ValueError: a weight is asked for, and the model gives no load-balancing loss.
     """
     name, coef = type(model).__name__, coefficient(model)
-    if coef is None and not is_own_code(model):
+    if coef is None and not is_of_its_own_kind(model):
         if wanted:
             raise ValueError(f"router_aux_loss_coef is {wanted}, but {name} has no experts")
         return AuxLoss(0.0, "")
@@ -64,7 +64,7 @@ def decide(model: Any, wanted: float | None) -> AuxLoss:
         return AuxLoss(0.0, told)
     if wanted is not None:
         return AuxLoss(wanted, f"added to the loss: {wanted:g} times the aux_loss of {name}, as asked for")
-    if not is_own_code(model):
+    if not is_of_its_own_kind(model):
         return AuxLoss(coef or 0.0, f"added to the loss: {coef or 0.0:g} (the config's) times the aux_loss of {name}")
     if added is not None:
         return AuxLoss(added, f"added to the loss: {added:g} times the aux_loss of {name}, as in its own loss")
@@ -76,8 +76,8 @@ def decide(model: Any, wanted: float | None) -> AuxLoss:
 def _measure(model: Any) -> tuple[float | None, float | None]:
     """The model's aux_loss on a few tokens, and what its own loss multiplies it by; None where there is none."""
     device = next(model.parameters()).device
-    size = model.get_input_embeddings().weight.shape[0]
-    ids = probe_ids(size, device)
+    head: Any = find_head(model)
+    ids = probe_ids(head.weight.shape[0], device)
     forward = plain_forward(model)
     options = accepted(model, {"output_router_logits": True, "use_cache": False})
     modes = {module: module.training for module in model.modules()}
@@ -88,7 +88,7 @@ def _measure(model: Any) -> tuple[float | None, float | None]:
             aux = getattr(output, "aux_loss", None)
             if not isinstance(aux, torch.Tensor) or aux.numel() != 1:
                 return None, None
-            if not is_own_code(model) or not aux.item():
+            if not is_of_its_own_kind(model) or not aux.item():
                 return aux.item(), None
             output = forward(input_ids=ids, labels=ids, **options)
         finally:

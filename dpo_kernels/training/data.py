@@ -384,8 +384,9 @@ def _encode_line(line: RawLine, tokenizer: PreTrainedTokenizerBase, options: Enc
                 **{f"{name}_ids": ids[name] for name in SIDES},
                 **{f"{name}_mask": side.mask for name, side in sides.items()},
             })  # fmt: skip
-    except DataError as error:
-        rows = [found | {"error": str(error)}]
+    except (DataError, RecursionError) as error:
+        reason = str(error) if isinstance(error, DataError) else "is nested too deep to be read"
+        rows = [found | {"error": reason}]
     yield from rows
 
 

@@ -285,7 +285,8 @@ def _shortened(sides: Sequence[Encoded], start: int, end: int, max_length: int) 
     """The sides without as many of the tokens in [start, end), the oldest first, as make them fit; where all of them
     would not be enough, the newest quarter of max_length stays."""
     longest, room = max(map(len, sides)), end - start
-    spared = 0 if longest - room <= max_length else max_length // 4
+    is_last = all(side.header <= end for side in sides)  # nothing else can go
+    spared = max_length // 4 if is_last and longest - room > max_length else 0
     if start == 0 and any(side.answer == end for side in sides):
         spared = max(spared, 1)  # something has to predict the answer's first token
     count = max(0, min(longest - max_length, room - spared))

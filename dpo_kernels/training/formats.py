@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -126,6 +127,8 @@ def read_line(value: Any, options: ReadOptions) -> Line:
     if not isinstance(value, dict):
         raise DataError(f"is {kind(value)}; expected an object with 'chosen' and 'rejected'")
     row = _renamed(value, options.columns)
+    for column in row:
+        check_unicode("the name of a column", column)
     for column in MEDIA:
         if row.get(column):
             raise DataError(f"{column!r} is there, and only text can be trained on: leave such lines out")
@@ -266,7 +269,10 @@ def _alpaca(row: Row, options: ReadOptions) -> list[Pair]:
     """LLaMA-Factory's: instruction and input are one message, history comes before them."""
     prompt = "\n".join(_string(name, row[name]) for name in ("instruction", "input") if row.get(name))
     messages: list[Message] = []
-    for i, turn in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"'history' is {kind(history)}; expected a list of pairs of strings")
+    for i, turn in enumerate(history):
         if not isinstance(turn, list) or len(turn) != 2:
             raise DataError(f"history[{i}] is {kind(turn)}; expected two strings, what the user and the assistant said")
         messages += _say(_string(f"history[{i}][0]", turn[0]), _string(f"history[{i}][1]", turn[1]))
@@ -284,8 +290,9 @@ def _ranked(row: Row, options: ReadOptions) -> list[Pair]:
         if not isinstance(completion, dict) or not {"rank", "completion"} <= set(completion):
             raise DataError(f"completions[{i}] is {kind(completion)}; expected an object with 'rank' and 'completion'")
         rank = completion["rank"]
-        if isinstance(rank, bool) or not isinstance(rank, int | float):
-            raise DataError(f"completions[{i}]['rank'] is {kind(rank)}; expected a number")
+        if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
+            found = f"{rank}" if isinstance(rank, float) else kind(rank)
+            raise DataError(f"completions[{i}]['rank'] is {found}; expected a number")
         ranked.append((rank, _reply(f"completions[{i}]['completion']", completion["completion"])))
     ranked.sort(key=lambda entry: entry[0])  # of equal ranks the first comes first
     couples = list(itertools.combinations(ranked, 2))
@@ -399,6 +406,7 @@ def _with_settings(pair: Pair, settings: Row, options: ReadOptions) -> Pair:
     kwargs = settings.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
         raise DataError(f"'chat_template_kwargs' is {kind(kwargs)}; expected an object")
+    check_unicode("'chat_template_kwargs'", kwargs)
     sides = {side: _with_system(getattr(pair, side), settings.get("system")) for side in SIDES}
     for side, messages in sides.items():
         if messages[-1]["role"] != "assistant":

@@ -72,7 +72,7 @@ def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
         fused.transform = Transform()
         fused.transform = measure_transform(fused, model, ids[:1])
         log_probs = model(input_ids=ids, labels=labels, use_cache=False)["log_probs"]
-        with fused.asking(_Request()) as request:
+        with fused.asking(_Request(keeps_hidden=True)) as request:
             logits = logits_of(model(input_ids=ids, **accepted(model, {"use_cache": False})))
         hidden = request.hidden
         if logits.shape[-1] != fused._vocab_size:

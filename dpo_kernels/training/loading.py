@@ -96,7 +96,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, dtype: Any = "auto
     model, info = _asked(name, lambda: auto.from_pretrained(
         name, config=config, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True, **options
     ))  # fmt: skip
-    _tie(model)
+    _tie(model, set(info["missing_keys"]))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = {id(p) for key, p in parameters.items() if key not in info["missing_keys"]}
     missing = sorted(k for k in info["missing_keys"] if k in parameters and id(parameters[k]) not in tied)
@@ -143,6 +143,12 @@ def is_own_code(model: nn.Module) -> bool:
     return type(model).__module__.split(".")[0] != "transformers"
 
 
+def is_of_its_own_kind(model: nn.Module) -> bool:
+    """Whether a model, below its adapters, descends from none of transformers' models."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return not any(ancestor.__module__.startswith("transformers.models.") for ancestor in type(base).__mro__)
+
+
 def made_again(model: Any, missing: list[str] | None = None) -> list[str]:
     """Sets what no checkpoint holds to what the model's constructor makes of its config; returns the names.
 
@@ -155,7 +161,8 @@ def made_again(model: Any, missing: list[str] | None = None) -> list[str]:
     """
     names = set(missing or [])
     for prefix, module in model.named_modules():
-        names |= {f"{prefix}.{name}".lstrip(".") for name in module._non_persistent_buffers_set}
+        unsaved = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]
+        names |= {f"{prefix}.{name}".lstrip(".") for name in unsaved}
         names |= {f"{prefix}.{name}".lstrip(".") for name, value in vars(module).items() if isinstance(value, Tensor)}
     if not names:
         return []
@@ -216,18 +223,24 @@ def _mend_old_ties(name: str, config: Any, trust_remote_code: bool) -> None:
         own_class._tied_weights_keys = None
 
 
-def _tie(model: Any) -> None:
+def _tie(model: Any, missing: set[str]) -> None:
     """Ties the head to the embedding where the config says so and the class has not done it."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if not is_own_code(model) or not getattr(model.config, "tie_word_embeddings", False) or head is None:
+    if not is_own_code(model) or not getattr(model.config, "tie_word_embeddings", False):
         return
-    if head.weight is embedding.weight:
+    try:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
         return
-    head.weight = embedding.weight
+    if head is None or embedding is None or head.weight is embedding.weight:
+        return
     names = {id(module): name for name, module in model.named_modules()}
-    keys = {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
-    model.all_tied_weights_keys = keys
-    setattr(type(model), "_tied_weights_keys", keys)  # noqa: B010  (of a class that comes with the model)
+    keys = [f"{names[id(module)]}.weight" for module in (head, embedding)]
+    if keys[1] in missing and keys[0] not in missing:  # the checkpoint has the head's alone
+        embedding.weight = head.weight
+    else:
+        head.weight = embedding.weight
+    model.all_tied_weights_keys = dict([keys])
+    setattr(type(model), "_tied_weights_keys", dict([keys]))  # noqa: B010  (of a class that comes with the model)
 
 
 def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:

@@ -16,6 +16,7 @@ ROLES = {
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
 # How a message says who speaks, and what.
 SPELLINGS = (("role", "content"), ("role", "text"), ("from", "value"))
+DEEPEST = 100
 MEDIA = ("image", "image_url", "images", "video", "video_url", "videos", "audio", "audio_url", "audios", "input_audio")
 
 
@@ -83,8 +84,11 @@ def from_json(where: str, value: Any) -> Any:
         raise DataError(f"{where} is a string that is not JSON: {error}") from error
 
 
-def check_unicode(where: str, value: Any) -> None:
-    """Refuses halves of surrogate pairs, which no tokenizer takes, wherever they are."""
+def check_unicode(where: str, value: Any, depth: int = 0) -> None:
+    """Refuses halves of surrogate pairs, which no tokenizer takes, wherever they are; and what is nested beyond what
+    templates can write."""
+    if depth > DEEPEST:
+        raise DataError(f"{where[:60]}... is nested more than {DEEPEST} deep")
     if isinstance(value, str):
         try:
             value.encode()
@@ -93,10 +97,10 @@ def check_unicode(where: str, value: Any) -> None:
     elif isinstance(value, dict):
         for key, inner in value.items():
             check_unicode(f"a key of {where}", key)
-            check_unicode(f"{where}[{key!r}]", inner)
+            check_unicode(f"{where}[{key!r}]", inner, depth + 1)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            check_unicode(f"{where}[{i}]", inner)
+            check_unicode(f"{where}[{i}]", inner, depth + 1)
 
 
 def kind(value: Any) -> str:
@@ -110,9 +114,12 @@ def _read_message(where: str, message: Any) -> Message:
         raise DataError(f"{where} is {kind(message)}; expected an object with 'role' and 'content'")
     given = {key for key, value in message.items() if value is not None}
     found = [pair for pair in SPELLINGS if given.issuperset(pair)]
-    if len(found) > 1:
-        raise DataError(f"{where} says twice who speaks or what: {sorted(given)}; keep {' and '.join(found[0])}")
     who, what = found[0] if found else (("from", "value") if "from" in message else ("role", "content"))
+    others = sorted(given & ({"role", "from", "content", "value", "text"} - {who, what}))
+    if found and others:
+        raise DataError(
+            f"{where} says twice who speaks or what: it has {others} beside {who!r} and {what!r}; keep those"
+        )
     if who not in message:
         raise DataError(f"{where} has no {who!r}; found {sorted(message)}")
     read = {key: value for key, value in message.items() if key not in (who, what) and value is not None}

@@ -38,7 +38,8 @@ class _Request:
     labels: Tensor | None = None  # (R, S): compute log-probs
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
-    hidden: Tensor | None = None  # what reached the head in a call without labels
+    keeps_hidden: bool = False  # what reaches the head in a call without labels
+    hidden: Tensor | None = None
     stats: TokenStats | None = None  # of the same call; the fields besides log_probs have no gradient
 
 
@@ -113,7 +114,7 @@ class FusedHead:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy's model is another one; it is found when the copy is fused again."""
-        return {**vars(self), "_model": _no_model}
+        return {**vars(self), "_model": _no_model, "_request": _Request()}
 
     def unfuse(self, model: Any) -> None:
         """Makes the model what it was; what is no model of this head is left alone."""
@@ -125,14 +126,12 @@ class FusedHead:
         if "_old_forward" in vars(head):
             vars(head)["_old_forward"] = types.MethodType(type(head).forward, head)
         for holder in {id(m): m for m in (model, *model.modules())}.values():
-            found = vars(holder)
-            for name in ("_original_forward", "forward"):  # accelerate keeps the first where it wraps the second
-                if isinstance(fused := found.get(name), _FusedForward):
-                    found.pop("_original_forward", None)
-                    found.pop("forward", None)
-                    if fused.replaced is not None:
-                        holder.forward = fused.replaced
-                    break
+            found, fused = vars(holder), _fused_forward_of(holder)
+            if fused is not None:
+                for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                    found.pop(name, None)
+                if fused.replaced is not None:
+                    holder.forward = fused.replaced
 
     def check(self, model: nn.Module, deterministic: bool = True) -> None:
         """Refuses a model that would be trained wrong; see `head_check.check_head`.
@@ -181,6 +180,11 @@ class _FusedForward:
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
             return _FusedForward(this, self.replaced)(*args, **kwargs)
 
+        named = self.__signature__
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        marked: Any = forward
+        marked.__signature__ = inspect.Signature([this, *named.parameters.values()])
+        marked.fused = self
         return forward
 
     def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -215,7 +219,8 @@ class _OutputHead(nn.Module):
         if request.probe is not None:
             return request.probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
         if request.labels is None:
-            request.hidden = hidden
+            if request.keeps_hidden:
+                request.hidden = hidden
             return type(self).plain.forward(self, hidden, *args, **kwargs)
         bias = getattr(self, "bias", None)
         request.stats = self.fused.token_stats(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
@@ -286,8 +291,18 @@ def own_forward(model: Any, replaced: Any = None) -> Any:
 
 def plain_forward(model: Any) -> Any:
     """The forward of a model as if it had not been fused."""
-    found = vars(model).get("forward")
-    return own_forward(model, found.replaced if isinstance(found, _FusedForward) else found)
+    fused = _fused_forward_of(model)
+    return own_forward(model, vars(model).get("forward") if fused is None else fused.replaced)
+
+
+def _fused_forward_of(model: Any) -> _FusedForward | None:
+    """What fused a model, also where accelerate has wrapped it since, and keeps it beside or inside its wrapper."""
+    for name in ("_original_forward", "forward"):
+        found = vars(model).get(name)
+        found = getattr(getattr(found, "__func__", None), "fused", found)
+        if isinstance(found, _FusedForward):
+            return found
+    return None
 
 
 def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dpo_kernels.training.head_check import JITTER, logits_of, numbers_named, probe_ids
-from dpo_kernels.training.model import accepted
+from dpo_kernels.training.model import accepted, find_head
 
 DROPOUT = re.compile(r"dropout|_pdrop$|layerdrop")
 
@@ -44,8 +44,16 @@ def disable_dropout(model: Any) -> Silenced:
     """Sets every probability of dropout, and every jitter of a router, to 0, in modules and in configs that they read,
     so that policy and reference start equal.
 
-    A number that a model computes with in evaluation too is no noise, whatever it is called, and stays.
+    A number that a model computes with in evaluation too is no noise, whatever it is called, and stays. What an earlier
+    call has set to 0 on the same model is remembered.
     """
+    silenced = _silenced(model)
+    silenced.changed = [*getattr(model, "_silenced", Silenced()).changed, *silenced.changed]
+    vars(model)["_silenced"] = silenced
+    return silenced
+
+
+def _silenced(model: Any) -> Silenced:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -71,7 +79,7 @@ def _set(model: nn.Module, names: re.Pattern[str], to: float) -> Silenced:
 @torch.no_grad()
 def _evaluated(model: Any) -> torch.Tensor:
     modes = {module: module.training for module in model.modules()}
-    weight = model.get_input_embeddings().weight
+    weight: Any = find_head(model).weight
     try:
         ids = probe_ids(weight.shape[0], weight.device)
         return logits_of(model.eval()(input_ids=ids, **accepted(model, {"use_cache": False}))).clone()

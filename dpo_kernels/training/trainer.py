@@ -22,7 +22,7 @@ from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, St
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import IGNORE_INDEX, DPODataset, PairCollator, attention_mask
 from dpo_kernels.training.head_check import first_difference
-from dpo_kernels.training.loading import check_positions, is_own_code
+from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
 from dpo_kernels.training.model import FusedHead, HeadError
 from dpo_kernels.training.precompute import model_fingerprint, with_ref_log_probs
 from dpo_kernels.training.randomness import Silenced, disable_dropout
@@ -93,7 +93,7 @@ class DPOTrainer(Trainer):
         self._starts_equal = args.disable_dropout and self._from_main(lambda: _same_weights(model, ref_model))
         if args.precompute_ref_log_probs and ref_model is not None:
             fingerprint = self._from_main(lambda: model_fingerprint(ref_model))  # before it is wrapped or sharded
-        self._own_code, self._is_flash = is_own_code(model), "flash" in str(_attention(model))
+        self._own_code, self._is_flash = is_of_its_own_kind(model), "flash" in str(_attention(model))
         self.ref_model = None if ref_model is None else self._freeze(ref_model)
         self.step_loss = torch.zeros((), device=args.device)  # of the step that is running
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
@@ -311,15 +311,15 @@ class DPOTrainer(Trainer):
             HeadError: they do not, though each gives the same numbers twice; names the first module that differs.
         """
         self._starts_equal = False
-        if self.state.global_step > 0 or ref is None or self.ref_model is None:
+        if self.state.global_step > 0 or ref is None or self.ref_model is None or self.args.torch_compile:
             return
         if not anywhere(self, not torch.equal(policy, ref)):  # all processes look for it together, or none
             return
-        own = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
         with torch.no_grad(), self.accelerator.autocast():
-            again = self._forward(own, inputs)["log_probs"]
+            again = self._forward(model, inputs)["log_probs"]
             given = {"input_ids": _both(inputs, "x"), "labels": _both(inputs, "y")}
-            name = first_difference(own, self.ref_model, given)
+            own = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+            name = "" if self.is_fsdp_enabled else first_difference(own, self.ref_model, given)
         difference = (policy - ref).abs().max().item()
         if anywhere(self, torch.equal(again, policy) or not difference <= 1e-2):
             raise HeadError(
@@ -400,7 +400,7 @@ def _same_weights(model: nn.Module, other: nn.Module | None) -> bool:
     if other is None or type(model) is not type(other):
         return False
     pairs = zip(model.parameters(), other.parameters(), strict=False)
-    return all(a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in pairs)
+    return all(a.shape == b.shape and torch.equal(a, b.to(a.device)) for a, b in pairs)
 
 
 def _attention(model: nn.Module) -> Any:
