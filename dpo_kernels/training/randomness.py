@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -48,9 +49,12 @@ def disable_dropout(model: Any) -> Silenced:
     call has set to 0 on the same model is remembered.
     """
     silenced = _silenced(model)
-    silenced.changed = [*getattr(model, "_silenced", Silenced()).changed, *silenced.changed]
-    vars(model)["_silenced"] = silenced
+    silenced.changed = [*_EARLIER.get(model, ()), *silenced.changed]
+    _EARLIER[model] = [entry for entry in silenced.changed if entry[3]]  # configs alone: they do not hold the model
     return silenced
+
+
+_EARLIER: WeakKeyDictionary[Any, list[tuple[Any, str, float, bool]]] = WeakKeyDictionary()
 
 
 def _silenced(model: Any) -> Silenced:
