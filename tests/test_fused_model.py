@@ -273,8 +273,8 @@ def test_no_mask_reaches_a_model_that_needs_none(tmp_path):
         trainer.train()
     assert given["Llama"] == [None, None]
     policy, ref = given["Qwen3Moe"]
+    assert torch.equal(policy, ref)  # the same way through attention for both
     assert policy.shape[1] > 1
-    assert ref is None
 
 
 def test_after_a_training_in_bf16_it_generates_and_unfuses_as_ever(tmp_path):

@@ -93,7 +93,11 @@ class DPOTrainer(Trainer):
         self._starts_equal = args.disable_dropout and self._from_main(lambda: _same_weights(model, ref_model))
         if args.precompute_ref_log_probs and ref_model is not None:
             fingerprint = self._from_main(lambda: model_fingerprint(ref_model))  # before it is wrapped or sharded
-        self._own_code, self._is_flash = is_of_its_own_kind(model), "flash" in str(_attention(model))
+        # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
+        # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
+        # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
+        balances = self.aux_loss.weight > 0 and not is_of_its_own_kind(model)
+        self._gives_mask = balances or "flash" in str(_attention(model))
         self.ref_model = None if ref_model is None else self._freeze(ref_model)
         self.step_loss = torch.zeros((), device=args.device)  # of the step that is running
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
@@ -295,10 +299,7 @@ class DPOTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
         options = {name: value for name, value in options.items() if value}
-        # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
-        # keeps attention from its causal path. A load-balancing loss is over real tokens; flash attention leaves
-        # padding out by it.
-        if (options and not self._own_code) or self._is_flash:
+        if self._gives_mask:
             options["attention_mask"] = attention_mask(_both(inputs, "mask"))
         return model(input_ids=_both(inputs, "x"), labels=_both(inputs, "y"), use_cache=False, **options)
 
@@ -318,6 +319,8 @@ class DPOTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             again = self._forward(model, inputs)["log_probs"]
             given = {"input_ids": _both(inputs, "x"), "labels": _both(inputs, "y")}
+            if self._gives_mask:
+                given["attention_mask"] = attention_mask(_both(inputs, "mask"))
             own = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
             name = "" if self.is_fsdp_enabled else first_difference(own, self.ref_model, given)
         difference = (policy - ref).abs().max().item()
