@@ -134,7 +134,8 @@ def numbers_named(model: nn.Module, names: re.Pattern[str]) -> Iterator[tuple[An
 def _has_experts(model: Any) -> bool:
     config = getattr(model, "config", None)
     text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    return any("expert" in name for name in getattr(text, "__dict__", {}))
+    numbers = getattr(text, "__dict__", {}).items()
+    return any("expert" in name and isinstance(value, int | list) and value not in (0, 1) for name, value in numbers)
 
 
 def _check_gradients(fused: FusedHead, model: Any, hidden: Tensor) -> None:
