@@ -60,7 +60,7 @@ void check_matrix(const char* name, const Maybe& t, int64_t rows, int64_t column
 }
 
 void check_bases(bool values, const Maybe& bases, int64_t n, int64_t v) {
-  TORCH_CHECK(values == bases.has_value(), "numbers that are kept and their bases come together");
+  TORCH_CHECK(values == bases.has_value(), "saved exponentials and their bases come together");
   check_matrix("bases", bases, ceil_div(v, kBlock), n);
   TORCH_CHECK(!bases.has_value() || bases->scalar_type() == at::kFloat, "bases are ", bases->scalar_type());
 }
@@ -94,17 +94,17 @@ Tensor pack_op(const Tensor& hidden) {
   return pack_hidden(hidden);
 }
 
-void fold_op(
+void accumulate_op(
     const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
-    double temperature, double logit_scale, std::optional<double> softcap, Tensor stats, int64_t row,
+    double temperature, double logit_scale, std::optional<double> softcap, Tensor state, int64_t row,
     std::string_view outputs, const Maybe& by_token, const Maybe& by_vocab, const Maybe& bases, const Maybe& total) {
   const TileArgs args = checked_tile(packed, weight, bias, labels, first, temperature, logit_scale, softcap);
   const int64_t n = labels.size(0), v = weight.size(0);
   TORCH_CHECK(
-      stats.dim() == 2 && stats.size(0) == kRowStats && stats.is_contiguous() && stats.scalar_type() == at::kFloat &&
-          row >= 0 && row + n <= stats.size(1),
-      "stats is ", stats.scalar_type(), " of ", stats.sizes(), " for rows ", row, " to ", row + n);
-  TORCH_CHECK(stats.device().is_cpu(), "stats is on ", stats.device());
+      state.dim() == 2 && state.size(0) == kFields && state.is_contiguous() && state.scalar_type() == at::kFloat &&
+          row >= 0 && row + n <= state.size(1),
+      "state is ", state.scalar_type(), " of ", state.sizes(), " for rows ", row, " to ", row + n);
+  TORCH_CHECK(state.device().is_cpu(), "state is on ", state.device());
   TORCH_CHECK(first + v <= 1 << 24, "columns up to ", first + v, "; the first maximum is known up to ", 1 << 24);
   check_written("by_token", by_token, n, v);
   check_written("by_vocab", by_vocab, v, n);
@@ -113,21 +113,25 @@ void fold_op(
   check_written("total", total, n, weight.size(1));
   TORCH_CHECK(
       !total.has_value() || (by_token.has_value() && total->scalar_type() == at::kFloat), "total needs by_token");
-  fold(args, stats, row, parse(outputs), {by_token, by_vocab, bases, total});
+  accumulate(args, state, row, parse(outputs), {by_token, by_vocab, bases, total});
 }
 
-std::vector<Tensor> finish_op(const Tensor& stats, const Tensor& labels, int64_t vocab_size) {
-  TORCH_CHECK(stats.dim() == 2 && stats.size(0) == kRowStats && stats.scalar_type() == at::kFloat && stats.is_contiguous());
-  check_vector("labels", labels, stats.size(1), at::kLong);
-  return finish(stats, labels, vocab_size);
+std::vector<Tensor> finish_op(const Tensor& state, const Tensor& labels, int64_t vocab_size) {
+  TORCH_CHECK(
+      state.dim() == 2 && state.size(0) == kFields && state.scalar_type() == at::kFloat && state.is_contiguous(),
+      "state is ", state.scalar_type(), " of ", state.sizes());
+  check_vector("labels", labels, state.size(1), at::kLong);
+  return finish_state(state, labels, vocab_size);
 }
+
+std::vector<std::string> state_fields_op() { return {kFieldNames, kFieldNames + kFields}; }
 
 void gradient_op(
     const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
     double temperature, double logit_scale, std::optional<double> softcap, const Tensor& grad,
     const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum, const Maybe& entropy,
     const Maybe& grad_entropy, const Maybe& by_token, const Maybe& by_vocab, const Maybe& grad_bias,
-    const Maybe& kept, const Maybe& bases) {
+    const Maybe& exps, const Maybe& bases) {
   const TileArgs args = checked_tile(packed, weight, bias, labels, first, temperature, logit_scale, softcap);
   const int64_t n = labels.size(0), v = weight.size(0);
   check_vector("grad", grad, n, at::kFloat);
@@ -140,9 +144,9 @@ void gradient_op(
   check_written("by_token", by_token, n, v);
   check_written("by_vocab", by_vocab, v, n);
   check_vector("grad_bias", grad_bias, v);
-  check_matrix("kept", kept, v, n);
-  check_bases(kept.has_value(), bases, n, v);
-  gradient(args, {grad, log_probs, maximum, log_sum, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, kept, bases});
+  check_matrix("exps", exps, v, n);
+  check_bases(exps.has_value(), bases, n, v);
+  gradient(args, {grad, log_probs, maximum, log_sum, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, exps, bases});
 }
 
 void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add, Tensor room) {
@@ -223,13 +227,14 @@ Tensor exp2_op(const Tensor& x) {
 TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def("pack(Tensor hidden) -> Tensor", dpo_kernels::pack_op);
   m.def(
-      "fold(" TILE ", Tensor(a!) stats, int row, str outputs, Tensor(b!)? by_token, Tensor(c!)? by_vocab,"
+      "accumulate(" TILE ", Tensor(a!) state, int row, str outputs, Tensor(b!)? by_token, Tensor(c!)? by_vocab,"
       " Tensor(d!)? bases, Tensor(e!)? total) -> ()",
-      dpo_kernels::fold_op);
-  m.def("finish(Tensor stats, Tensor labels, int vocab_size) -> Tensor[]", dpo_kernels::finish_op);
+      dpo_kernels::accumulate_op);
+  m.def("finish(Tensor state, Tensor labels, int vocab_size) -> Tensor[]", dpo_kernels::finish_op);
+  m.def("state_fields() -> str[]", dpo_kernels::state_fields_op);
   m.def(
       "gradient(" TILE ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor? entropy,"
-      " Tensor? grad_entropy, Tensor(a!)? by_token, Tensor(b!)? by_vocab, Tensor(c!)? grad_bias, Tensor? kept,"
+      " Tensor? grad_entropy, Tensor(a!)? by_token, Tensor(b!)? by_vocab, Tensor(c!)? grad_bias, Tensor? exps,"
       " Tensor? bases) -> ()",
       dpo_kernels::gradient_op);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);

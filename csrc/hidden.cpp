@@ -1,17 +1,10 @@
 // Log-probs, statistics and gradients of a tile of logits, straight from hidden states and the head's weight.
 //
-// A block of kBlock columns by kBlock tokens is multiplied, folded and forgotten while it is in the L1 cache. Blocks are
+// A block of kBlock columns by kBlock tokens is multiplied, accumulated and forgotten while it is in the L1 cache. Blocks are
 // column by token: z^T = W h^T reads W where it lies, as the left operand, and packs the hidden states, which are few.
 // Each number of a row of z^T belongs to another token, so that maxima and sums run down the columns of vectors and no
 // step adds across a vector.
 //
-// Base 2 throughout: e = 2^(z log2 e - base) with a whole base >= max z log2 e - 1. Whole bases make every later rescale
-// a power of two, which is exact, in bfloat16 too: sums and kept numbers do not depend on the order in which maxima
-// were found.
-//
-// The label's own logit stays out of every sum and joins at the end: where the model is sure, the others' sum is what
-// the log-prob consists of, and 1 + it would lose it.
-
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -19,18 +12,10 @@
 #include "products.h"
 #include "transform.h"
 
-#include <limits>
-
 namespace dpo_kernels {
 namespace {
 
 using at::Tensor;
-
-// Rows of the running statistics (kRowStats, M): base; sums of e, of e * log2 e, of e^2 and of z; the label's logit;
-// the largest other logit and its column.
-enum { kBase, kSum, kSumShifted, kSumSquares, kSumLogits, kTop, kTopAt, kLabelLogit };
-static_assert(kLabelLogit + 1 == kRowStats);
-constexpr int64_t kLaneStats = kLabelLogit;  // all but the label's logit, which only one thread meets
 
 // One tile: n tokens by v columns.
 template <typename T>
@@ -169,32 +154,32 @@ void multiply_row(const T* from, const float* factor, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor[i];
 }
 
-// Folds a block of logits into the statistics of its tokens, s[i] + t; e in place of z where `exps` says so.
-void fold_block(
+// Accumulates a block of logits into the states of its tokens, s[i] + t; e in place of z where `exps` says so.
+void accumulate_block(
     float* block, int64_t columns, int64_t width, int64_t first, const Outputs& want, bool exps,
     const Transform& transform, float* const* s) {
   for (int64_t t = 0; t < width; t += kWidth) {
     float* z = block + t;
-    Vec top(-kInf), other(-kInf);
+    Vec largest(-kInf), other(-kInf);
     int64_t c = 0;
     for (; c + 2 <= columns; c += 2) {
-      top = at::vec::clamp_min(top, Vec::loadu(z + c * kBlock));
+      largest = at::vec::clamp_min(largest, Vec::loadu(z + c * kBlock));
       other = at::vec::clamp_min(other, Vec::loadu(z + (c + 1) * kBlock));
     }
-    if (c < columns) top = at::vec::clamp_min(top, Vec::loadu(z + c * kBlock));
-    top = at::vec::clamp_min(top, other);
-    if (want.top) {
-      Vec best = Vec::loadu(s[kTop] + t), at_column = Vec::loadu(s[kTopAt] + t);
+    if (c < columns) largest = at::vec::clamp_min(largest, Vec::loadu(z + c * kBlock));
+    largest = at::vec::clamp_min(largest, other);
+    if (want.argmax) {
+      Vec best = Vec::loadu(s[kMaximum] + t), at_column = Vec::loadu(s[kArgmax] + t);
       for (c = 0; c < columns; ++c) {
         const Vec value = Vec::loadu(z + c * kBlock), better = value > best;
         best = Vec::blendv(best, value, better);
         at_column = Vec::blendv(at_column, Vec(static_cast<float>(first + c)), better);
       }
-      best.store(s[kTop] + t);
-      at_column.store(s[kTopAt] + t);
+      best.store(s[kMaximum] + t);
+      at_column.store(s[kArgmax] + t);
     }
     const Vec old = Vec::loadu(s[kBase] + t);
-    const Vec base = at::vec::clamp_min((top * Vec(static_cast<float>(kLog2E))).ceil(), old);
+    const Vec base = at::vec::clamp_min((largest * Vec(static_cast<float>(kLog2E))).ceil(), old);
     Vec sum(0.f), shifted(0.f), squares(0.f);
     for (c = 0; c < columns; ++c) {
       const Vec value = Vec::loadu(z + c * kBlock);
@@ -206,55 +191,32 @@ void fold_block(
       if (exps) (transform.capped ? e * transform.derivative(value) : e).store(z + c * kBlock);
     }
     const Vec shrink = exp2(old - base);
-    const Vec before = Vec::loadu(s[kSum] + t);
+    const Vec before = Vec::loadu(s[kTotal] + t);
     if (want.entropy)
-      (shrink * (Vec::loadu(s[kSumShifted] + t) + before * at::vec::clamp_min(old - base, Vec(-127.f))) + shifted)
-          .store(s[kSumShifted] + t);
-    if (want.squares) (shrink * shrink * Vec::loadu(s[kSumSquares] + t) + squares).store(s[kSumSquares] + t);
-    (before * shrink + sum).store(s[kSum] + t);
+      (shrink * (Vec::loadu(s[kShifted] + t) + before * at::vec::clamp_min(old - base, Vec(-127.f))) + shifted)
+          .store(s[kShifted] + t);
+    if (want.squares) (shrink * shrink * Vec::loadu(s[kSquares] + t) + squares).store(s[kSquares] + t);
+    (before * shrink + sum).store(s[kTotal] + t);
     base.store(s[kBase] + t);
   }
 }
 
-// Joins what a lane of columns found for tokens [begin, end) to the statistics of all columns before.
-void merge_lane(float* const* stats, float* const* lane, int64_t begin, int64_t end, const Outputs& want) {
-  for (int64_t t = begin; t < end; ++t) {
-    const float base = std::max(stats[kBase][t], lane[kBase][t]);
-    const float down = stats[kBase][t] - base, lane_down = lane[kBase][t] - base;
-    const float shrink = exp2_whole(down), grow = exp2_whole(lane_down);
-    if (want.entropy)
-      stats[kSumShifted][t] =
-          shrink * (stats[kSumShifted][t] + stats[kSum][t] * std::max(down, -127.f)) +
-          grow * (lane[kSumShifted][t] + lane[kSum][t] * std::max(lane_down, -127.f));
-    if (want.squares)
-      stats[kSumSquares][t] =
-          shrink * shrink * stats[kSumSquares][t] + grow * grow * lane[kSumSquares][t];
-    if (want.mean) stats[kSumLogits][t] += lane[kSumLogits][t];
-    if (want.top && lane[kTop][t] > stats[kTop][t]) {
-      stats[kTop][t] = lane[kTop][t];
-      stats[kTopAt][t] = lane[kTopAt][t];
-    }
-    stats[kSum][t] = stats[kSum][t] * shrink + lane[kSum][t] * grow;
-    stats[kBase][t] = base;
-  }
-}
-
 template <typename T>
-void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outputs& want, const FoldOutputs& out) {
+void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, const Outputs& want, const ExpOutputs& out) {
   const Tile<T> tile = make_tile<T>(args);
   const Grid grid = Grid::of_sums(tile.column_blocks(), tile.token_blocks());
   const int64_t padded = tile.token_blocks() * kBlock;
-  float* stats[kRowStats];
-  for (int64_t i = 0; i < kRowStats; ++i) stats[i] = row_stats.data_ptr<float>() + i * row_stats.stride(0) + row;
-  std::vector<float> found(grid.column_lanes * kLaneStats * padded, 0.f);
+  float* state[kFields];
+  for (int64_t i = 0; i < kFields; ++i) state[i] = whole_state.data_ptr<float>() + i * whole_state.stride(0) + row;
+  std::vector<float> found(grid.column_lanes * kLaneFields * padded, 0.f);
   auto of_lane = [&](int64_t lane, int64_t token, float** s) {
-    for (int64_t i = 0; i < kLaneStats; ++i) s[i] = &found[(lane * kLaneStats + i) * padded + token];
+    for (int64_t i = 0; i < kLaneFields; ++i) s[i] = &found[(lane * kLaneFields + i) * padded + token];
   };
   for (int64_t lane = 0; lane < grid.column_lanes; ++lane) {
-    float* s[kLaneStats];
+    float* s[kLaneFields];
     of_lane(lane, 0, s);
     std::fill_n(s[kBase], padded, kNoBase);
-    std::fill_n(s[kTop], padded, -kInf);
+    std::fill_n(s[kMaximum], padded, -kInf);
   }
   const Matrix by_token(out.by_token), by_vocab(out.by_vocab), bases(out.bases);
   grid.run(!std::is_same_v<T, float>, [&](int64_t lane, int64_t column_block, int64_t first, int64_t last) {
@@ -263,17 +225,17 @@ void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outpu
     for (int64_t token_block = first; token_block < last; ++token_block) {
       const int64_t width = block_width(tile.n, token_block), token = token_block * kBlock;
       const int64_t tokens = std::min(kBlock, tile.n - token);
-      float* s[kLaneStats];
+      float* s[kLaneFields];
       of_lane(lane, token, s);
       tile.logits(column_block, token_block, z);
-      if (want.mean)
+      if (want.logits)
         for (int64_t c = 0; c < columns; ++c)
-          for (int64_t t = 0; t < tokens; ++t) s[kSumLogits][t] += z[c * kBlock + t];
+          for (int64_t t = 0; t < tokens; ++t) s[kLogits][t] += z[c * kBlock + t];
       tile.each_label(column_block, token_block, [&](int64_t t, int64_t at) {
-        stats[kLabelLogit][token + t] = z[at];
+        state[kLabelLogit][token + t] = z[at];
         z[at] = -kInf;
       });
-      fold_block(
+      accumulate_block(
           z, columns, width, tile.first + column_block * kBlock, want, static_cast<bool>(bases), tile.transform, s);
       if (bases) std::memcpy(bases.at(column_block, token), s[kBase], sizeof(float) * tokens);
       if (by_vocab) by_vocab.write(z, columns, tokens, column_block * kBlock, token);
@@ -285,16 +247,16 @@ void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outpu
   });
   const Matrix total(out.total);
   at::parallel_for(0, tile.n, 128, [&](int64_t begin, int64_t end) {
-    std::vector<float> old(stats[kBase] + begin, stats[kBase] + end);
+    std::vector<float> old(state[kBase] + begin, state[kBase] + end);
     for (int64_t lane = 0; lane < grid.column_lanes; ++lane) {
-      float* s[kLaneStats];
+      float* s[kLaneFields];
       of_lane(lane, 0, s);
-      merge_lane(stats, s, begin, end, want);
+      merge(state, s, begin, end, want);
     }
     if (!total) return;
-    // To the new base: what was summed before, and blocks that were folded before their lane met its maximum.
+    // To the new base: what was summed before, and blocks that were accumulated before their lane met its maximum.
     for (int64_t t = begin; t < end; ++t) {
-      const float base = stats[kBase][t];
+      const float base = state[kBase][t];
       auto scale = [&](const Matrix& matrix, int64_t column, int64_t columns, float factor) {
         if (factor == 1.f) return;
         matrix.visit(t, column, [&](auto* x) {
@@ -314,12 +276,12 @@ void fold_tile(const TileArgs& args, Tensor& row_stats, int64_t row, const Outpu
 // What backward needs of each token, in float32 from float64: of n tokens, padded with tokens that have no gradient.
 struct RowFactors {
   std::vector<float> whole, rest, scale, entropy, entropy_scale, at_label;
-  std::vector<float> kept_scale;  // scale * 2^-rest: times 2^(base - whole) it turns a kept e into dz
+  std::vector<float> exps_scale;  // scale * 2^-rest: times 2^(base - whole) it turns a saved e into dz
 
   RowFactors(const RowGradients& rows, int64_t padded, const Transform& transform) {
     const int64_t n = rows.grad.size(0);
     const bool has_entropy = rows.grad_entropy.has_value();
-    for (auto* values : {&whole, &rest, &scale, &at_label, &kept_scale}) values->resize(padded);
+    for (auto* values : {&whole, &rest, &scale, &at_label, &exps_scale}) values->resize(padded);
     if (has_entropy)
       for (auto* values : {&entropy, &entropy_scale}) values->resize(padded);
     for (int64_t t = 0; t < padded; ++t) {
@@ -330,7 +292,7 @@ struct RowFactors {
       const double g_entropy = has_entropy ? value(*rows.grad_entropy, t) : 0.;
       const double h = has_entropy ? value(*rows.entropy, t) : 0.;
       scale[t] = static_cast<float>(-g * slope);
-      kept_scale[t] = static_cast<float>(-g * slope * std::exp2(-static_cast<double>(exponent.rest)));
+      exps_scale[t] = static_cast<float>(-g * slope * std::exp2(-static_cast<double>(exponent.rest)));
       if (has_entropy) entropy[t] = static_cast<float>(h), entropy_scale[t] = static_cast<float>(-g_entropy * slope);
       at_label[t] = label_gradient(
           g, value(rows.log_probs, t), value(rows.maximum, t), value(rows.log_sum, t), g_entropy, h, transform);
@@ -368,7 +330,7 @@ void gradient_tile(const TileArgs& args, const RowGradients& row_gradients, cons
   const Tile<T> tile = make_tile<T>(args);
   const Grid grid = Grid::of_blocks(tile.column_blocks(), tile.token_blocks(), !out.bias.has_value());
   const RowFactors rows(row_gradients, tile.token_blocks() * kBlock, tile.transform);
-  const Matrix by_token(out.by_token), by_vocab(out.by_vocab), kept(out.kept), bases(out.bases);
+  const Matrix by_token(out.by_token), by_vocab(out.by_vocab), exps(out.exps), bases(out.bases);
   float* bias = out.bias.has_value() ? out.bias->data_ptr<float>() : nullptr;
   grid.run(!std::is_same_v<T, float>, [&](int64_t, int64_t column_block, int64_t first, int64_t last) {
     alignas(64) float dz[kBlock * kBlock], transposed[kBlock * kBlock];
@@ -376,14 +338,14 @@ void gradient_tile(const TileArgs& args, const RowGradients& row_gradients, cons
     for (int64_t token_block = first; token_block < last; ++token_block) {
       const int64_t width = block_width(tile.n, token_block), token = token_block * kBlock;
       const int64_t tokens = std::min(kBlock, tile.n - token);
-      if (kept) {
+      if (exps) {
         alignas(64) float factor[kBlock];
         const float* base = static_cast<float*>(bases.at(column_block, token));
         for (int64_t t = 0; t < tokens; ++t)
-          factor[t] = exp2_whole(base[t] - rows.whole[token + t]) * rows.kept_scale[token + t];
-        kept.visit(column, token, [&](const auto* from) {
+          factor[t] = exp2_whole(base[t] - rows.whole[token + t]) * rows.exps_scale[token + t];
+        exps.visit(column, token, [&](const auto* from) {
           for (int64_t c = 0; c < columns; ++c) {
-            multiply_row(from + c * kept.ld, factor, dz + c * kBlock, tokens);
+            multiply_row(from + c * exps.ld, factor, dz + c * kBlock, tokens);
             std::fill(dz + c * kBlock + tokens, dz + c * kBlock + width, 0.f);
           }
         });
@@ -424,9 +386,9 @@ Tensor pack_hidden(const Tensor& hidden) {
   return packed;
 }
 
-void fold(const TileArgs& args, Tensor& stats, int64_t row, const Outputs& want, const FoldOutputs& out) {
-  if (args.weight.scalar_type() == at::kFloat) fold_tile<float>(args, stats, row, want, out);
-  else fold_tile<at::BFloat16>(args, stats, row, want, out);
+void accumulate(const TileArgs& args, Tensor& state, int64_t row, const Outputs& want, const ExpOutputs& out) {
+  if (args.weight.scalar_type() == at::kFloat) accumulate_tile<float>(args, state, row, want, out);
+  else accumulate_tile<at::BFloat16>(args, state, row, want, out);
 }
 
 void gradient(const TileArgs& args, const RowGradients& rows, const GradientOutputs& out) {
@@ -434,37 +396,19 @@ void gradient(const TileArgs& args, const RowGradients& rows, const GradientOutp
   else gradient_tile<at::BFloat16>(args, rows, out);
 }
 
-std::vector<Tensor> finish(const Tensor& stats, const Tensor& labels, int64_t vocab_size) {
+std::vector<Tensor> finish_state(const Tensor& state, const Tensor& labels, int64_t vocab_size) {
   const int64_t m = labels.size(0);
   std::vector<Tensor> result;
-  const float* s[kRowStats];
-  float* r[kFinished];
-  for (int64_t i = 0; i < kRowStats; ++i) s[i] = stats.const_data_ptr<float>() + i * stats.stride(0);
-  for (int64_t i = 0; i < kFinished; ++i) {
-    result.push_back(at::empty({m}, stats.options()));
+  const float* s[kFields];
+  float* r[Finished::kSize];
+  for (int64_t i = 0; i < kFields; ++i) s[i] = state.const_data_ptr<float>() + i * state.stride(0);
+  for (int64_t i = 0; i < Finished::kSize; ++i) {
+    result.push_back(at::empty({m}, state.options()));
     r[i] = result.back().data_ptr<float>();
   }
   const int64_t* label = labels.const_data_ptr<int64_t>();
   at::parallel_for(0, m, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const double y = s[kLabelLogit][t], base = s[kBase][t] * kLn2, sum = s[kSum][t];
-      const auto [log_prob, lse, others, top] = join(s[kBase][t], sum, y);
-      const double share = std::exp(others - lse), p = std::exp(log_prob);
-      const double shifted = sum > 0 ? kLn2 * s[kSumShifted][t] / sum : 0.;
-      r[kLogProb][t] = static_cast<float>(log_prob);
-      r[kMaximum][t] = static_cast<float>(top);
-      r[kLogSum][t] = static_cast<float>(lse - static_cast<double>(r[kMaximum][t]));
-      r[kOthers][t] = static_cast<float>(std::exp(base - lse));
-      r[kEntropy][t] = static_cast<float>(
-          (lse - top) - (share > 0 ? share * (base + shifted - top) : 0.) - (p > 0 ? p * (y - top) : 0.));
-      r[kLogSquares][t] = static_cast<float>(
-          std::log(s[kSumSquares][t] * std::exp(2 * (base - lse)) + p * p));
-      r[kMean][t] = static_cast<float>(s[kSumLogits][t] / static_cast<double>(vocab_size));
-      r[kTop1][t] = s[kLabelLogit][t] > s[kTop][t] ||
-              (s[kLabelLogit][t] == s[kTop][t] && static_cast<float>(label[t]) < s[kTopAt][t])
-          ? 1.f
-          : 0.f;
-    }
+    finish(s, label, static_cast<double>(vocab_size), begin, end, r);
   });
   return result;
 }

@@ -6,12 +6,9 @@
 #include <optional>
 #include <vector>
 
+#include "softmax_state.h"
+
 namespace dpo_kernels {
-
-constexpr int64_t kRowStats = 8;  // rows of the running statistics
-
-// What finish returns, in order.
-enum { kLogProb, kMaximum, kLogSum, kOthers, kEntropy, kLogSquares, kMean, kTop1, kFinished };
 
 // A tile of n tokens by v columns, in operands of float or bfloat16.
 struct TileArgs {
@@ -24,13 +21,8 @@ struct TileArgs {
   std::optional<double> softcap;
 };
 
-// Which optional statistics are wanted.
-struct Outputs {
-  bool entropy, squares, mean, top;
-};
-
 // Where to leave e of the tile; absent in a call without gradients.
-struct FoldOutputs {
+struct ExpOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v): e times the cap's derivative, 0 at the label
   const std::optional<at::Tensor>& by_vocab;  // (v, n): the same
   const std::optional<at::Tensor>& bases;     // (blocks of 64 columns, n) float: the base of each block's e
@@ -43,26 +35,25 @@ struct RowGradients {
   const std::optional<at::Tensor>&entropy, &grad_entropy;  // (n,) float
 };
 
-// Where to leave d loss / d a of the tile, and where it comes from if kept.
+// Where to leave d loss / d a of the tile, and where it comes from if saved.
 struct GradientOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v)
   const std::optional<at::Tensor>& by_vocab;  // (v, n)
   const std::optional<at::Tensor>& bias;      // (v,) float: sums over tokens are added to it
-  const std::optional<at::Tensor>& kept;      // (v, n), by_vocab of fold
-  const std::optional<at::Tensor>& bases;     // of fold
+  const std::optional<at::Tensor>& exps;      // (v, n), by_vocab of accumulate
+  const std::optional<at::Tensor>& bases;     // of accumulate
 };
 
 // Hidden states (n, D) as the right operand of every product with the weight.
 at::Tensor pack_hidden(const at::Tensor& hidden);
 
-// Folds a tile into the running statistics (kRowStats, M) of tokens [row, row + n).
-void fold(const TileArgs& args, at::Tensor& stats, int64_t row, const Outputs& want, const FoldOutputs& out);
+// Merges a tile into the state (kFields, M) of tokens [row, row + n).
+void accumulate(const TileArgs& args, at::Tensor& state, int64_t row, const Outputs& want, const ExpOutputs& out);
 
 // Gradient of a tile's products: dz_v = -p_v [g + gH (log p_v + H)] off the label, through the transform.
 void gradient(const TileArgs& args, const RowGradients& rows, const GradientOutputs& out);
 
-// (M,) each: log-prob; the maximum m and log sum exp(z - m); the factor that turns e into probabilities; entropy,
-// log sum p^2, mean logit and whether the label is the first maximum, which mean nothing unless they were wanted.
-std::vector<at::Tensor> finish(const at::Tensor& stats, const at::Tensor& labels, int64_t vocab_size);
+// (M,) each: `Finished`, in its order.
+std::vector<at::Tensor> finish_state(const at::Tensor& state, const at::Tensor& labels, int64_t vocab_size);
 
 }  // namespace dpo_kernels

@@ -1,15 +1,15 @@
 // Logits level. A row is read in strips that stay in the L1 cache; rows are shared among threads, and split where there
-// are fewer rows than threads. Base 2 and the label apart, as in hidden.cpp.
+// are fewer rows than threads. Base 2 and the label apart, as softmax_state.h says.
 
 #include "logits.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include "softmax_state.h"
 #include "transform.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 namespace dpo_kernels {
@@ -18,11 +18,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kStrip = 1024;
-
-// Running statistics of part of a row.
-struct Sums {
-  float base = kNoBase, sum = 0.f, label = std::numeric_limits<float>::quiet_NaN();
-};
 
 template <typename T>
 void read_strip(const T* x, int64_t n, const Transform& transform, float* z) {
@@ -37,13 +32,13 @@ void read_strip(const T* x, int64_t n, const Transform& transform, float* z) {
 }
 
 template <typename T>
-void fold_strip(const T* x, int64_t n, int64_t label, const Transform& transform, Sums& s) {
+void accumulate_strip(const T* x, int64_t n, int64_t label, const Transform& transform, RowState& s) {
   alignas(64) float z[kStrip];
   read_strip(x, n, transform, z);
-  if (label >= 0 && label < n) s.label = z[label], z[label] = -kInf;
-  Vec top(-kInf);
-  for (int64_t i = 0; i < n; i += kWidth) top = at::vec::clamp_min(top, Vec::loadu(z + i));
-  const float base = std::max(std::ceil(max_of(top) * static_cast<float>(kLog2E)), s.base);
+  if (label >= 0 && label < n) s.label_logit = z[label], z[label] = -kInf;
+  Vec largest(-kInf);
+  for (int64_t i = 0; i < n; i += kWidth) largest = at::vec::clamp_min(largest, Vec::loadu(z + i));
+  const float base = std::max(std::ceil(max_of(largest) * static_cast<float>(kLog2E)), s.base);
   Vec even(0.f), odd(0.f);
   int64_t i = 0;
   for (; i + kWidth < n; i += 2 * kWidth) {
@@ -51,7 +46,7 @@ void fold_strip(const T* x, int64_t n, int64_t label, const Transform& transform
     odd = odd + exp2(scaled_difference(Vec::loadu(z + i + kWidth), Vec(base)));
   }
   if (i < n) even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
-  s.sum = s.sum * exp2_whole(s.base - base) + sum_of(even + odd);
+  s.total = s.total * exp2_whole(s.base - base) + sum_of(even + odd);
   s.base = base;
 }
 
@@ -96,30 +91,24 @@ Tensor logits_forward(const LogitsArgs& args) {
   const int64_t* labels = args.labels.const_data_ptr<int64_t>();
   const int64_t* index = args.index.has_value() ? args.index->const_data_ptr<int64_t>() : nullptr;
   const Transform transform(args.temperature, args.logit_scale, args.softcap);
-  std::vector<Sums> sums(m * parts);
+  std::vector<RowState> states(m * parts);
   with_type(args.logits.scalar_type(), [&](auto number) {
     const auto* logits = args.logits.const_data_ptr<decltype(number)>();
     each_part(m, v, parts, [&](int64_t row, int64_t part, int64_t begin, int64_t end) {
       const auto* x = logits + (index == nullptr ? row : index[row]) * args.logits.stride(0);
       each_strip(begin, end, [&](int64_t i, int64_t n) {
-        fold_strip(x + i, n, labels[row] - i, transform, sums[row * parts + part]);
+        accumulate_strip(x + i, n, labels[row] - i, transform, states[row * parts + part]);
       });
     });
   });
   Tensor result = at::empty({3, m}, args.labels.options().dtype(at::kFloat));
   float* r = result.data_ptr<float>();
   for (int64_t row = 0; row < m; ++row) {
-    Sums all = sums[row * parts];
-    for (int64_t part = 1; part < parts; ++part) {
-      const Sums& s = sums[row * parts + part];
-      const float base = std::max(all.base, s.base);
-      all.sum = all.sum * exp2_whole(all.base - base) + s.sum * exp2_whole(s.base - base);
-      all.base = base;
-      if (s.label == s.label) all.label = s.label;
-    }
-    const Joined joined = join(all.base, all.sum, all.label);
+    RowState all = states[row * parts];
+    for (int64_t part = 1; part < parts; ++part) all.merge(states[row * parts + part]);
+    const Joined joined = join(all.base, all.total, all.label_logit);
     r[row] = static_cast<float>(joined.log_prob);
-    r[m + row] = static_cast<float>(joined.top);
+    r[m + row] = static_cast<float>(joined.maximum);
     r[2 * m + row] = static_cast<float>(joined.lse - static_cast<double>(r[m + row]));
   }
   return result;
@@ -133,7 +122,7 @@ void logits_backward(
   const int64_t* index = args.index.has_value() ? args.index->const_data_ptr<int64_t>() : nullptr;
   const Transform transform(args.temperature, args.logit_scale, args.softcap);
   const float *g = grad.const_data_ptr<float>(), *lp = log_probs.const_data_ptr<float>();
-  const float *top = maximum.const_data_ptr<float>(), *ls = log_sum.const_data_ptr<float>();
+  const float *largest = maximum.const_data_ptr<float>(), *ls = log_sum.const_data_ptr<float>();
   with_type(args.logits.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const T* logits = args.logits.const_data_ptr<T>();
@@ -141,10 +130,10 @@ void logits_backward(
     each_part(m, v, parts_of(m, v), [&](int64_t row, int64_t, int64_t begin, int64_t end) {
       const int64_t at = index == nullptr ? row : index[row];
       const float scale = -g[row] * transform.slope;
-      const float at_label = label_gradient(g[row], lp[row], top[row], ls[row], 0., 0., transform);
+      const float at_label = label_gradient(g[row], lp[row], largest[row], ls[row], 0., 0., transform);
       each_strip(begin, end, [&](int64_t i, int64_t n) {
         gradient_strip(
-            logits + at * args.logits.stride(0) + i, n, labels[row] - i, transform, Exponent(top[row], ls[row]), scale,
+            logits + at * args.logits.stride(0) + i, n, labels[row] - i, transform, Exponent(largest[row], ls[row]), scale,
             at_label, gradient + at * out.stride(0) + i);
       });
     });

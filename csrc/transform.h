@@ -9,9 +9,6 @@
 
 namespace dpo_kernels {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNoBase = -1.5e38f;  // of a row without a finite logit yet
-
 // Of float arithmetic throughout. slope: dz/da without the cap's own derivative, 1 - (z * temperature / softcap)^2.
 struct Transform {
   float slope;
@@ -50,27 +47,6 @@ struct Exponent {
   }
 };
 
-// A row's statistics once the label joins the others: y the label's logit, sum of 2^(z log2 e - base) over the others.
-struct Joined {
-  double log_prob;
-  double lse;     // log sum exp z over all columns
-  double others;  // the same over all but the label; -inf if all are banned
-  double top;     // a number near the maximum
-};
-
-inline Joined join(double base, double sum, double y) {
-  base *= kLn2;
-  Joined r;
-  r.others = base + std::log(sum);
-  const double ahead = y - r.others;
-  // log sigmoid of how far the label is ahead of the others: exact down to the smallest log-prob
-  r.log_prob = ahead > 0 ? -std::log1p(std::exp(-ahead)) : ahead - std::log1p(std::exp(ahead));
-  if (std::isinf(y) && y > 0) r.log_prob = std::numeric_limits<double>::quiet_NaN();
-  r.lse = std::isinf(r.log_prob) ? r.others : y - r.log_prob;
-  r.top = sum > 0 ? std::max(base, y) : y;
-  return r;
-}
-
 // d loss / d a at the label, from the gradients of its log-prob and of the row's entropy: -g expm1(log p), since 1 - p
 // loses every digit where the model is sure.
 inline float label_gradient(
@@ -82,8 +58,9 @@ inline float label_gradient(
   return static_cast<float>(d * transform.slope * (transform.capped ? 1 - tanh * tanh : 1.));
 }
 
-// z * log2 e - base, rounded once where there is a fused multiply-add; log2 e itself is off by 1.3e-8, less than z is. Of logits beyond +-700,000, whose own spacing is over 0.06, it says nothing: such
-// rows are the torch implementation's (dpo_kernels/impls/cpp_impl.py).
+// z * log2 e - base, rounded once where there is a fused multiply-add; log2 e itself is off by 1.3e-8, less than z is.
+// Of logits beyond +-700,000, whose own spacing is over 0.06, it says nothing: such rows are the PyTorch back end's
+// (LARGEST_LOGIT in dpo_kernels/backends/cpp.py).
 inline Vec scaled_difference(Vec z, Vec base) {
   return at::vec::fmadd(z, Vec(static_cast<float>(kLog2E)), Vec(0.f) - base);
 }

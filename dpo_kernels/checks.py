@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import preference_losses
-from dpo_kernels.head import OPTIONAL_OUTPUTS, Transform
+from dpo_kernels.call import Transform, flat_labels, ignored
 from dpo_kernels.preference_losses import LossOptions
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -90,7 +91,7 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) ->
             )
 
 
-def labels_in_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+def labels_in_range(labels: Tensor, ignore_index: int | None, vocab_size: int) -> None:
     """On the CPU, and on any device under DPO_KERNELS_VALIDATE=1, a bad label raises; else its row becomes NaN.
 
     Raises:
@@ -98,31 +99,15 @@ def labels_in_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """
     if labels.device.type != "cpu" and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
         return
-    values = flat(labels)
-    bad = ((values < 0) | (values >= vocab_size)) & (values != ignore_index)
+    values = flat_labels(labels)
+    bad = ((values < 0) | (values >= vocab_size)) & ~ignored(values, ignore_index)
     if bool(bad.any()):
         first = int(bad.int().argmax())
         position = [int(i) for i in torch.unravel_index(torch.tensor(first), labels.shape)]
         raise IndexError(
             f"labels{position or ''} is {int(values[first])}; expected a token in [0, {vocab_size}) "
-            f"or ignore_index {ignore_index}"
+            + ("" if ignore_index is None else f"or ignore_index {ignore_index}")
         )
-
-
-def flat(labels: Tensor) -> Tensor:
-    """Labels in one dimension, of a dtype in which any vocabulary and ignore_index can be compared with them."""
-    narrow = labels.dtype in (torch.uint8, torch.int8, torch.int16)
-    return labels.reshape(-1).to(torch.int32) if narrow else labels.reshape(-1)
-
-
-def overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory, as in an expanded tensor: then it cannot hold a gradient each."""
-    reach = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < reach:
-            return True
-        reach = max(reach, stride * (size - 1) + 1) if size > 1 else reach
-    return False
 
 
 def pairs(ref: Tensor | None, policy: Tensor, mask: Tensor, log_sum_sq_probs: Tensor | None) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels import checks
-from dpo_kernels.head import accumulate_dtype
-from dpo_kernels.log_probs import hidden_to_log_probs, token_stats
+from dpo_kernels.call import accumulate_dtype
+from dpo_kernels.functional import hidden_to_log_probs, token_stats
 from dpo_kernels.preference_losses import DIVERGENCES, LossOptions, Pairs, Sides, pair_losses
 
 

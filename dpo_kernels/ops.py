@@ -1,294 +1,251 @@
-"""The torch.library ops behind the public functions, with their fakes and autograd formulas.
+"""The torch.library operators behind the public functions, with their fakes and autograd formulas.
 
-Which rows count depends on the labels, so an op finds them itself: to torch.compile it is one opaque node with outputs
-whose sizes may depend on data, and no graph break. Arguments were checked by the caller.
+Which tokens count depends on the labels, so an operator finds them itself: to torch.compile it is one opaque node with
+outputs whose sizes may depend on data, and no graph break. Arguments were checked by the caller.
 
-While a CUDA graph is captured sizes may not depend on data: then every row is computed, ignored ones with a stand-in
-label and hidden states of 0, and their results and gradients are set to 0.
+An operator takes tensors, numbers and strings, so two objects are written down for it. The options of a call are the
+last three arguments of every operator (`call.Options.encode`). What forward decided is a tensor of bytes on the CPU,
+which is saved with the rest and given to backward (`_pack`).
+
+While a CUDA graph is captured sizes may not depend on data: then every token is computed (`call.Tokens.masked`).
 """
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import checks, impls, tiled
-from dpo_kernels.head import OPTIONAL_OUTPUTS, Call, Grads, TokenStats, Transform, accumulate_dtype
-from dpo_kernels.plan import aligned
+from dpo_kernels import checks, dispatch
+from dpo_kernels.backends.base import Execution, Saved
+from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens, accumulate_dtype, ignored
+from dpo_kernels.planner import aligned
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS, TokenStats
 
-Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+OPTIONS = "float[] numbers, SymInt[] limits, str spec"
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+LOGITS = "Tensor logits, Tensor labels"
+EXECUTION_BYTES = 4096
+STATS = len(TokenStats._fields)
+# What forward of the head saves for backward, behind the statistics.
+SAVED = ("index", "maximum", "log_sum", "exps", "maxima", "jacobian", "execution")
+SAVED_OF_LOGITS = ("index", "maximum", "log_sum", "execution")
 
 
-@torch.library.custom_op("dpo_kernels::token_stats", mutates_args=())
-def token_stats_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    outputs: str,
-    grads: str,
-    compute_dtype: torch.dtype,
-    memory_budget: int | None,
-    impl: str | None,
-) -> Saved:
-    """log_probs and the four optional statistics (empty where not asked for), of the labels' shape; then, for
-    backward and of the rows that count alone, max, log_sum, kept, bases and jacobian."""
-    checks.labels_in_range(labels, ignore_index, weight.shape[0])
-    call = _call(
-        hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
-        memory_budget,
-    )  # fmt: skip
-    call, index, tokens = _rows_of_call(call)
-    module = impls.choose(impl, hidden.device, hidden.dtype)
-    with _no_autocast(hidden):
-        made = module.hidden_forward(call, tokens, index)
-    dtypes = (torch.bool if name == "is_top1" else made.max.dtype for name in made.stats._fields)
+@torch.library.custom_op("dpo_kernels::token_stats", mutates_args=(), schema=f"({HEAD}, {OPTIONS}) -> Tensor[]")
+def token_stats_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *encoded: Any) -> list[Tensor]:
+    """The fields of `TokenStats` (empty where not asked for), of the labels' shape; then `SAVED`."""
+    options = Options.decode(*encoded)
+    checks.labels_in_range(labels, options.ignore_index, weight.shape[0])
+    call = _call(hidden, weight, bias, labels, Tokens.of(labels, options.ignore_index), options)
+    execution, made = dispatch.forward(call)
+    tokens = call.tokens
     stats = (
-        labels.new_empty(0, dtype=dtype) if value is None else _spread(value, labels, index, ignore_index)
-        for value, dtype in zip(made.stats, dtypes, strict=True)
+        labels.new_empty(0, dtype=dtype) if value is None else tokens.spread(value, labels, options.ignore_index)
+        for value, dtype in zip(made.stats, _dtypes(made.maximum.dtype), strict=True)
     )
-    return (*stats, made.max, made.log_sum, made.kept, made.bases, made.jacobian)
+    saved = Saved(*made)._asdict() | {"index": _index(tokens, labels), "execution": _pack(execution)}
+    return [*stats, *(saved[name] for name in SAVED)]
 
 
 @token_stats_op.register_fake
-def _(
-    hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
-    memory_budget, impl,
-):  # fmt: skip
-    wide = accumulate_dtype(hidden.dtype)
-    names = outputs.split(",")
-    stats = [hidden.new_empty(labels.shape, dtype=wide)]
-    for name in OPTIONAL_OUTPUTS:
-        dtype = torch.bool if name == "is_top1" else wide
-        stats.append(hidden.new_empty(labels.shape if name in names else (0,), dtype=dtype))
-    # How many labels count, and what is kept of them, are sizes that only a run can tell.
-    counted: Any = torch.library.get_ctx().new_dynamic_size()
-    kept: Any = 0
-    tiles: Any = 0
-    rows: Any = 0
-    if grads == "hidden" and "entropy" not in names:
-        rows = torch.library.get_ctx().new_dynamic_size()
-    if grads and "entropy" not in names:
-        kept, tiles = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
-    return (
-        *stats,
-        hidden.new_empty((counted,), dtype=wide),
-        hidden.new_empty((counted,), dtype=wide),
-        hidden.new_empty((kept, aligned(weight.shape[0])), dtype=compute_dtype),
-        hidden.new_empty((kept, tiles), dtype=wide),
-        hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
-    )
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *encoded: Any) -> list[Tensor]:
+    options = Options.decode(*encoded)
+    wide, outputs, grads = accumulate_dtype(hidden.dtype), options.outputs, options.grads
+    stats = [
+        hidden.new_empty(labels.shape if name in ("log_probs", *outputs) else (0,), dtype=dtype)
+        for name, dtype in zip(TokenStats._fields, _dtypes(wide), strict=True)
+    ]
+    # How many labels count, and what is saved of them, are sizes that only a run can tell.
+    size = torch.library.get_ctx().new_dynamic_size
+    counted: Any = size()
+    index: Any = size()
+    rows: Any = size() if grads == Grads(hidden=True) and "entropy" not in outputs else 0
+    kept, blocks = (size(), size()) if grads and "entropy" not in outputs else (0, 0)
+    saved = {
+        "index": labels.new_empty((index,), dtype=torch.int64),
+        "maximum": hidden.new_empty((counted,), dtype=wide),
+        "log_sum": hidden.new_empty((counted,), dtype=wide),
+        "exps": hidden.new_empty((kept, aligned(weight.shape[0])), dtype=options.compute_dtype),
+        "maxima": hidden.new_empty((kept, blocks), dtype=wide),
+        "jacobian": hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
+        "execution": torch.empty(EXECUTION_BYTES, dtype=torch.uint8, device="cpu"),
+    }
+    return [*stats, *(saved[name] for name in SAVED)]
 
 
-@torch.library.custom_op("dpo_kernels::token_stats_backward", mutates_args=())
+@torch.library.custom_op(
+    "dpo_kernels::token_stats_backward",
+    mutates_args=(),
+    schema=f"(Tensor?[] grads, Tensor[] made, str wanted, {HEAD}, {OPTIONS}) -> Tensor[]",
+)
 def token_stats_backward_op(
-    grad_log_probs: Tensor | None,
-    grad_entropy: Tensor | None,
+    grads: list[Tensor | None],
+    made: list[Tensor],
+    wanted: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    log_probs: Tensor,
-    entropy: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    kept: Tensor,
-    bases: Tensor,
-    jacobian: Tensor,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    outputs: str,
-    grads: str,
-    wanted: str,
-    compute_dtype: torch.dtype,
-    memory_budget: int | None,
-    impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty where not wanted. grads: what forward planned for."""
-    call = _call(
-        hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, grads, compute_dtype,
-        memory_budget,
-    )  # fmt: skip
-    call, index, tokens = _rows_of_call(call)
-    if tokens != len(maximum):
-        raise RuntimeError(
-            f"backward has {tokens} rows, forward had {len(maximum)}: capture both in one CUDA graph, or neither"
-        )
-    module = impls.choose(impl, hidden.device, hidden.dtype)
-    grad_log_probs, grad_entropy = (_of_counted(g, labels, ignore_index) for g in (grad_log_probs, grad_entropy))
-    rows = _row_grads(call.labels, index, log_probs, maximum, log_sum, grad_log_probs, entropy, grad_entropy)
-    kept, bases = kept.contiguous(), bases.contiguous()  # as forward made them, whatever a hook returned
-    saved = tiled.Forward(TokenStats(rows.log_probs), rows.max, rows.log_sum, kept, bases, jacobian)
-    with _no_autocast(hidden):
-        made = module.hidden_backward(call, _grads(wanted), index, rows, saved)
-    return tuple(hidden.new_empty(0) if g is None else g for g in made)  # type: ignore[return-value]
+    *encoded: Any,
+) -> list[Tensor]:
+    """Gradients of hidden, weight and bias; empty where not in `wanted`, names with commas between.
+
+    grads: of the log-probs and of the entropy. made: log-probs, entropy, and what forward saved.
+    """
+    options = Options.decode(*encoded)
+    log_probs, entropy, *values = made
+    saved = dict(zip(SAVED, values, strict=True))
+    execution = _unpack(saved["execution"])
+    tokens = _tokens(labels, options, execution, saved["index"])
+    call = _call(hidden, weight, bias, labels, tokens, options)
+    rows = _token_grads(tokens, labels, options, log_probs, entropy, saved, grads)
+    # As forward made them, whatever a hook returned.
+    exps, maxima = saved["exps"].contiguous(), saved["maxima"].contiguous()
+    of_forward = Saved(TokenStats(rows.log_probs), rows.maximum, rows.log_sum, exps, maxima, saved["jacobian"])
+    found = dispatch.backward(call, Grads.of(wanted.split(",")), execution, rows, of_forward)
+    return [hidden.new_empty(0) if g is None else g for g in found]
 
 
 @token_stats_backward_op.register_fake
 def _(
-    grad_log_probs, grad_entropy, hidden, weight, bias, labels, log_probs, entropy, maximum, log_sum, kept, bases,
-    jacobian, ignore_index, temperature, logit_scale, softcap, outputs, grads, wanted, compute_dtype, memory_budget,
-    impl,
-):  # fmt: skip
+    grads: list[Tensor | None],
+    made: list[Tensor],
+    wanted: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *encoded: Any,
+) -> list[Tensor]:
+    inputs = {"hidden": hidden, "weight": weight, "bias": weight if bias is None else bias}
     names = wanted.split(",")
-    return tuple(
+    return [
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if name in names else hidden.new_empty(0)
-        for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias))
-    )
+        for name, t in inputs.items()
+    ]
 
 
-def _setup_token_stats(ctx: Any, inputs: tuple[Any, ...], output: Saved) -> None:
-    hidden, weight, bias, labels, *options = inputs
-    log_probs, entropy, _, _, _, *vectors = output
+def _setup_token_stats(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden, weight, bias, labels, *ctx.encoded = inputs
+    log_probs, entropy, *_ = output
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, log_probs, entropy, *vectors)
-    ctx.options = options
-    ctx.weight_in_rows = tiled.in_rows(weight)
+    ctx.save_for_backward(hidden, weight, bias, labels, log_probs, entropy, *output[STATS:])
 
 
-def _token_stats_backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> Any:
-    *transform, outputs, grads, compute_dtype, memory_budget, impl = ctx.options
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+def _token_stats_backward(ctx: Any, output_grads: Sequence[Tensor | None]) -> Any:
+    none = (None,) * (4 + len(ctx.encoded))
+    needs = ctx.needs_input_grad[:3]
+    outputs = Options.decode(*ctx.encoded).outputs
+    # The gradient of an entropy that was not asked for is that of an empty placeholder.
+    grads = [output_grads[0], output_grads[1] if "entropy" in outputs else None]
+    if all(g is None for g in grads):
+        return none
+    hidden, weight, bias, labels, *made = ctx.saved_tensors
     wanted = ",".join(name for name, need in zip(("hidden", "weight", "bias"), needs, strict=True) if need)
-    if "entropy" not in outputs.split(","):
-        grad_entropy = None  # of the empty placeholder
-    if grad_log_probs is None and grad_entropy is None:
-        return (None,) * 13
-    hidden, weight, *saved = ctx.saved_tensors
-    if tiled.in_rows(weight) != ctx.weight_in_rows:
-        # Hooks on saved tensors (offloading) may lay it out anew, and what forward kept is of the implementation that
-        # its layout chose.
-        weight = weight.contiguous() if ctx.weight_in_rows else weight.T.contiguous().T
-    made = torch.ops.dpo_kernels.token_stats_backward(
-        grad_log_probs, grad_entropy, hidden, weight, *saved, *transform, outputs, grads, wanted, compute_dtype,
-        memory_budget, impl,
-    )  # fmt: skip
-    return (*(g if need else None for g, need in zip(made, needs, strict=True)), *(None,) * 10)
+    found = torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, hidden, weight, bias, labels, *ctx.encoded)
+    return (*(g if need else None for g, need in zip(found, needs, strict=True)), *none[3:])
 
 
-@torch.library.custom_op("dpo_kernels::logits_log_probs", mutates_args=())
-def logits_log_probs_op(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    inplace_backward: bool,
-    impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log_probs and, for backward, the maximum and log_sum, each of the labels' shape."""
-    checks.labels_in_range(labels, ignore_index, logits.shape[-1])
-    known, index, tokens = _labels_and_rows(labels, ignore_index)
-    module = impls.choose(impl, logits.device, logits.dtype)
-    transform = Transform(temperature, logit_scale, softcap)
-    with _no_autocast(logits):
-        made = module.logits_forward(logits, _rows(known, index).long(), transform, index, tokens)
-    return tuple(_spread(value, labels, index, ignore_index) for value in made)  # type: ignore[return-value]
+@torch.library.custom_op("dpo_kernels::logits_log_probs", mutates_args=(), schema=f"({LOGITS}, {OPTIONS}) -> Tensor[]")
+def logits_log_probs_op(logits: Tensor, labels: Tensor, *encoded: Any) -> list[Tensor]:
+    """log_probs, of the labels' shape; then `SAVED_OF_LOGITS`."""
+    options = Options.decode(*encoded)
+    checks.labels_in_range(labels, options.ignore_index, logits.shape[-1])
+    tokens = Tokens.of(labels, options.ignore_index)
+    execution, (log_probs, maximum, log_sum) = dispatch.logits_forward(logits, tokens, options)
+    spread = tokens.spread(log_probs, labels, options.ignore_index)
+    return [spread, _index(tokens, labels), maximum, log_sum, _pack(execution)]
 
 
 @logits_log_probs_op.register_fake
-def _(logits, labels, ignore_index, temperature, logit_scale, softcap, inplace_backward, impl):
-    wide = accumulate_dtype(logits.dtype)
-    return tuple(logits.new_empty(labels.shape, dtype=wide) for _ in range(3))
+def _(logits: Tensor, labels: Tensor, *encoded: Any) -> list[Tensor]:
+    wide, size = accumulate_dtype(logits.dtype), torch.library.get_ctx().new_dynamic_size
+    counted: Any = size()
+    index: Any = size()
+    return [
+        logits.new_empty(labels.shape, dtype=wide),
+        labels.new_empty((index,), dtype=torch.int64),
+        logits.new_empty((counted,), dtype=wide),
+        logits.new_empty((counted,), dtype=wide),
+        torch.empty(EXECUTION_BYTES, dtype=torch.uint8, device="cpu"),
+    ]
 
 
-@torch.library.custom_op("dpo_kernels::logits_log_probs_backward", mutates_args=())
+BACKWARD_OF_LOGITS = f"(Tensor grad, Tensor[] made, {{logits}}, Tensor labels, {OPTIONS}) -> "
+
+
+@torch.library.custom_op(
+    "dpo_kernels::logits_log_probs_backward",
+    mutates_args=(),
+    schema=BACKWARD_OF_LOGITS.format(logits="Tensor logits") + "Tensor",
+)
 def logits_log_probs_backward_op(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    log_probs: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    impl: str | None,
+    grad: Tensor, made: list[Tensor], logits: Tensor, labels: Tensor, *encoded: Any
 ) -> Tensor:
+    """made: log-probs, and what forward saved."""
+    options = Options.decode(*encoded)
     out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    transform = Transform(temperature, logit_scale, softcap)
-    _write_logits_gradient(grad, logits, labels, log_probs, maximum, log_sum, ignore_index, transform, impl, out)
-    if _capturing(labels):
-        out.masked_fill_((labels == ignore_index).unsqueeze(-1), 0)
+    tokens = _write_logits_gradient(grad, made, logits, labels, options, out)
+    if tokens.masked:
+        out.masked_fill_(ignored(labels, options.ignore_index).unsqueeze(-1), 0)
     return out
 
 
 @logits_log_probs_backward_op.register_fake
-def _(
-    grad, logits, labels, log_probs, maximum, log_sum, ignore_index, temperature, logit_scale, softcap, impl,
-):  # fmt: skip
+def _(grad: Tensor, made: list[Tensor], logits: Tensor, labels: Tensor, *encoded: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("dpo_kernels::logits_log_probs_backward_", mutates_args=("logits",))
+@torch.library.custom_op(
+    "dpo_kernels::logits_log_probs_backward_",
+    mutates_args=("logits",),
+    schema=BACKWARD_OF_LOGITS.format(logits="Tensor(a!) logits") + "()",
+)
 def logits_log_probs_backward_inplace_op(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    log_probs: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    impl: str | None,
+    grad: Tensor, made: list[Tensor], logits: Tensor, labels: Tensor, *encoded: Any
 ) -> None:
     """Overwrites the logits with their gradient; rows that do not count become 0."""
-    transform = Transform(temperature, logit_scale, softcap)
-    _write_logits_gradient(grad, logits, labels, log_probs, maximum, log_sum, ignore_index, transform, impl, logits)
-    logits.masked_fill_((labels == ignore_index).unsqueeze(-1), 0)
+    options = Options.decode(*encoded)
+    _write_logits_gradient(grad, made, logits, labels, options, logits)
+    if options.ignore_index is not None:
+        logits.masked_fill_(ignored(labels, options.ignore_index).unsqueeze(-1), 0)
 
 
 def _write_logits_gradient(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    log_probs: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    transform: Transform,
-    impl: str | None,
-    out: Tensor,
-) -> None:
-    known, index, _ = _labels_and_rows(labels, ignore_index)
-    maximum, log_sum = _rows(maximum, index), _rows(log_sum, index)
-    rows = _row_grads(
-        known, index, log_probs, maximum, log_sum, _of_counted(grad, labels, ignore_index), None, None
-    )  # fmt: skip
-    with _no_autocast(logits):
-        impls.choose(impl, logits.device, logits.dtype).logits_backward(logits, transform, index, rows, out)
+    grad: Tensor, made: list[Tensor], logits: Tensor, labels: Tensor, options: Options, out: Tensor
+) -> Tokens:
+    log_probs, *values = made
+    saved = dict(zip(SAVED_OF_LOGITS, values, strict=True))
+    execution = _unpack(saved["execution"])
+    tokens = _tokens(labels, options, execution, saved["index"])
+    rows = _token_grads(tokens, labels, options, log_probs, None, saved, [grad, None])
+    dispatch.logits_backward(logits, tokens, options, execution, rows, out)
+    return tokens
 
 
-def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, *ctx.options = inputs
+def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    logits, labels, *ctx.encoded = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, *output)
 
 
-def _logits_backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-    *transform, inplace, impl = ctx.options
+def _logits_backward(ctx: Any, output_grads: Sequence[Tensor | None]) -> Any:
+    none = (None,) * (1 + len(ctx.encoded))
+    grad = output_grads[0]
     if grad is None:
-        return (None,) * 8
-    logits, *others = ctx.saved_tensors  # raises if the logits were modified since forward, by us or by anyone
-    if inplace:
-        torch.ops.dpo_kernels.logits_log_probs_backward_(grad, logits, *others, *transform, impl)
-        return (logits.detach(), *(None,) * 7)
-    return (torch.ops.dpo_kernels.logits_log_probs_backward(grad, logits, *others, *transform, impl), *(None,) * 7)
+        return (None, *none)
+    logits, labels, *made = ctx.saved_tensors  # raises if the logits were modified since forward, by us or by anyone
+    if Options.decode(*ctx.encoded).inplace_backward:
+        torch.ops.dpo_kernels.logits_log_probs_backward_(grad, made, logits, labels, *ctx.encoded)
+        return (logits.detach(), *none)
+    return (torch.ops.dpo_kernels.logits_log_probs_backward(grad, made, logits, labels, *ctx.encoded), *none)
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> Any:
@@ -304,95 +261,65 @@ for op in (token_stats_backward_op, logits_log_probs_backward_op):
     op.register_autograd(_no_double_backward)
 
 
+def _dtypes(wide: torch.dtype) -> list[torch.dtype]:
+    """Of the fields of TokenStats."""
+    return [torch.bool if name == "is_top1" else wide for name in ("log_probs", *OPTIONAL_OUTPUTS)]
+
+
 def _call(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    outputs: str,
-    grads: str,
-    compute_dtype: torch.dtype,
-    memory_budget: int | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, tokens: Tokens, options: Options
 ) -> Call:
-    return Call(
-        hidden, weight, bias, labels, ignore_index, Transform(temperature, logit_scale, softcap),
-        tuple(filter(None, outputs.split(","))), _grads(grads), compute_dtype, memory_budget,
-    )  # fmt: skip
+    if tokens.masked:
+        # Not even NaN in a token that is ignored may reach the weight's gradient; the copy counts in the budget.
+        hidden = hidden.masked_fill(ignored(labels, options.ignore_index).unsqueeze(-1), 0)
+        if options.memory_budget is not None:
+            left = options.memory_budget - hidden.numel() * hidden.element_size()
+            options = replace(options, memory_budget=max(1, left))
+    return Call(hidden, weight, bias, tokens, labels.numel(), options)
 
 
-def _grads(names: str) -> Grads:
-    return Grads(**dict.fromkeys(filter(None, names.split(",")), True))
+def _index(tokens: Tokens, labels: Tensor) -> Tensor:
+    return labels.new_empty(0, dtype=torch.int64) if tokens.index is None else tokens.index
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    """Where operands are rounded is the driver's decision: autocast would round statistics too."""
-    return torch.autocast(tensor.device.type, enabled=False)
+def _tokens(labels: Tensor, options: Options, execution: Execution, index: Tensor) -> Tokens:
+    """The tokens that forward found; nothing waits for the device."""
+    if execution.masked:
+        return Tokens.all_masked(labels, options.ignore_index)
+    return Tokens.found(labels, None if execution.every else index)
 
 
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _labels_and_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, int]:
-    """The labels, flat positions of those that count, None where all do, and how many they are."""
-    if _capturing(labels):
-        return labels.masked_fill(labels == ignore_index, 0), None, labels.numel()
-    index = (checks.flat(labels) != ignore_index).nonzero().squeeze(1)
-    return labels, (None if len(index) == labels.numel() else index), len(index)
-
-
-def _rows_of_call(call: Call) -> tuple[Call, Tensor | None, int]:
-    """The call as an implementation gets it, with the positions and the number of rows that enter its products."""
-    labels, index, tokens = _labels_and_rows(call.labels, call.ignore_index)
-    if _capturing(labels):
-        # Not even NaN in a row that is ignored may reach the weight's gradient; the copy counts in the budget.
-        hidden = call.hidden.masked_fill((call.labels == call.ignore_index).unsqueeze(-1), 0)
-        budget = call.memory_budget
-        left = None if budget is None else max(1, budget - hidden.numel() * hidden.element_size())
-        call = replace(call, hidden=hidden, labels=labels, memory_budget=left)
-    return call, index, tokens
-
-
-def _of_counted(grad: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor | None:
-    """The gradients of results that are 0 whatever the inputs are dropped, where rows are not."""
-    return grad.masked_fill(labels == ignore_index, 0) if grad is not None and _capturing(labels) else grad
-
-
-def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
-    flat = tensor.reshape(-1)
-    return flat.contiguous() if index is None else flat.index_select(0, index)
-
-
-def _spread(values: Tensor, labels: Tensor, index: Tensor | None, ignore_index: int) -> Tensor:
-    """Values (M,) of the rows that count, in the labels' shape, 0 elsewhere."""
-    out = values.new_zeros(labels.shape)  # no view of anything: FSDP hangs hooks on what a module returns
-    if index is None:
-        out.view(-1).copy_(values)
-        if _capturing(labels):
-            out.masked_fill_(labels == ignore_index, 0)
-    else:
-        out.view(-1).index_copy_(0, index, values)
-    return out
-
-
-def _row_grads(
+def _token_grads(
+    tokens: Tokens,
     labels: Tensor,
-    index: Tensor | None,
+    options: Options,
     log_probs: Tensor,
-    maximum: Tensor,  # (M,), like log_sum
-    log_sum: Tensor,
-    grad: Tensor | None,
     entropy: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> tiled.RowGrads:
-    log_probs = _rows(log_probs, index)
-    grad = torch.zeros_like(log_probs) if grad is None else _rows(grad, index)
-    if grad_entropy is None or entropy is None:
-        entropy = grad_entropy = None
+    saved: dict[str, Tensor],
+    grads: Sequence[Tensor | None],
+) -> TokenGrads:
+    def counted(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        # Results that are 0 whatever the inputs have no gradient.
+        return tokens.take(grad.masked_fill(ignored(labels, options.ignore_index), 0) if tokens.masked else grad)
+
+    of_log_probs, of_entropy = (counted(g) for g in grads)
+    log_probs = tokens.take(log_probs)
+    if of_entropy is None or entropy is None:
+        entropy = of_entropy = None
     else:
-        entropy, grad_entropy = _rows(entropy, index), _rows(grad_entropy, index)
-    return tiled.RowGrads(_rows(labels, index).long(), log_probs, maximum, log_sum, grad, entropy, grad_entropy)
+        entropy = tokens.take(entropy)
+    of_log_probs = torch.zeros_like(log_probs) if of_log_probs is None else of_log_probs
+    return TokenGrads(tokens.labels, log_probs, saved["maximum"], saved["log_sum"], of_log_probs, entropy, of_entropy)
+
+
+def _pack(execution: Execution) -> Tensor:
+    """What forward decided as bytes, always as many: a size that depends on it would be one more dynamic size."""
+    written = pickle.dumps(execution)
+    assert len(written) <= EXECUTION_BYTES, f"an execution takes {len(written)} bytes of {EXECUTION_BYTES}"
+    return torch.frombuffer(bytearray(written.ljust(EXECUTION_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def _unpack(record: Tensor) -> Execution:
+    return pickle.loads(bytes(record.tolist()))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.head import TokenStats, accumulate_dtype
+from dpo_kernels.call import accumulate_dtype, ignored
+from dpo_kernels.statistics import TokenStats
 
 
 def logits(
@@ -32,7 +33,7 @@ def logits_to_log_probs(
     logits: Tensor,  # (..., V)
     labels: Tensor,  # (...)
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -48,7 +49,7 @@ def hidden_to_log_probs(
     labels: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -67,7 +68,7 @@ def token_stats(
     bias: Tensor | None = None,  # (V,)
     *,
     outputs: Sequence[str] = ("entropy",),
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -104,8 +105,8 @@ def _transform(product: Tensor, temperature: float, logit_scale: float, softcap:
     return u / temperature
 
 
-def _stats_of(z: Tensor, labels: Tensor, ignore_index: int, outputs: Sequence[str]) -> TokenStats:
-    counts = labels != ignore_index
+def _stats_of(z: Tensor, labels: Tensor, ignore_index: int | None, outputs: Sequence[str]) -> TokenStats:
+    counts = ~ignored(labels, ignore_index)
     log_p = torch.log_softmax(z, dim=-1)
     p = log_p.exp()
     label = torch.where(counts, labels, 0).long().unsqueeze(-1)

@@ -31,9 +31,9 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_kernels import logits_to_log_probs, token_stats
-from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 from dpo_kernels.impls import triton_impl
-from dpo_kernels.kernels import tables
+from dpo_kernels.kernels import configs
 
 
 class Target(NamedTuple):

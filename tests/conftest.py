@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall where a core is busy
 
@@ -21,6 +22,15 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def override() -> Iterator[Callable[..., None]]:
+    """Changes what calls resolve to, until the test ends; see `dpo_kernels.overrides`."""
+    from dpo_kernels import overrides
+
+    with contextlib.ExitStack() as stack:
+        yield lambda **changes: stack.enter_context(overrides.override(**changes))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

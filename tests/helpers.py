@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
-from dpo_kernels import TokenStats, impls, reference, token_stats
+from dpo_kernels import TokenStats, reference, token_stats
 
 IMPLS = ("triton", "cpp", "torch")
-
-
-def use_impl(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A call that names no implementation takes this one."""
-    monkeypatch.setattr(impls, "MODULES", {known: impls.MODULES[known] for known in (name, "torch")})
-    monkeypatch.setattr(impls.MODULES[name], "DEVICES", ("cpu",))
 
 
 class Head(NamedTuple):

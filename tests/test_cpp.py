@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, check_against_reference, detached, make_head, run, use_impl
+from helpers import assert_close, check_against_reference, detached, make_head, run
 
 import dpo_kernels
 from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
-from dpo_kernels.head import OPTIONAL_OUTPUTS
-from dpo_kernels.impls import cpp_impl
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
+from dpo_kernels.backends import cpp
+from dpo_kernels.dispatch import BACKENDS
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,8 +28,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def cpp(monkeypatch) -> None:
-    assert cpp_impl.cannot_run(torch.device("cpu")) is None
-    use_impl(monkeypatch, "cpp")
+    assert BACKENDS["cpp"].cannot_run(torch.device("cpu")) is None
+    override(backends=("cpp",))
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_part_of_a_tile_is_kept(dtype):
 
 
 @pytest.mark.parametrize("scale", [1e6, 3e7, -1e9, 3e38])
-def test_far_logits_are_left_to_the_torch_implementation(scale):
+def test_far_logits_are_left_to_the_pytorch_back_end(scale):
     """Where float32 logits lie 0.06 or more apart, an exponent in base 2 would be a number of its own."""
     weight = torch.eye(9)
     hidden = torch.full((2, 9), scale)
@@ -178,7 +179,7 @@ def test_the_default_dtype_does_not_matter(default):
 @pytest.mark.parametrize("vocab", [9, 200])
 def test_forward_and_backward_agree_on_which_logits_are_far(vocab):
     """Just below the limit the kernels' own maximum, a rounded-up base, lies above it, the true one below."""
-    for largest in torch.linspace(cpp_impl.FAR - 2, cpp_impl.FAR + 1, 13).tolist():
+    for largest in torch.linspace(cpp.LARGEST_LOGIT - 2, cpp.LARGEST_LOGIT + 1, 13).tolist():
         hidden = torch.full((2, vocab), largest)
         hidden[:, 4] += 1
         hidden[:, 5:] -= 20
@@ -199,15 +200,15 @@ def test_bfloat16_without_onednn():
 
 def test_every_size_is_checked_at_the_boundary():
     hidden, weight, labels = torch.randn(5, 8), torch.randn(30, 8), torch.randint(30, (5,))
-    packed, stats = ops().pack(hidden), torch.zeros(8, 5)
+    packed, state = ops().pack(hidden), torch.zeros(8, 5)
 
-    def fold(
-        packed=packed, weight=weight, labels=labels, stats=stats, row=0, by_token=None, by_vocab=None, bases=None,
+    def accumulate(
+        packed=packed, weight=weight, labels=labels, state=state, row=0, by_token=None, by_vocab=None, bases=None,
         total=None,
     ):  # fmt: skip
-        ops().fold(packed, weight, None, labels, 0, 1.0, 1.0, None, stats, row, "", by_token, by_vocab, bases, total)
+        ops().accumulate(packed, weight, None, labels, 0, 1.0, 1.0, None, state, row, "", by_token, by_vocab, bases, total)
 
-    fold()
+    accumulate()
     for wrong, message in [
         ({"packed": packed[:-1]}, "packed is"),
         ({"packed": packed.bfloat16()}, "packed is"),
@@ -215,17 +216,17 @@ def test_every_size_is_checked_at_the_boundary():
         ({"weight": weight.T}, "weight has strides"),
         ({"labels": labels.int()}, "labels is Int"),
         ({"labels": labels[:0]}, "an empty tile"),
-        ({"stats": stats[:7].contiguous()}, "stats is"),
+        ({"state": state[:7].contiguous()}, "state is"),
         ({"row": 1}, "for rows 1 to 6"),
         ({"row": -1}, "for rows -1"),
-        ({"by_token": torch.empty(5, 30)}, "numbers that are kept and their bases come together"),
+        ({"by_token": torch.empty(5, 30)}, "saved exponentials and their bases come together"),
         ({"by_token": torch.empty(5, 29), "bases": torch.empty(1, 5)}, "by_token is"),
         ({"by_vocab": torch.empty(5, 30), "bases": torch.empty(1, 5)}, "by_vocab is"),
         ({"by_vocab": torch.empty(30, 5), "bases": torch.empty(2, 5)}, "bases is"),
         ({"total": torch.empty(5, 8)}, "total needs by_token"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            fold(**wrong)
+            accumulate(**wrong)
     out, room = torch.empty(5, 30), torch.empty(30 * 8)
     ops().multiply(out, hidden, weight.T.contiguous(), False, room)
     assert_close(out, hidden @ weight.T, 1e-5)
@@ -401,7 +402,7 @@ import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from helpers import check_against_reference, make_head
 from dpo_kernels import build
-from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for options in ({}, {"softcap": 9.0, "temperature": 1.5, "logit_scale": 0.25}):
         head = make_head(130, 40, 700, dtype, bias=True)
@@ -423,8 +424,8 @@ def test_builds_for_lesser_cpus(capability):
 
 
 def test_without_bfloat16_products_operands_are_widened(monkeypatch):
-    monkeypatch.setattr(cpp_impl, "_multiplies_bfloat16", lambda: False)
-    assert torch.bfloat16 in cpp_impl.facts(torch.device("cpu")).widens
+    monkeypatch.setattr(cpp, "_multiplies_bfloat16", lambda: False)
+    assert torch.bfloat16 in BACKENDS["cpp"].capabilities(torch.device("cpu"), None).widens
     for grads in ("hidden,weight,bias", "hidden"):
         head = make_head(130, 40, 700, torch.bfloat16, bias=True, grads=grads)
         check_against_reference(head, outputs=())

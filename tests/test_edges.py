@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import IMPLS, assert_close, make_head, use_impl
+from helpers import IMPLS, assert_close, make_head
 
 from dpo_kernels import (
     available_impls,
@@ -20,7 +20,7 @@ from dpo_kernels import (
     reference,
     token_stats,
 )
-from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 WIDEST = torch.float64
 INF, NAN = float("inf"), float("nan")
@@ -28,9 +28,9 @@ MODES = ["hidden", "hidden,weight,bias"]  # frozen head, and keep
 
 
 @pytest.fixture(params=IMPLS, autouse=True)
-def impl(request, monkeypatch) -> str:
+def impl(request, monkeypatch, override) -> str:
     """Each implementation, in the widest dtype that it computes."""
-    use_impl(monkeypatch, request.param)
+    override(backends=(request.param,))
     monkeypatch.setattr(sys.modules[__name__], "WIDEST", torch.float64 if request.param == "torch" else torch.float32)
     return request.param
 

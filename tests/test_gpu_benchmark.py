@@ -14,7 +14,7 @@ import torch
 from benchmarks import gpu, report
 from benchmarks.gpu_cases import Way, contests, tiny_contests
 from benchmarks.peers import PEERS, Peer
-from dpo_kernels.kernels import tables
+from dpo_kernels.kernels import configs
 from dpo_kernels.plan import FACTS
 
 CPU = torch.device("cpu")

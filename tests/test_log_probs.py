@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import dpo_kernels
 from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
-from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

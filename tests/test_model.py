@@ -12,7 +12,7 @@ from helpers import assert_close
 from torch import nn
 
 from dpo_kernels import reference
-from dpo_kernels.head import Transform
+from dpo_kernels.call import Transform
 from dpo_kernels.training import FusedHead, HeadError
 from dpo_kernels.training.aux_loss import coefficient
 from dpo_kernels.training.randomness import disable_dropout

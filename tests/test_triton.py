@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, ops, reference, token_stats
-from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 from dpo_kernels.impls import torch_impl, triton_impl
-from dpo_kernels.kernels import tables
-from dpo_kernels.kernels.online import expm1, tanh
+from dpo_kernels.kernels import configs
+from dpo_kernels.kernels.softmax_state import expm1, tanh
 from dpo_kernels.plan import FACTS, plan
 
 MIB = 2**20

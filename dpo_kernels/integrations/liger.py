@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels import checks
-from dpo_kernels.head import accumulate_dtype
-from dpo_kernels.log_probs import hidden_to_log_probs
+from dpo_kernels.call import accumulate_dtype
+from dpo_kernels.functional import hidden_to_log_probs
 from dpo_kernels.losses import make_pairs
 from dpo_kernels.preference_losses import SMOOTHED, LossOptions, pair_losses
 

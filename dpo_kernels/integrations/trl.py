@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.head import OPTIONAL_OUTPUTS
-from dpo_kernels.log_probs import token_stats
+from dpo_kernels.functional import token_stats
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 KNOWN = "1.16"
 NAME = "_ChunkedLogProbFunction"

@@ -1,6 +1,6 @@
-"""Kernels that multiply: a block of logits is made, folded and forgotten by one program, never in memory.
+"""Kernels that multiply: a block of logits is made, accumulated and forgotten by one program, never in memory.
 
-    forward_kernel     states of strips of the vocabulary, and what the modes keep and frozen write of exp(z)
+    forward_kernel     states of splits of the vocabulary, and exponentials to be saved or summed by a frozen head
     recompute_kernel   d loss / d a, from logits made again
 
 hidden (n, D) and weight (V, D) are read through tensor descriptors (DESCRIPTORS) or pointers. Sums are float32; float32
@@ -10,31 +10,31 @@ operands are multiplied as `PRECISION` says.
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.online import (
+from dpo_kernels.kernels.logits import load_row_grads, row_gradient
+from dpo_kernels.kernels.softmax_state import (
+    FIELDS,
     LOG_ZERO,  # noqa: F401  (read by the functions that are inlined here)
-    VECTORS,
-    fold,
+    block_state,
+    empty_state,
     merge,
-    no_rows,
     store_state,
     transform,
 )
-from dpo_kernels.kernels.rows import load_row_grads, row_gradient
 
 
 @triton.jit
 def multiply(
     hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
     DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """hidden[row:] @ weight[column:].T, (ROWS, COLUMNS) float32. Rows and columns beyond the last are finite or copies:
-    the caller leaves them out. EVEN: D is a multiple of DEPTH.
+    """hidden[row:] @ weight[column:].T, (BLOCK_M, BLOCK_N) float32. Rows and columns beyond the last are finite
+    or copies: the caller leaves them out. EVEN: D is a multiple of BLOCK_K.
 
     Tensor cores truncate as they accumulate: products of TF32 parts are added to the sum outside of them, rounded."""
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DESCRIPTORS:
-        for k in tl.range(0, D, DEPTH):
+        for k in tl.range(0, D, BLOCK_K):
             h = hidden.load([row, k])
             w = weight.load([column, k])
             if WIDEN:
@@ -44,12 +44,12 @@ def multiply(
             else:
                 total = tl.dot(h, w.T, total, input_precision=PRECISION)
     else:
-        rows = tl.minimum(row + tl.arange(0, ROWS), n - 1).to(tl.int64)
-        columns = tl.minimum(column + tl.arange(0, COLUMNS), V - 1).to(tl.int64)
-        depth = tl.arange(0, DEPTH)
+        rows = tl.minimum(row + tl.arange(0, BLOCK_M), n - 1).to(tl.int64)
+        columns = tl.minimum(column + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
+        depth = tl.arange(0, BLOCK_K)
         h_pointer = hidden + rows[:, None] * hidden_stride + depth[None, :] * hidden_step
         w_pointer = weight + columns[None, :] * weight_stride + depth[:, None] * weight_step
-        for k in tl.range(0, D, DEPTH):
+        for k in tl.range(0, D, BLOCK_K):
             if EVEN:
                 h = tl.load(h_pointer)
                 w = tl.load(w_pointer)
@@ -62,8 +62,8 @@ def multiply(
                 total += tl.dot(h, w, input_precision=PRECISION)
             else:
                 total = tl.dot(h, w, total, input_precision=PRECISION)
-            h_pointer += DEPTH * hidden_step
-            w_pointer += DEPTH * weight_step
+            h_pointer += BLOCK_K * hidden_step
+            w_pointer += BLOCK_K * weight_step
     return total
 
 
@@ -77,7 +77,7 @@ def add_bias(a, bias, columns, V, BIASED: tl.constexpr):
 @triton.jit
 def store_block(
     out, block, row, column, stride, inside, end,
-    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes the rows `inside` and the columns before `end` of a block; a descriptor knows both itself."""
     if DESCRIPTORS:
@@ -85,31 +85,32 @@ def store_block(
     else:
         # Only the block's own place needs 64 bits: an offset for every element would fill the registers.
         corner = out + tl.cast(row, tl.int64) * stride + column
-        offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
-        mask = inside[:, None] & (column + tl.arange(0, COLUMNS) < end)[None, :]
+        offsets = tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_N)[None, :]
+        mask = inside[:, None] & (column + tl.arange(0, BLOCK_N) < end)[None, :]
         tl.store(corner + offsets, block.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def fold_block(
-    state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride, inner, outer,
-    BIASED: tl.constexpr, CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, KEEP: tl.constexpr, BASE_COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def accumulate_block(
+    state, a, row, column, end, inside, local, bias, exps, block_maxima, V, first, exps_stride, maxima_stride,
+    inner, outer, BIASED: tl.constexpr, CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, SAVE: tl.constexpr,
+    MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The state after the products a (R, COLUMNS) from `column` on; writes their exponentials if KEEP."""
-    columns = column + tl.arange(0, COLUMNS)
+    """The state after the products a (R, BLOCK_N) from `column` on; writes their exponentials if SAVE."""
+    columns = column + tl.arange(0, BLOCK_N)
     z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
-    block, e, base = fold(z, columns, local, end, first, OUTPUTS)
-    if KEEP:
+    block, e, base = block_state(z, columns, local, end, first, OUTPUTS)
+    if SAVE:
         if CAPPED:
             e = tl.where(columns[None, :] == local[:, None], 1.0, e)
             if not WIDE:
-                t = z / outer  # holds no registers through the fold; absolutely within 2e-7, below half precision's
+                t = z / outer  # holds no registers while states merge; absolutely within 2e-7, below half precision's
                 derivative = 1.0 - t * t
             e *= derivative
-        store_block(exps, e, row, column, exps_stride, inside, end, DESCRIPTORS, ROWS, COLUMNS)
-        corner = bases + tl.cast(row, tl.int64) * bases_stride + column // BASE_COLUMNS
-        tl.store(corner + tl.arange(0, ROWS) * bases_stride, base, mask=inside & (column < end))
+        store_block(exps, e, row, column, exps_stride, inside, end, DESCRIPTORS, BLOCK_M, BLOCK_N)
+        corner = block_maxima + tl.cast(row, tl.int64) * maxima_stride + column // MAXIMA_COLUMNS
+        tl.store(corner + tl.arange(0, BLOCK_M) * maxima_stride, base, mask=inside & (column < end))
     return merge(state, block, OUTPUTS)
 
 
@@ -119,71 +120,71 @@ def forward_kernel(
     weight,  # (V, D), or its descriptor
     bias,  # (V,)
     labels,  # (n,) int64
-    partials,  # (strips, VECTORS, n) float32, written
-    exps,  # (n, V) in the compute dtype, written if KEEP: exp(z - base), 0 at the label; if CAPPED 1 at the
+    partials,  # (splits, FIELDS, n) float32, written
+    exps,  # (n, V) in the compute dtype, written if SAVE: exp(z - base), 0 at the label; if CAPPED 1 at the
     #     label, all times the cap's derivative, which WIDE numbers hold to the last digit
-    bases,  # (n, slots) float32, written if KEEP: a row's maximum over the columns folded at once, in the first of
-    #     their slots of BASE_COLUMNS columns
+    block_maxima,  # (n, slots) float32, written if SAVE: a row's maximum over a block of columns, in the first of the
+    #     block's slots of MAXIMA_COLUMNS columns
     n,
     V,
     D,
     first,
-    strip,  # columns of a strip, a multiple of COLUMNS
+    split,  # columns of a split, a multiple of BLOCK_N
     hidden_stride,
     hidden_step,
     weight_stride,
     weight_step,
     exps_stride,
-    bases_stride,
+    maxima_stride,
     inner,
     outer,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    KEEP: tl.constexpr,
-    BASE_COLUMNS: tl.constexpr,
+    SAVE: tl.constexpr,
+    MAXIMA_COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """States of rows, one of each strip of the vocabulary: product, online log-sum-exp and gather in one kernel.
+    """States of rows, one of each split of the vocabulary: product, online log-sum-exp and gather in one kernel.
 
-    Programs that run together are GROUP blocks of rows, whose hidden states stay in the L2 cache, by a few strips, of
+    Programs that run together are GROUP blocks of rows, whose hidden states stay in the L2 cache, by a few splits, of
     whose weight each column block is read once for the group.
 
-    FLOP: 2 n D V. Traffic: the weight once for every GROUP * ROWS rows, hidden states once; if KEEP, n V numbers
+    FLOP: 2 n D V. Traffic: the weight once for every GROUP * BLOCK_M rows, hidden states once; if SAVE, n V numbers
     written. On an H200 (780 TFLOP/s): 13.1 ms of (8192, 4096, 151936).
     """
-    row_blocks = tl.cdiv(n, ROWS)
-    strips = tl.cdiv(V, strip)
+    row_blocks = tl.cdiv(n, BLOCK_M)
+    splits = tl.cdiv(V, split)
     program = tl.program_id(0)
-    group = program // (GROUP * strips)
+    group = program // (GROUP * splits)
     height = tl.minimum(row_blocks - group * GROUP, GROUP)
-    within = program % (GROUP * strips)
-    row = (group * GROUP + within % height) * ROWS
+    within = program % (GROUP * splits)
+    row = (group * GROUP + within % height) * BLOCK_M
     part = within // height
-    rows = row + tl.arange(0, ROWS)
+    rows = row + tl.arange(0, BLOCK_M)
     inside = rows < n
     local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
-    start = part * strip
-    end = tl.minimum(start + strip, V)
-    state = no_rows(ROWS)
-    for column in tl.range(start, end, COLUMNS):
+    start = part * split
+    end = tl.minimum(start + split, V)
+    state = empty_state(BLOCK_M)
+    for column in tl.range(start, end, BLOCK_N):
         a = multiply(
             hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
-            DESCRIPTORS, WIDEN, PRECISION, EVEN, ROWS, COLUMNS, DEPTH,
+            DESCRIPTORS, WIDEN, PRECISION, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        state = fold_block(
-            state, a, row, column, end, inside, local, bias, exps, bases, V, first, exps_stride, bases_stride,
-            inner, outer, BIASED, CAPPED, OUTPUTS, KEEP, BASE_COLUMNS, WIDE, DESCRIPTORS, ROWS, COLUMNS,
+        state = accumulate_block(
+            state, a, row, column, end, inside, local, bias, exps, block_maxima, V, first, exps_stride, maxima_stride,
+            inner, outer, BIASED, CAPPED, OUTPUTS, SAVE, MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
+    store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, OUTPUTS)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -218,9 +219,9 @@ def recompute_kernel(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """d loss / d a of a tile, from logits made again by the products that forward_kernel formed, in the same order.
@@ -228,26 +229,26 @@ def recompute_kernel(
     FLOP: 2 n D V. Traffic: n V numbers written in the compute dtype, the operands as in forward_kernel. On an H200
     (780 TFLOP/s, 4.3 TB/s): 176 us for a tile of (4096, 4096) at D = 4096, of which the stores would take 8.
     """
-    row_blocks = tl.cdiv(n, ROWS)
-    column_blocks = tl.cdiv(V, COLUMNS)
+    row_blocks = tl.cdiv(n, BLOCK_M)
+    column_blocks = tl.cdiv(V, BLOCK_N)
     program = tl.program_id(0)
     group = program // (GROUP * column_blocks)
     height = tl.minimum(row_blocks - group * GROUP, GROUP)
     within = program % (GROUP * column_blocks)
-    row = (group * GROUP + within % height) * ROWS
-    column = within // height * COLUMNS
-    rows = row + tl.arange(0, ROWS)
+    row = (group * GROUP + within % height) * BLOCK_M
+    column = within // height * BLOCK_N
+    rows = row + tl.arange(0, BLOCK_M)
     inside = rows < n
     a = multiply(
         hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
-        DESCRIPTORS, WIDEN, PRECISION, EVEN, ROWS, COLUMNS, DEPTH,
+        DESCRIPTORS, WIDEN, PRECISION, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = load_row_grads(
         labels, log_probs, maxima, log_sums, grads, entropies, grad_entropies, rows, inside, first, OUTPUTS
     )
-    columns = column + tl.arange(0, COLUMNS)
+    columns = column + tl.arange(0, BLOCK_N)
     z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
     dz = row_gradient(
         z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED, OUTPUTS
     )
-    store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, ROWS, COLUMNS)
+    store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, BLOCK_M, BLOCK_N)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels import reference
-from dpo_kernels.head import Transform
+from dpo_kernels.call import Transform
 from dpo_kernels.training.model import FusedHead, HeadError, _OutputHead, _Request, accepted, find_head
 
 TOKENS = 8

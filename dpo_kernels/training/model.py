@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpo_kernels import token_stats
-from dpo_kernels.head import TokenStats, Transform
+from dpo_kernels.call import Transform
+from dpo_kernels.statistics import TokenStats
 
 # What a model without get_output_embeddings calls its head.
 HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")

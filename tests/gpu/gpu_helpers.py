@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_kernels import hidden_to_log_probs, plan, reference
 from dpo_kernels.impls import triton_impl
-from dpo_kernels.kernels import tables
+from dpo_kernels.kernels import configs
 from dpo_kernels.plan import Plan
 
 # The gradients that lead to a mode, given the budget of `planned`.

@@ -10,7 +10,7 @@ import torch
 from gpu_helpers import ALL, MODES, PLAIN, head_on, planned, take_path
 
 from dpo_kernels import logits_to_log_probs, token_stats
-from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 SHAPE = {"cuda": (530, 272, 1100), "cpu": (70, 48, 300)}
 

@@ -8,7 +8,7 @@ from gpu_helpers import ALL, MODES, PLAIN, head_on, planned, step
 from helpers import assert_as_good, assert_close, check_against_reference, detached
 
 from dpo_kernels import FusedLinearDPOLoss, hidden_to_log_probs, logits_to_log_probs, plan, reference
-from dpo_kernels.head import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 pytestmark = pytest.mark.gpu
 

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from dpo_kernels import (
     checks,
-    impls,
-    ops,  # noqa: F401  (registers the ops)
+    dispatch,
+    ops,  # noqa: F401  (registers the operators)
+    planner,
 )
-from dpo_kernels import plan as planning
-from dpo_kernels.head import TokenStats, compute_dtype
+from dpo_kernels.call import Grads, Options, compute_dtype
+from dpo_kernels.layout import overlaps
+from dpo_kernels.statistics import TokenStats
 
 
 def logits_to_log_probs(
     logits: Tensor,  # (..., V)
     labels: Tensor,  # (...)
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -35,7 +37,8 @@ def logits_to_log_probs(
     Args:
         logits: (..., V), float16, bfloat16, float32 or float64, any strides.
         labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
-        ignore_index: rows with this label are 0 and have no gradient.
+        ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
+            need not wait for the device to find those that do.
         temperature: > 0.
         logit_scale: finite.
         softcap: None, or > 0.
@@ -53,12 +56,13 @@ def logits_to_log_probs(
         RuntimeError: `impl` cannot run here; double backward.
     """
     checks.logits_and_labels(logits, labels)
-    transform = checks.transform(temperature, logit_scale, softcap)
-    log_probs, *_ = torch.ops.dpo_kernels.logits_log_probs(
-        logits, labels, ignore_index, transform.temperature, transform.logit_scale, transform.softcap,
-        inplace_backward and not torch.compiler.is_compiling() and not checks.overlaps(logits), impl,
-    )  # fmt: skip
-    return log_probs
+    options = Options(
+        ignore_index=ignore_index,
+        transform=checks.transform(temperature, logit_scale, softcap),
+        impl=impl,
+        inplace_backward=inplace_backward and not torch.compiler.is_compiling() and not overlaps(logits),
+    )
+    return torch.ops.dpo_kernels.logits_log_probs(logits, labels, *options.encode())[0]
 
 
 def hidden_to_log_probs(
@@ -67,7 +71,7 @@ def hidden_to_log_probs(
     labels: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -85,7 +89,8 @@ def hidden_to_log_probs(
         weight: (V, D) of the same dtype (under autocast of any; products then take autocast's dtype). Never written.
         labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
         bias: (V,), or None.
-        ignore_index: rows with this label are 0 and have no gradient.
+        ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
+            need not wait for the device to find those that do.
         temperature: > 0.
         logit_scale: finite.
         softcap: None, or > 0.
@@ -115,7 +120,7 @@ def token_stats(
     bias: Tensor | None = None,  # (V,)
     *,
     outputs: Sequence[str] = ("entropy",),
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -136,23 +141,21 @@ def token_stats(
         As `hidden_to_log_probs`; ValueError or TypeError also for names in `outputs` that do not exist.
     """
     checks.head(hidden, weight, labels, bias)
-    transform = checks.transform(temperature, logit_scale, softcap)
     names = checks.outputs(outputs)
-    wanted = [
-        name
-        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-    ]
-    made = torch.ops.dpo_kernels.token_stats(
-        hidden, weight, bias, labels, ignore_index, transform.temperature, transform.logit_scale, transform.softcap,
-        ",".join(names), ",".join(wanted), compute_dtype(hidden.dtype, hidden.device),
-        checks.memory_budget(memory_budget), impl,
-    )  # fmt: skip
-    log_probs, *optional = made[: len(TokenStats._fields)]
-    return TokenStats(
-        log_probs,
-        *(value if name in names else None for name, value in zip(TokenStats._fields[1:], optional, strict=True)),
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias}
+    wanted = [name for name, t in inputs.items() if t is not None and t.requires_grad and torch.is_grad_enabled()]
+    options = Options(
+        ignore_index=ignore_index,
+        transform=checks.transform(temperature, logit_scale, softcap),
+        outputs=names,
+        grads=Grads.of(wanted),
+        compute_dtype=compute_dtype(hidden.dtype, hidden.device),
+        memory_budget=checks.memory_budget(memory_budget),
+        impl=impl,
     )
+    made = torch.ops.dpo_kernels.token_stats(hidden, weight, bias, labels, *options.encode())
+    of_name = dict(zip(TokenStats._fields, made, strict=False))
+    return TokenStats(made[0], **{name: of_name[name] for name in names})
 
 
 def plan(
@@ -169,7 +172,7 @@ def plan(
     device: torch.device | str = "cpu",
     impl: str | None = None,
     labels: int | None = None,
-) -> planning.Plan:
+) -> planner.Plan:
     """What `hidden_to_log_probs` or `token_stats` will do here: mode, tiles, GEMMs and bytes. Print it.
 
     Args:
@@ -189,8 +192,10 @@ def plan(
         RuntimeError: `impl` cannot run here.
     """
     device = torch.device(device)
-    return planning.plan(
+    backend = dispatch.choose(impl, device, dtype)
+    configuration = backend.configure(device, hidden_size, compute_dtype or dtype, False)
+    return planner.plan(
         tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,
-        compute_dtype=compute_dtype, memory_budget=memory_budget,
-        facts=impls.choose(impl, device, dtype).facts(device, tokens, hidden_size), labels=labels,
+        compute_dtype=compute_dtype, memory_budget=memory_budget, labels=labels,
+        capabilities=dispatch.capabilities(backend, device, configuration),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Pure: shapes, dtypes, wanted gradients, device facts and a memory budget in; mode, tiles, GEMMs and bytes out.
+"""Pure: shapes, dtypes, wanted gradients, capabilities and a memory budget in; mode, tiles, GEMMs and bytes out.
 
-Nothing here touches a device or a tensor. The driver (`tiled.py`) does what the plan says and no more, so the plan's
+Nothing here touches a device or a tensor. The driver (`driver.py`) does what the plan says and no more, so the plan's
 bytes are a promise: they bound what a call, forward and backward together, holds beyond its inputs, its outputs and
 the gradients that it returns.
 """
@@ -8,13 +8,14 @@ the gradients that it returns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
 import torch
 
-from dpo_kernels.head import OPTIONAL_OUTPUTS, Grads, accumulate_dtype
+from dpo_kernels.call import Grads, accumulate_dtype
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
 ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
@@ -22,72 +23,33 @@ DEFAULT_BUDGET = 1024 * MIB
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the plan has to know of an implementation on a device.
+class Capabilities:
+    """What the plan has to know of a back end on a device; the values are in `dpo_kernels.backends`.
 
     tiles: (tokens, vocabulary) of a tile, best first; small ones are for small budgets.
-    widens: dtypes whose operands products need in the accumulation dtype.
     scratch: bytes that library calls, or all threads together, may hold inside a call; the first call of a process also
         loads and generates code.
-    fused: logits are folded where they are made: of a tile only its gradient is held, as operands of the products that
-        follow, and the packed hidden states.
-    base_columns: columns of kept probabilities that share a base; None: those of a tile.
-    kept_by_vocab: kept probabilities lie in rows of one column of the vocabulary each, not in rows of one token.
+    widens: dtypes whose operands products need in the accumulation dtype.
+    packs: operands are packed for the kernels, and of a tile only the gradient of its logits is held.
+    one_pass: forward needs no tile in memory unless it accumulates a Jacobian: it takes the vocabulary in one piece.
+    no_temporaries: a tile is accumulated in one pass, with nothing beside it but the gradient of its logits.
     rounds: a product can be written in a dtype narrower than it is summed in.
-    kept_step: kept tokens are a multiple of it; None: of the tile's tokens. A number of its own needs folds whose
-        result for a token does not depend on the tokens beside it.
-    lean: a tile is folded in one pass, with nothing beside it but its gradient.
-    streams: forward needs no tile in memory unless it accumulates a Jacobian: it takes the vocabulary in one piece.
+    maxima_columns: vocabulary entries of saved exponentials that share a block maximum; None: those of a tile.
+    saved_by_vocab: saved exponentials lie in rows of one vocabulary entry each, not in rows of one token.
+    saved_multiple: saved tokens are a multiple of it; None: of the tile's tokens. A number of its own needs
+        accumulation whose result for a token does not depend on the tokens beside it.
     """
 
     tiles: tuple[tuple[int, int], ...]
-    widens: tuple[torch.dtype, ...]
     scratch: int
-    fused: bool = False
-    base_columns: int | None = None
-    kept_by_vocab: bool = False
+    widens: tuple[torch.dtype, ...] = ()
+    packs: bool = False
+    one_pass: bool = False
+    no_temporaries: bool = False
     rounds: bool = False
-    kept_step: int | None = None
-    lean: bool = False
-    streams: bool = False
-
-
-_CPP_TILES = ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64))
-# Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
-# tile of 8192 x 8192 spends on going through memory (benchmarks/predict.py; waits for a measurement).
-_TRITON_TILES = (
-    (8192, 8192),
-    (8192, 4096),
-    (4096, 4096),
-    (2048, 2048),
-    (1024, 1024),
-    (512, 512),
-    (256, 256),
-    (128, 256),
-)
-FACTS = {
-    "torch, cpu": Facts(
-        ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)),
-        (torch.bfloat16, torch.float16), 12 * MIB,
-    ),
-    "torch, cuda": Facts(
-        ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), (), 32 * MIB
-    ),
-    "triton, cuda": Facts(_TRITON_TILES, (), 48 * MIB, base_columns=64, rounds=True, kept_step=128, lean=True),
-    "triton, hip": Facts(_TRITON_TILES, (), 48 * MIB, base_columns=64, rounds=True, kept_step=128, lean=True),
-    "triton, interpreted": Facts(
-        ((256, 512), (128, 256), (64, 128), (64, 64)), (torch.bfloat16, torch.float16), 12 * MIB, base_columns=32,
-        kept_step=64, lean=True,
-    ),
-    "cpp": Facts(
-        _CPP_TILES, (torch.float16,), 18 * MIB, fused=True, base_columns=64, kept_by_vocab=True, rounds=True,
-        kept_step=64,
-    ),
-    "cpp, no bfloat16 products": Facts(
-        _CPP_TILES, (torch.float16, torch.bfloat16), 18 * MIB, fused=True, base_columns=64, kept_by_vocab=True,
-        rounds=True, kept_step=64,
-    ),
-}  # fmt: skip
+    maxima_columns: int | None = None
+    saved_by_vocab: bool = False
+    saved_multiple: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +69,9 @@ class Plan:
     mode: "score" (no gradient), "frozen" (only the hidden states want one), "keep", "mixed" or "recompute".
     kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
     gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together.
-    memory: what is held at the peak, in bytes, by name; `bytes` is the sum.
+    hold_hidden: the hidden states of all tokens are gathered and converted once, not tile by tile.
+    one_pass: forward takes the vocabulary in one piece.
+    parts: what is held at the peak, in bytes, by name; `memory` is the same as a mapping, `bytes` the sum.
     """
 
     mode: str
@@ -119,17 +83,21 @@ class Plan:
     tile_vocab: int
     kept_tokens: int
     hold_hidden: bool
-    base_columns: int
-    kept_by_vocab: bool
-    whole_forward: bool
+    maxima_columns: int
+    saved_by_vocab: bool
+    one_pass: bool
     sweeps: tuple[Sweep, ...]
     gemms: float
     memory_budget: int
-    memory: Mapping[str, int] = field(hash=False)
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        return MappingProxyType(dict(self.parts))
 
     @property
     def bytes(self) -> int:
-        return sum(self.memory.values())
+        return sum(size for _, size in self.parts)
 
     @property
     def vocab_tiles(self) -> int:
@@ -150,19 +118,19 @@ class Plan:
         return [slice(first, min(first + step, stop)) for first in range(0, stop, step)]
 
     @property
-    def kept_columns(self) -> int:
-        """Numbers from one row of kept probabilities to the next."""
+    def saved_columns(self) -> int:
+        """Numbers from one row of saved exponentials to the next."""
         return aligned(self.vocab_size)
 
     @property
     def forward_spans(self) -> list[slice]:
         """The columns that forward takes at once."""
-        return [slice(0, self.vocab_size)] if self.whole_forward and self.tokens else self.vocab_spans
+        return [slice(0, self.vocab_size)] if self.one_pass and self.tokens else self.vocab_spans
 
     @property
-    def bases(self) -> int:
-        """How many bases a row of kept probabilities has; 0 where nothing is kept."""
-        return -(-self.vocab_size // self.base_columns) if self.kept_tokens else 0
+    def maxima(self) -> int:
+        """How many block maxima a row of saved exponentials has; 0 where nothing is saved."""
+        return -(-self.vocab_size // self.maxima_columns) if self.kept_tokens else 0
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -193,10 +161,10 @@ def plan(
     softcap: float | None = None,
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
-    facts: Facts = FACTS["torch, cpu"],
+    capabilities: Capabilities,
     labels: int | None = None,
 ) -> Plan:
-    """What a call with `tokens` rows whose label counts will do, on a device and by an implementation of these facts.
+    """What a call with `tokens` rows whose label counts will do, by a back end of these capabilities.
 
     Args:
         tokens, hidden_size, vocab_size: N, D and V.
@@ -206,7 +174,7 @@ def plan(
         softcap: whether (any number) or not (None) logits are capped.
         compute_dtype: autocast's dtype, where it differs from `dtype`.
         memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
-        facts: of the implementation on its device, a value of `FACTS`.
+        capabilities: of the back end on its device (`dpo_kernels.backends`).
         labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
 
     Raises:
@@ -224,10 +192,10 @@ def plan(
             raise ValueError(f"{name} has {unknown}; expected names from {known}")
     if tokens < 0 or min(hidden_size, vocab_size) < 1:
         raise ValueError(f"tokens {tokens} must be >= 0, hidden_size {hidden_size} and vocab_size {vocab_size} >= 1")
-    wanted = Grads(**dict.fromkeys(grads, True))
+    wanted = Grads.of(grads)
     shape = _Shape(
         tokens, hidden_size, vocab_size, dtype, compute_dtype or dtype, wanted, "entropy" in outputs,
-        softcap is not None, facts, max(tokens, labels or 0),
+        softcap is not None, capabilities, max(tokens, labels or 0),
     )  # fmt: skip
     return _plan(shape, memory_budget)
 
@@ -244,7 +212,7 @@ class _Shape:
     grads: Grads
     entropy: bool
     softcap: bool
-    facts: Facts
+    capabilities: Capabilities
     labels: int
 
     @property
@@ -267,7 +235,7 @@ class _Shape:
 
     @property
     def converts(self) -> bool:  # operands are widened first
-        return self.compute in self.facts.widens
+        return self.compute in self.capabilities.widens
 
     @property
     def product(self) -> int:  # bytes of a number of a product's operand
@@ -279,17 +247,21 @@ class _Shape:
 
     def tile_sizes(self) -> list[tuple[int, int]]:
         """The device's tiles that this shape fills at least half, cut to it; best first."""
-        useful = [(n, v) for n, v in self.facts.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size]
-        return [(min(n, max(self.tokens, 1)), min(v, self.vocab_size)) for n, v in useful or [self.facts.tiles[-1]]]
+        useful = [
+            (n, v) for n, v in self.capabilities.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size
+        ]
+        return [
+            (min(n, max(self.tokens, 1)), min(v, self.vocab_size)) for n, v in useful or [self.capabilities.tiles[-1]]
+        ]
 
     def default_budget(self) -> int:
         return max(DEFAULT_BUDGET, 2 * self.dtype.itemsize * self.hidden_size * (self.tokens + self.vocab_size))
 
-    def rows(self) -> int:  # vectors of one number a token: index, label, maximum, sums, gradients
+    def vectors(self) -> int:  # vectors of one number a token: index, label, maximum, sums, gradients
         found = 4 * self.labels  # which labels count
         return (
             found
-            + self.tokens * (3 * 8 + (20 if self.facts.fused else 12) * self.wide)
+            + self.tokens * (3 * 8 + (20 if self.capabilities.packs else 12) * self.wide)
             + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
         )
 
@@ -297,37 +269,38 @@ class _Shape:
         """The logits tile, what stands beside it while it is folded, and both operands."""
         gathered = n * self.hidden_size * (self.dtype.itemsize + self.operand)
         operands = v * self.hidden_size * self.operand + gathered
-        if self.facts.fused:
+        if self.capabilities.packs:
             left = n * (self.hidden_size + 1)  # the hidden states, for logits
             right = max(v * bool(self.grads.hidden), n * bool(self.grads.weight)) * (self.hidden_size + 1)
             packed = self.product * (left + right)
             sides = self.grads.hidden + (self.grads.weight or self.grads.bias)
             return operands + packed + self.product * n * v * sides + self.wide * n * -(-v // 64) * self.grads.hidden
         # dz, or the frozen head's operand, where it is not the tile of logits itself
-        beside = self.product * (bool(self.grads) and (self.facts.streams or self.product != self.wide))
-        logits = self.wide * (not self.facts.streams)
-        if not self.facts.lean:
+        beside = self.product * (bool(self.grads) and (self.capabilities.one_pass or self.product != self.wide))
+        logits = self.wide * (not self.capabilities.one_pass)
+        if not self.capabilities.no_temporaries:
             beside += self.wide * (self.softcap + self.entropy)
-        bases = self.wide * n * aligned(-(-v // self.facts.base_columns)) if self.facts.base_columns else 0
-        columns = aligned(v) if self.facts.lean else v
-        return n * columns * (logits + beside) + bases + operands
+        shared = self.capabilities.maxima_columns
+        maxima = self.wide * n * aligned(-(-v // shared)) if shared else 0
+        columns = aligned(v) if self.capabilities.no_temporaries else v
+        return n * columns * (logits + beside) + maxima + operands
 
-    def accumulators(self, n: int, v: int, sweeps: tuple[Sweep, ...], once: bool = True) -> int:
-        """The largest that the sweeps need: a tile's worth on the outer axis, a whole gradient on the inner one; once:
-        a tile of all tokens is one product, which is its own sum."""
+    def accumulators(self, n: int, v: int, sweeps: tuple[Sweep, ...], single: bool = True) -> int:
+        """The largest that the sweeps need: a tile's worth on the outer axis, a whole gradient on the inner one.
+        single: a tile of all tokens is one product, which is its own sum."""
 
         def one(sweep: Sweep) -> int:
             rows = 0 if self.in_place and not self.gathers else n if sweep.outer == "tokens" else self.tokens
-            own_sum = self.in_place or (once and self.facts.rounds and self.tokens <= n)
+            own_sum = self.in_place or (single and self.capabilities.rounds and self.tokens <= n)
             columns = 0 if own_sum else v if sweep.outer == "vocab" else self.vocab_size
             return self.wide * self.hidden_size * (rows * sweep.hidden + columns * sweep.weight)
 
         return max((one(sweep) for sweep in sweeps), default=0)
 
-    def kept_row(self, v: int) -> int:
+    def saved_row(self, v: int) -> int:
         return (
             aligned(self.vocab_size) * self.compute.itemsize
-            + -(-self.vocab_size // (self.facts.base_columns or v)) * self.wide
+            + -(-self.vocab_size // (self.capabilities.maxima_columns or v)) * self.wide
         )
 
     def sweep_choices(self) -> list[tuple[Sweep, ...]]:
@@ -357,8 +330,8 @@ def _plan(s: _Shape, budget: int | None) -> Plan:
         candidates += [(t, (Sweep("tokens", True, False),)) for t in sizes]
     for (n, v), sweeps in candidates:
         memory = {
-            "libraries and threads": s.facts.scratch,
-            "vectors, one number a token": s.rows(),
+            "libraries and threads": s.capabilities.scratch,
+            "vectors, one number a token": s.vectors(),
             "tile and operands": s.tile(n, v),
             "gradient accumulators": s.accumulators(n, v, sweeps),
             "d log_prob / d hidden": jacobian if not sweeps else 0,
@@ -397,14 +370,14 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
     kept = 0
     if sweeps and not s.entropy:
         kept = s.tokens
-        if left // s.kept_row(v) < s.tokens:
+        if left // s.saved_row(v) < s.tokens:
             # A gradient that one product makes is made of two where some tokens are kept.
-            more = s.accumulators(n, v, sweeps, once=False) - memory["gradient accumulators"]
-            step = s.facts.kept_step or n
-            kept = max(left - more, 0) // s.kept_row(v) // step * step
+            more = s.accumulators(n, v, sweeps, single=False) - memory["gradient accumulators"]
+            step = s.capabilities.saved_multiple or n
+            kept = max(left - more, 0) // s.saved_row(v) // step * step
             memory["gradient accumulators"] += more if kept else 0
-        memory["kept probabilities"] = kept * s.kept_row(v)
-    whole = s.facts.streams and not s.operand and (not s.frozen or bool(sweeps))
+        memory["kept probabilities"] = kept * s.saved_row(v)
+    whole = s.capabilities.one_pass and not s.operand and (not s.frozen or bool(sweeps))
     if not s.grads:
         mode, gemms = "score", 1.0
     elif not sweeps:
@@ -414,8 +387,8 @@ def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, .
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
     return Plan(
-        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.facts.base_columns or v,
-        s.facts.kept_by_vocab, whole, sweeps, gemms, budget, MappingProxyType(memory),
+        mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
+        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()),
     )  # fmt: skip
 
 

@@ -1,27 +1,27 @@
 """Kernels over a matrix of products or logits that is in memory: the logits themselves, or a tile that cuBLAS made.
 
-    fold_kernel       states of rows
-    exps_kernel       what the modes keep and frozen write of exp(z)
+    accumulate_kernel states of rows
+    exps_kernel       exponentials, to be saved or summed by a frozen head
     gradient_kernel   d loss / d a from a
-    kept_kernel       d loss / d a from kept exp(z)
-    rebase_kernel     kept exp(z) as the frozen head's operand
+    saved_kernel      d loss / d a from saved exponentials
+    rebase_kernel     saved exponentials as the frozen head's operand
 
-Each program reads a strip of a few rows; rows lie `stride` numbers apart, in int64, and programs on grid axis 0.
+Each program reads a split of a few rows; rows lie `stride` numbers apart, in int64, and programs on grid axis 0.
 `index` names the matrix' row of each token that counts (INDEXED), else they are its first n rows.
 """
 
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.online import (
+from dpo_kernels.kernels.softmax_state import (
     ENTROPY,
+    FIELDS,
     LOG_ZERO,
     LOWEST,
-    VECTORS,
+    block_state,
+    empty_state,
     expm1,
-    fold,
     merge,
-    no_rows,
     store_state,
     transform,
 )
@@ -39,15 +39,15 @@ def load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED: tl.
 
 
 @triton.jit
-def follow(maximum, share_base, total, rows, inside, D, total_stride, tolerance, COLUMNS: tl.constexpr):
+def follow(maximum, share_base, total, rows, inside, D, total_stride, tolerance, BLOCK_N: tl.constexpr):
     """The base of the rows' shares: it moves to the maximum only where that is larger by more than `tolerance`, and the
     row of `total`, a sum relative to the old base, is rescaled there."""
     old = tl.load(share_base + rows, mask=inside, other=0.0)
     grown = maximum - old > tolerance
     if tl.max(grown.to(tl.int32), 0) > 0:
         scale = tl.where(grown, tl.exp(old - maximum), 1.0)
-        for column in tl.range(0, D, COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
+        for column in tl.range(0, D, BLOCK_N):
+            columns = column + tl.arange(0, BLOCK_N)
             mask = (inside & grown)[:, None] & (columns < D)[None, :]
             pointer = total + rows.to(tl.int64)[:, None] * total_stride + columns[None, :]
             tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) * scale[:, None], mask=mask)
@@ -58,16 +58,16 @@ def follow(maximum, share_base, total, rows, inside, D, total_stride, tolerance,
 
 
 @triton.jit(do_not_specialize=["n"])
-def fold_kernel(
+def accumulate_kernel(
     a,  # (rows, V) any floating dtype
     index,  # (n,) int64
     labels,  # (n,) int64
     bias,  # (V,)
-    partials,  # (strips, VECTORS, n) float32, written
+    partials,  # (splits, FIELDS, n) float32, written
     n,
     V,
     first,
-    strip,
+    split,
     stride,
     inner,
     outer,
@@ -75,28 +75,28 @@ def fold_kernel(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """States of rows, one of each strip, in one read of a.
+    """States of rows, one of each split, in one read of a.
 
     Traffic: n V numbers read. On an H200 (4.3 TB/s): 0.6 ms for bfloat16 logits of (8192, 151936).
     """
-    row_blocks = tl.cdiv(n, ROWS)
-    rows = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    row_blocks = tl.cdiv(n, BLOCK_M)
+    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(0) // row_blocks
     inside = rows < n
     offsets = (tl.load(index + rows, mask=inside, other=0) if INDEXED else rows.to(tl.int64)) * stride
     local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
-    start = part * strip
-    end = tl.minimum(start + strip, V)
-    state = no_rows(ROWS)
-    for column in tl.range(start, end, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)
+    start = part * split
+    end = tl.minimum(start + split, V)
+    state = empty_state(BLOCK_M)
+    for column in tl.range(start, end, BLOCK_N):
+        columns = column + tl.arange(0, BLOCK_N)
         z, _ = load_block(a, offsets, columns, end, bias, inner, outer, inside, CAPPED, BIASED)
-        block, _, _ = fold(z, columns, local, end, first, OUTPUTS)
+        block, _, _ = block_state(z, columns, local, end, first, OUTPUTS)
         state = merge(state, block, OUTPUTS)
-    store_state(partials + tl.cast(part, tl.int64) * VECTORS * n + rows, n, inside, state, OUTPUTS)
+    store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, OUTPUTS)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -106,51 +106,51 @@ def exps_kernel(
     bias,  # (V,)
     maxima,  # (n,) float32: of the rows in this tile
     exps,  # (n, V), written; may be a
-    bases,  # (n, slots) float32, written if KEPT: the base, in every slot
-    share_base,  # (n,) float32, read and written if not KEPT
-    total,  # (n, D) float32, rescaled if not KEPT
+    block_maxima,  # (n, slots) float32, written if SAVED: the base, in every slot
+    share_base,  # (n,) float32, read and written if not SAVED
+    total,  # (n, D) float32, rescaled if not SAVED
     n,
     V,
     D,
     first,
     stride,
     exps_stride,
-    bases_stride,
+    maxima_stride,
     slots,
     total_stride,
     inner,
     outer,
     tolerance,
-    KEPT: tl.constexpr,
+    SAVED: tl.constexpr,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Exponentials of a tile's logits, times the cap's derivative. A kernel apart from fold_kernel, so that whether
+    """Exponentials of a tile's logits, times the cap's derivative. A kernel apart from accumulate_kernel: whether
     they are wanted does not change how the statistics are summed.
 
-    KEPT: relative to the row's maximum in this tile, 0 at the label, or 1 if CAPPED. Else the frozen head's operand: 0
+    SAVED: relative to the row's maximum in this tile, 0 at the label, or 1 if CAPPED. Else the frozen head's operand: 0
     at the label, and relative to a base that follows the maximum only when that has grown by more than `tolerance`.
 
     Traffic: n V numbers of a read (from cache, if the tile is there) and n V written. On an H200 (4.3 TB/s): 94 us for
     a tile of (8192, 8192), float32 to bfloat16.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
     place = rows.to(tl.int64)
     local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
     base = tl.maximum(tl.load(maxima + rows, mask=inside, other=0.0), LOWEST)
-    AT_LABEL: tl.constexpr = 1.0 if KEPT and CAPPED else 0.0
-    if KEPT:
-        for start in tl.range(0, slots, COLUMNS):
-            at = start + tl.arange(0, COLUMNS)
+    AT_LABEL: tl.constexpr = 1.0 if SAVED and CAPPED else 0.0
+    if SAVED:
+        for start in tl.range(0, slots, BLOCK_N):
+            at = start + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (at < slots)[None, :]
-            tl.store(bases + (place * bases_stride)[:, None] + at[None, :], base[:, None], mask=mask)
+            tl.store(block_maxima + (place * maxima_stride)[:, None] + at[None, :], base[:, None], mask=mask)
     else:
-        base = follow(base, share_base, total, rows, inside, D, total_stride, tolerance, COLUMNS)
-    for column in tl.range(0, V, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)
+        base = follow(base, share_base, total, rows, inside, D, total_stride, tolerance, BLOCK_N)
+    for column in tl.range(0, V, BLOCK_N):
+        columns = column + tl.arange(0, BLOCK_N)
         z, derivative = load_block(a, place * stride, columns, V, bias, inner, outer, inside, CAPPED, BIASED)
         e = tl.where(columns[None, :] == local[:, None], AT_LABEL, tl.exp(z - base[:, None]))
         if CAPPED:
@@ -222,16 +222,16 @@ def gradient_kernel(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """d loss / d a of rows of a, in one read and one write; out may be a itself.
 
     Traffic: n V numbers read and n V written. On an H200 (4.3 TB/s): 1.2 ms for bfloat16 logits of (8192, 151936).
     """
-    column_blocks = tl.cdiv(V, COLUMNS)
-    rows = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    column_blocks = tl.cdiv(V, BLOCK_N)
+    rows = tl.program_id(0) // column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
     place = rows.to(tl.int64)
     if INDEXED:
@@ -248,9 +248,9 @@ def gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def kept_kernel(
-    exps,  # (n, V) as exps_kernel or forward_kernel kept it
-    bases,  # (n, slots) float32
+def saved_kernel(
+    exps,  # (n, V) as exps_kernel or forward_kernel wrote it
+    block_maxima,  # (n, slots) float32
     out,  # (n, V), written
     labels,  # (n,) int64
     log_probs,  # (n,) float32, like all that follow
@@ -261,22 +261,22 @@ def kept_kernel(
     V,
     first,
     stride,
-    bases_stride,
+    maxima_stride,
     out_stride,
     slope,
     CAPPED: tl.constexpr,
-    BASE_COLUMNS: tl.constexpr,  # that share a base
-    SLOTS: tl.constexpr,  # of bases for as many columns, the first of which holds it
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    MAXIMA_COLUMNS: tl.constexpr,  # that share a base
+    SLOTS: tl.constexpr,  # of block_maxima for as many columns, the first of which holds it
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """d loss / d a from kept exponentials, which stay as they are: backward may run again.
+    """d loss / d a from saved exponentials, which stay as they are: backward may run again.
 
     Traffic: n V numbers read and written, in the compute dtype. On an H200 (4.3 TB/s): 1.2 ms of (8192, 151936).
     """
-    column_blocks = tl.cdiv(V, COLUMNS)
-    rows = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    column_blocks = tl.cdiv(V, BLOCK_N)
+    rows = tl.program_id(0) // column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
     place = rows.to(tl.int64)
     local, log_prob, maximum, log_sum, grad, _, _ = load_row_grads(
@@ -284,9 +284,8 @@ def kept_kernel(
     )
     at_label = (-grad * expm1(log_prob))[:, None]
     mask = inside[:, None] & (columns < V)[None, :]
-    base = tl.load(
-        bases + (place * bases_stride)[:, None] + (columns // BASE_COLUMNS * SLOTS)[None, :], mask=mask, other=0.0
-    )
+    slot = (columns // MAXIMA_COLUMNS * SLOTS)[None, :]
+    base = tl.load(block_maxima + (place * maxima_stride)[:, None] + slot, mask=mask, other=0.0)
     e = tl.load(exps + (place * stride)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     dz = -grad[:, None] * e * tl.exp(base - maximum[:, None] - log_sum[:, None])
     if CAPPED:
@@ -297,8 +296,8 @@ def kept_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def rebase_kernel(
-    exps,  # (n, V) as forward_kernel kept it; overwritten
-    bases,  # (n, slots) float32
+    exps,  # (n, V) as forward_kernel wrote it; overwritten
+    block_maxima,  # (n, slots) float32
     labels,  # (n,) int64
     share_base,  # (n,) float32, read and written
     total,  # (n, D) float32, rescaled
@@ -307,35 +306,37 @@ def rebase_kernel(
     D,
     first,
     stride,
-    bases_stride,
+    maxima_stride,
     slots,
     total_stride,
     tolerance,
-    BASE_COLUMNS: tl.constexpr,  # that share a base
-    SLOTS: tl.constexpr,  # of bases for as many columns, the first of which holds it
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    MAXIMA_COLUMNS: tl.constexpr,  # that share a base
+    SLOTS: tl.constexpr,  # of block_maxima for as many columns, the first of which holds it
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Kept exponentials, but 0 at the label, relative to one base a row: what exps_kernel writes for a frozen head.
+    """Saved exponentials, but 0 at the label, relative to one base a row: what exps_kernel writes for a frozen head.
 
     Traffic: n V numbers read and written, in the compute dtype; n D float32 where a row's base moves.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
     place = rows.to(tl.int64)
-    largest = tl.zeros((ROWS, COLUMNS), tl.float32) + LOWEST
-    for start in tl.range(0, slots, COLUMNS):
-        at = start + tl.arange(0, COLUMNS)
+    largest = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + LOWEST
+    for start in tl.range(0, slots, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
         mask = inside[:, None] & (at < slots)[None, :]
-        found = tl.load(bases + (place * bases_stride)[:, None] + (at * SLOTS)[None, :], mask=mask, other=LOWEST)
+        found = tl.load(
+            block_maxima + (place * maxima_stride)[:, None] + (at * SLOTS)[None, :], mask=mask, other=LOWEST
+        )
         largest = tl.maximum(largest, found)
     local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
-    base = follow(tl.max(largest, 1), share_base, total, rows, inside, D, total_stride, tolerance, COLUMNS)
-    for column in tl.range(0, V, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)
+    base = follow(tl.max(largest, 1), share_base, total, rows, inside, D, total_stride, tolerance, BLOCK_N)
+    for column in tl.range(0, V, BLOCK_N):
+        columns = column + tl.arange(0, BLOCK_N)
         mask = inside[:, None] & (columns < V)[None, :]
-        slot = (columns // BASE_COLUMNS * SLOTS)[None, :]
-        from_base = tl.load(bases + (place * bases_stride)[:, None] + slot, mask=mask, other=0.0)
+        slot = (columns // MAXIMA_COLUMNS * SLOTS)[None, :]
+        from_base = tl.load(block_maxima + (place * maxima_stride)[:, None] + slot, mask=mask, other=0.0)
         pointer = exps + (place * stride)[:, None] + columns[None, :]
         e = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) * tl.exp(from_base - base[:, None])
         e = tl.where(columns[None, :] == local[:, None], 0.0, e)

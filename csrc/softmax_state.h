@@ -1,0 +1,128 @@
+// The statistics of a row of logits over a part of the vocabulary: fields, merge, and how the label joins at the end.
+// dpo_kernels/statistics.py is the same in Python, with the same names (tests/test_statistics.py compares them).
+//
+// Base 2: a sum is over 2^(z log2 e - base) with a whole base >= max z log2 e - 1, so every later rescale is a power of
+// two, which is exact, in bfloat16 too. Sums and saved exponentials do not depend on the order in which maxima were
+// found. `maximum` and `argmax` are kept only where is_top1 is wanted.
+//
+// The label's own logit stays out of every sum and joins at the end: where the model is sure, the others' sum is what
+// the log-prob consists of, and 1 + it would lose it.
+#pragma once
+
+#include "vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace dpo_kernels {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNoBase = -1.5e38f;  // of a row without a finite logit yet
+
+// Rows of a state (kFields, M) of M tokens, float.
+enum Field { kBase, kTotal, kShifted, kSquares, kLogits, kMaximum, kArgmax, kLabelLogit, kFields };
+constexpr const char* kFieldNames[kFields] = {
+    "base",     // the whole exponent that the sums are relative to
+    "total",    // sum of e = 2^(z log2 e - base), without the label, as in all sums but `logits`
+    "shifted",  // sum of e (z log2 e - base)
+    "squares",  // sum of e^2
+    "logits",   // sum of z, the label's too
+    "maximum",  // the largest logit but the label's
+    "argmax",   // its first vocabulary entry
+    "label_logit"};
+constexpr int64_t kLaneFields = kLabelLogit;  // all but the label's logit, which only one thread meets
+
+// Which optional statistics are wanted.
+struct Outputs {
+  bool entropy, squares, logits, argmax;
+};
+
+// Merges states of the vocabulary behind it into a state, tokens [begin, end).
+inline void merge(float* const* state, float* const* part, int64_t begin, int64_t end, const Outputs& want) {
+  for (int64_t t = begin; t < end; ++t) {
+    const float base = std::max(state[kBase][t], part[kBase][t]);
+    const float down = state[kBase][t] - base, part_down = part[kBase][t] - base;
+    const float shrink = exp2_whole(down), grow = exp2_whole(part_down);
+    if (want.entropy)
+      state[kShifted][t] =
+          shrink * (state[kShifted][t] + state[kTotal][t] * std::max(down, -127.f)) +
+          grow * (part[kShifted][t] + part[kTotal][t] * std::max(part_down, -127.f));
+    if (want.squares)
+      state[kSquares][t] =
+          shrink * shrink * state[kSquares][t] + grow * grow * part[kSquares][t];
+    if (want.logits) state[kLogits][t] += part[kLogits][t];
+    if (want.argmax && part[kMaximum][t] > state[kMaximum][t]) {
+      state[kMaximum][t] = part[kMaximum][t];
+      state[kArgmax][t] = part[kArgmax][t];
+    }
+    state[kTotal][t] = state[kTotal][t] * shrink + part[kTotal][t] * grow;
+    state[kBase][t] = base;
+  }
+}
+
+// The three fields of one row that log-probs need.
+struct RowState {
+  float base = kNoBase, total = 0.f, label_logit = std::numeric_limits<float>::quiet_NaN();
+
+  void merge(const RowState& part) {
+    const float both = std::max(base, part.base);
+    total = total * exp2_whole(base - both) + part.total * exp2_whole(part.base - both);
+    base = both;
+    if (part.label_logit == part.label_logit) label_logit = part.label_logit;
+  }
+};
+
+// A row once the label joins the others.
+struct Joined {
+  double log_prob;
+  double lse;      // log sum exp z over the vocabulary
+  double others;   // the same over all but the label; -inf if all are banned
+  double maximum;  // a number near the largest logit
+};
+
+inline Joined join(double base, double total, double y) {
+  base *= kLn2;
+  Joined r;
+  r.others = base + std::log(total);
+  const double ahead = y - r.others;
+  // log sigmoid of how far the label is ahead of the others: exact down to the smallest log-prob
+  r.log_prob = ahead > 0 ? -std::log1p(std::exp(-ahead)) : ahead - std::log1p(std::exp(ahead));
+  if (std::isinf(y) && y > 0) r.log_prob = std::numeric_limits<double>::quiet_NaN();
+  r.lse = std::isinf(r.log_prob) ? r.others : y - r.log_prob;
+  r.maximum = total > 0 ? std::max(base, y) : y;
+  return r;
+}
+
+// What `finish` makes of each token: statistics.Finished, then the optional statistics of statistics.TokenStats.
+struct Finished {
+  enum { kLogProb, kMaximum, kLogSum, kOthers, kEntropy, kLogSquares, kMeanLogit, kIsTop1, kSize };
+};
+
+// Joins the label for tokens [begin, end). Optional statistics mean nothing unless their fields were accumulated.
+inline void finish(
+    const float* const* s, const int64_t* labels, double vocab_size, int64_t begin, int64_t end, float* const* r) {
+  for (int64_t t = begin; t < end; ++t) {
+    const double y = s[kLabelLogit][t], base = s[kBase][t] * kLn2, total = s[kTotal][t];
+    const auto [log_prob, lse, others, maximum] = join(s[kBase][t], total, y);
+    const double share = std::exp(others - lse), p = std::exp(log_prob);
+    const double shifted = total > 0 ? kLn2 * s[kShifted][t] / total : 0.;
+    r[Finished::kLogProb][t] = static_cast<float>(log_prob);
+    r[Finished::kMaximum][t] = static_cast<float>(maximum);
+    r[Finished::kLogSum][t] = static_cast<float>(lse - static_cast<double>(r[Finished::kMaximum][t]));
+    r[Finished::kOthers][t] = static_cast<float>(std::exp(base - lse));
+    r[Finished::kEntropy][t] = static_cast<float>(
+        (lse - maximum) - (share > 0 ? share * (base + shifted - maximum) : 0.) - (p > 0 ? p * (y - maximum) : 0.));
+    r[Finished::kLogSquares][t] =
+        static_cast<float>(std::log(s[kSquares][t] * std::exp(2 * (base - lse)) + p * p));
+    r[Finished::kMeanLogit][t] = static_cast<float>(s[kLogits][t] / vocab_size);
+    r[Finished::kIsTop1][t] = s[kLabelLogit][t] > s[kMaximum][t] ||
+            (s[kLabelLogit][t] == s[kMaximum][t] && static_cast<float>(labels[t]) < s[kArgmax][t])
+        ? 1.f
+        : 0.f;
+  }
+}
+
+}  // namespace dpo_kernels

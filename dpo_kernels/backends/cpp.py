@@ -1,0 +1,234 @@
+"""The back end for CPUs: the C++ kernels of csrc/, which make and accumulate logits in cache.
+
+Built just in time at the first call (see `dpo_kernels.build`). Products run in bfloat16 where the CPU has them, and in
+float32 for float32 and float16.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
+from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
+from dpo_kernels.layout import as_matrix, in_rows
+from dpo_kernels.planner import Capabilities, Plan, Sweep
+from dpo_kernels.statistics import Finished, TokenStats
+
+# Rows whose largest logit is beyond this, either way, are not the kernels': float32 numbers beside it lie 0.06 apart,
+# and the kernels' exponents in base 2 are numbers of their own (csrc/softmax_state.h).
+LARGEST_LOGIT = 7e5
+# The fields of csrc/softmax_state.h before the first tile; all others start at 0.
+START = {"base": -1.5e38, "maximum": -torch.inf, "label_logit": torch.nan}
+
+CAPABILITIES = Capabilities(
+    ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
+    widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
+)  # fmt: skip
+WITHOUT_BFLOAT16 = replace(CAPABILITIES, widens=(torch.float16, torch.bfloat16))
+
+
+class CppBackend:
+    """See `dpo_kernels.backends.base.Backend` for what each method does."""
+
+    name = "cpp"
+    devices: tuple[str, ...] = ("cpu",)
+    failure: str | None = None  # why the kernels could not be built or loaded
+
+    def unavailable(self, device: torch.device) -> str | None:
+        from dpo_kernels import build  # here, so that `python -m dpo_kernels.build` runs a module that is not imported
+
+        if device.type not in self.devices:
+            return f"it runs on CPUs only, not on {device.type}"
+        return self.failure or (None if _loaded() else build.missing())
+
+    def cannot_run(self, device: torch.device) -> str | None:
+        from dpo_kernels import build
+
+        if device.type in self.devices and self.failure is None and not _loaded():
+            try:
+                build.load()
+            except build.BuildError as error:
+                self.failure = str(error)
+        return self.unavailable(device)
+
+    def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
+        """The kernels read the weight where it lies."""
+        return not in_rows(weight)
+
+    def leaves_logits(self, logits: Tensor) -> bool:
+        return as_matrix(logits) is None
+
+    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> None:
+        return None
+
+    def capabilities(self, device: torch.device, configuration: None = None) -> Capabilities:
+        return CAPABILITIES if _multiplies_bfloat16() else WITHOUT_BFLOAT16
+
+    def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> CppTileOps:
+        return CppTileOps(call, plan, execution)
+
+    def logits_forward(
+        self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        matrix = as_matrix(logits)
+        log_probs, maximum, log_sum = _ops().logits_forward(matrix, tokens.index, tokens.labels, *_numbers(transform))
+        return log_probs, maximum, log_sum
+
+    def logits_backward(
+        self, logits: Tensor, tokens: Tokens, transform: Transform, grads: TokenGrads, out: Tensor, configuration: None
+    ) -> None:
+        _ops().logits_backward(
+            as_matrix(logits), tokens.index, tokens.labels, *_numbers(transform), *_vectors(grads)[:4], as_matrix(out)
+        )
+
+    def out_of_reach(self, maximum: Tensor) -> bool:
+        return bool(((maximum.abs() > LARGEST_LOGIT) & maximum.isfinite()).any())
+
+    def empty_cache(self) -> int:
+        return _ops().release() if _loaded() else 0
+
+
+class CppState:
+    """The state of csrc/softmax_state.h of M tokens: (fields, M) float32."""
+
+    def __init__(self, call: Call, labels: Tensor) -> None:
+        self.outputs, self.labels, self.vocab_size = call.outputs, labels, call.vocab_size
+        self.names = _ops().state_fields()
+        start = torch.tensor([START.get(name, 0.0) for name in self.names], dtype=torch.float32, device="cpu")
+        self.fields = start.repeat_interleave(len(labels)).view(len(start), len(labels))
+
+    def finish(self) -> Finished:
+        return self._finish(self.fields, self.labels, self.outputs)
+
+    def finish_rows(self, rows: slice) -> Finished:
+        return self._finish(self.fields[:, rows].contiguous(), self.labels[rows], ())
+
+    def _finish(self, fields: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Finished:
+        log_probs, maximum, log_sum, others, *optional = _ops().finish(fields, labels, self.vocab_size)
+        stats = dict(zip(TokenStats._fields[1:], optional, strict=True))
+        stats["is_top1"] = stats["is_top1"] > 0
+        wanted = TokenStats(log_probs, **{name: stats[name] for name in outputs})
+        return Finished(wanted, maximum, log_sum, others, fields[self.names.index("label_logit")])
+
+
+class CppTileOps:
+    """See `dpo_kernels.backends.base.TileOps` for what each method does."""
+
+    rounds = True
+
+    def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
+        self.call, self.plan = call, plan
+        self.operand = execution.operand(call.compute_dtype)
+        self._packed: tuple[slice, Tensor] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return _ops().empty(purpose, rows, columns, dtype)
+
+    def new_state(self, labels: Tensor) -> CppState:
+        return CppState(self.call, labels)
+
+    def accumulate(self, state: CppState, tile: Tile, saved: SavedTile | None) -> None:
+        if saved is None:
+            self._accumulate(state, tile)
+        else:
+            self._accumulate(state, tile, by_vocab=saved.exps.T, maxima=saved.maxima.T)
+
+    def accumulate_jacobian(self, state: CppState, tile: Tile, total: Tensor) -> None:
+        n, v = len(tile.hidden), len(tile.weight)
+        share = self._buffer("by_token", n, v)
+        maxima = self._buffer("maxima", -(-v // self.plan.maxima_columns), n, torch.float32)
+        self._accumulate(state, tile, by_token=share, maxima=maxima, total=total)
+        self.multiply(total, share, tile.weight, add=True)
+
+    def settle_jacobian(self, state: CppState, rows: slice, total: Tensor) -> Finished:
+        return state.finish_rows(rows)
+
+    def logits_gradient(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
+    ) -> LogitsGradient:
+        n, v = len(tile.hidden), len(tile.weight)
+        made = LogitsGradient(
+            self._buffer("by_token", n, v) if wanted.hidden else None,
+            self._buffer("by_vocab", v, n) if wanted.weight else None,
+        )
+        exps, maxima = (None, None) if saved is None else (saved.exps.T, saved.maxima.T)
+        _ops().gradient(*self._tile(tile, grads.labels), *_vectors(grads), *made, bias, exps, maxima)
+        return made
+
+    def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        k, n = b.shape
+        pair = 1 if b.dtype == torch.float32 else 2
+        _ops().multiply(out, a, _rows_contiguous(b), add, self._buffer("right", n, -(-k // pair) * pair).view(-1))
+
+    def _accumulate(
+        self, state: CppState, tile: Tile, by_token: Tensor | None = None, by_vocab: Tensor | None = None,
+        maxima: Tensor | None = None, total: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        _ops().accumulate(
+            *self._tile(tile, state.labels[tile.rows]), state.fields, tile.rows.start, ",".join(state.outputs),
+            by_token, by_vocab, maxima, total,
+        )  # fmt: skip
+
+    def _tile(self, tile: Tile, labels: Tensor) -> tuple[Any, ...]:
+        """The arguments that say which tile, with the hidden states packed; those of the last rows are held."""
+        if self._packed is None or self._packed[0] != tile.rows:
+            self._packed = None
+            self._packed = (tile.rows, _ops().pack(_rows_contiguous(tile.hidden)))
+        bias = self.call.bias
+        if bias is not None:
+            bias = bias[tile.columns].to(self.call.compute_dtype).float().contiguous()
+        weight = _rows_contiguous(tile.weight)
+        return self._packed[1], weight, bias, labels, tile.columns.start, *_numbers(self.call.transform)
+
+    def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        if name not in self._buffers or self._buffers[name].numel() < rows * columns:
+            self._buffers[name] = torch.empty(rows * columns, dtype=dtype or self.operand)
+        return self._buffers[name][: rows * columns].view(rows, columns)
+
+
+def _numbers(transform: Transform) -> tuple[float, float, float | None]:
+    return transform.temperature, transform.logit_scale, transform.softcap
+
+
+def _vectors(grads: TokenGrads) -> tuple[Tensor | None, ...]:
+    """In the order of the operators."""
+    made = (
+        grads.grad_log_probs, grads.log_probs, grads.maximum, grads.log_sum, grads.entropy, grads.grad_entropy,
+    )  # fmt: skip
+    return tuple(None if t is None else t.contiguous() for t in made)
+
+
+def _rows_contiguous(matrix: Tensor) -> Tensor:
+    return matrix if in_rows(matrix) else matrix.contiguous()
+
+
+def _ops() -> Any:
+    return torch.ops.dpo_kernels_cpp
+
+
+def _loaded() -> bool:
+    return hasattr(torch.ops.dpo_kernels_cpp, "accumulate")
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.backends.mkldnn.enabled is True and _has_dot_products()
+
+
+@functools.cache
+def _has_dot_products() -> bool:
+    """Whether the CPU has bfloat16 dot products, and oneDNN multiplies with them when asked to."""
+    try:
+        if " avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+            return False
+        ones = torch.ones(16, 16, dtype=torch.bfloat16)
+        _ops().multiply(torch.empty(16, 16, dtype=torch.float32), ones, ones, False, ones.new_empty(256))
+    except (OSError, RuntimeError):
+        return False
+    return True

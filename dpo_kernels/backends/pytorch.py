@@ -1,0 +1,332 @@
+"""The back end in plain PyTorch: a few tensor operations a tile. It runs anywhere.
+
+The gradient at the label is -g * expm1(log p), since 1 - p loses every digit where the model is sure.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
+from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
+from dpo_kernels.layout import put_rows, take_rows
+from dpo_kernels.planner import Capabilities, Plan, Sweep
+from dpo_kernels.statistics import (
+    LOG_ZERO,
+    Finished,
+    Scales,
+    SoftmaxState,
+    empty_state,
+    finish,
+    finite,
+    merge_into,
+)
+
+# Logits are read this many bytes at a time, in the accumulation dtype: a block stays in a CPU's L2 cache, and fills an
+# accelerator.
+LOGITS_BLOCK = {"cpu": 4 * MIB}
+LOGITS_BLOCK_ELSEWHERE = 256 * MIB
+
+CAPABILITIES = {
+    "cpu": Capabilities(
+        ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), 12 * MIB,
+        widens=(torch.bfloat16, torch.float16),
+    ),
+    "cuda": Capabilities(
+        ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), 32 * MIB
+    ),
+}  # fmt: skip
+
+
+def _warm_up() -> None:
+    """Calls each vector function once, on one thread.
+
+    MKL's vector functions pick their code on first use, and two threads that do so at once can end up with its
+    low-accuracy one: in 1 of 300 fresh processes the first torch.exp was off by 1.5e-4 (float32, torch 2.13).
+    """
+    for dtype in (torch.float32, torch.float64):
+        torch.ones(1, dtype=dtype).exp_().log_().expm1_().tanh_()
+
+
+_warm_up()
+
+
+class PyTorchBackend:
+    """See `dpo_kernels.backends.base.Backend` for what each method does."""
+
+    name = "torch"
+    devices: tuple[str, ...] = ()  # made for no device in particular
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    cannot_run = unavailable
+
+    def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
+        return False
+
+    def leaves_logits(self, logits: Tensor) -> bool:
+        return False
+
+    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> None:
+        return None
+
+    def capabilities(self, device: torch.device, configuration: None = None) -> Capabilities:
+        return CAPABILITIES.get(device.type, CAPABILITIES["cpu"])
+
+    def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> PyTorchTileOps:
+        return PyTorchTileOps(call, plan, execution)
+
+    def logits_forward(
+        self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = accumulate_dtype(logits.dtype)
+        results = tuple(torch.empty(tokens.count, dtype=wide, device=logits.device) for _ in range(3))
+        for rows in _row_blocks(logits, tokens.count):
+            z = apply_transform(_own(take_rows(logits, tokens.index, rows), wide), transform)
+            labels = tokens.labels[rows]
+            label_logit = take_label(z, labels)
+            maximum = z.amax(1)
+            total = z.sub_(finite(maximum)[:, None]).exp_().sum(1)
+            state = SoftmaxState(maximum, total, label_logit, *(total[:0],) * 4)
+            done = finish(state, labels, logits.shape[-1], ())
+            for result, value in zip(results, (done.stats.log_probs, done.maximum, done.log_sum), strict=True):
+                result[rows] = value
+        return results  # type: ignore[return-value]
+
+    def logits_backward(
+        self,
+        logits: Tensor,
+        tokens: Tokens,
+        transform: Transform,
+        grads: TokenGrads,
+        out: Tensor,
+        configuration: None = None,
+    ) -> None:
+        wide = accumulate_dtype(logits.dtype)
+        for rows in _row_blocks(logits, tokens.count):
+            z = apply_transform(_own(take_rows(logits, tokens.index, rows), wide), transform)
+            derivative = transform.cap_derivative(z)
+            dz = logits_gradient(z, grads.rows(rows), 0, derivative, transform.slope)
+            put_rows(out, tokens.index, rows, dz)
+
+    def out_of_reach(self, maximum: Tensor) -> bool:
+        return False
+
+    def empty_cache(self) -> int:
+        return 0
+
+
+class PyTorchState(NamedTuple):
+    """The state of all tokens, and what it takes to finish it."""
+
+    fields: SoftmaxState
+    labels: Tensor
+    vocab_size: int
+    outputs: tuple[str, ...]
+
+    def finish(self) -> Finished:
+        return finish(self.fields, self.labels, self.vocab_size, self.outputs)
+
+
+class Accumulated(NamedTuple):
+    """exps (n, v): exp(z - maximum) in place of z. maximum (n,): the tile's, made finite. scales: see `statistics`."""
+
+    exps: Tensor
+    maximum: Tensor
+    scales: Scales
+
+
+class PyTorchTileOps:
+    """See `dpo_kernels.backends.base.TileOps` for what each method does."""
+
+    rounds = False
+
+    def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
+        self.call = call
+        self.wide = call.accumulate_dtype
+        self.operand = execution.operand(call.compute_dtype)
+        self.room = plan.tile_tokens * plan.tile_vocab
+        self._buffer: Tensor | None = None
+
+    def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return self.call.hidden.new_empty((rows, columns), dtype=dtype)
+
+    def new_state(self, labels: Tensor) -> PyTorchState:
+        fields = empty_state(len(labels), self.call.outputs, self.wide, labels.device)
+        return PyTorchState(fields, labels, self.call.vocab_size, self.call.outputs)
+
+    def accumulate(self, state: PyTorchState, tile: Tile, saved: SavedTile | None) -> None:
+        z, derivative = self._logits(state, tile)
+        made = self._accumulate(state, tile, z)
+        if saved is not None:
+            saved.maxima.copy_(made.maximum[:, None])
+            saved.exps.copy_(made.exps if derivative is None else made.exps.mul_(derivative))
+
+    def accumulate_jacobian(self, state: PyTorchState, tile: Tile, total: Tensor) -> None:
+        z, derivative = self._logits(state, tile)
+        e, _, scales = self._accumulate(state, tile, z)
+        if total.device.type != "cpu" or bool((scales.first != 1).any()):  # asking would stall an accelerator
+            total.mul_(scales.first[:, None])
+        e.mul_(scales.second[:, None])
+        share = e if derivative is None else e.mul_(derivative)
+        self.multiply(total, share.to(self.operand), tile.weight, add=True)
+
+    def settle_jacobian(self, state: PyTorchState, rows: slice, total: Tensor) -> Finished:
+        return finish(state.fields.rows(rows), state.labels[rows], state.vocab_size, ())
+
+    def logits_gradient(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
+    ) -> LogitsGradient:
+        transform = self.call.transform
+        if saved is not None:
+            dz = self._from_saved(grads, saved, self._tile(*saved.exps.shape), tile.columns.start)
+        else:
+            z = apply_transform(self._product(tile), transform)
+            derivative = transform.cap_derivative(z)
+            dz = logits_gradient(z, grads, tile.columns.start, derivative, transform.slope)
+        if bias is not None:
+            bias += dz.sum(0)
+        dz = dz.to(self.operand)
+        return LogitsGradient(dz, dz.T)
+
+    def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        library_multiply(out, a, b, add)
+
+    def _tile(self, n: int, v: int) -> Tensor:
+        if self._buffer is None:
+            self._buffer = torch.empty(self.room, dtype=self.wide, device=self.call.hidden.device)
+        return self._buffer[: n * v].view(n, v)
+
+    def _product(self, tile: Tile) -> Tensor:
+        """a = h W^T + b of one tile, in the accumulation dtype."""
+        product = self._tile(len(tile.hidden), len(tile.weight))
+        self.multiply(product, tile.hidden, tile.weight.T, add=False)
+        if self.call.bias is not None:
+            product += self.call.bias[tile.columns].to(self.call.compute_dtype)
+        return product
+
+    def _logits(self, state: PyTorchState, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        """Logits of the tile and the cap's derivative; takes the label's logit out (-inf stays)."""
+        fields, rows = state.fields, tile.rows
+        z = apply_transform(self._product(tile), self.call.transform)
+        derivative = self.call.transform.cap_derivative(z)
+        if "mean_logits" in state.outputs:
+            fields.logits[rows] += z.sum(1)
+        logit = take_label(z, state.labels[rows] - tile.columns.start)
+        fields.label_logit[rows] = torch.where(logit.isnan(), fields.label_logit[rows], logit)
+        return z, derivative
+
+    def _accumulate(self, state: PyTorchState, tile: Tile, z: Tensor) -> Accumulated:
+        """Merges logits z (n, v), the label's being -inf. They are taken relative to the tile's own maximum in every
+        mode, so that all modes give the same log-prob to the last bit."""
+        outputs, none = state.outputs, z.new_empty(0)
+        argmax, shifted, squares = none, none, none
+        if "is_top1" in outputs:
+            maximum, at = z.max(1)
+            argmax = at + tile.columns.start
+        else:
+            maximum = z.amax(1)
+        base = finite(maximum)
+        below = z.sub_(base[:, None])
+        if "entropy" in outputs:
+            exps = below.exp()
+            shifted = _row_dot(exps, below.clamp_(min=LOG_ZERO))
+        else:
+            exps = below.exp_()
+        if "log_sum_sq_probs" in outputs:
+            squares = _row_dot(exps, exps)
+        part = SoftmaxState(maximum, exps.sum(1), none, shifted, squares, none, argmax)
+        scales = merge_into(state.fields.rows(tile.rows), part, base, outputs)
+        return Accumulated(exps, base, scales)
+
+    def _from_saved(self, grads: TokenGrads, saved: SavedTile, out: Tensor, first: int) -> Tensor:
+        transform = self.call.transform
+        base = saved.maxima.squeeze(1)
+        factor = (base - grads.maximum).sub_(grads.log_sum).exp_() * grads.grad_log_probs * -transform.slope
+        out.copy_(saved.exps).mul_(factor[:, None])
+        at_label = torch.expm1(grads.log_probs) * grads.grad_log_probs * -transform.slope
+        if transform.softcap is not None:
+            label_logit = grads.log_probs + grads.log_sum + grads.maximum
+            at_label *= 1 - (label_logit * (transform.temperature / transform.softcap)).square()
+        _put_label(out, grads.labels - first, at_label)
+        return out
+
+
+def apply_transform(product: Tensor, transform: Transform) -> Tensor:
+    """z from a, in place."""
+    if transform.softcap is None:
+        return product.mul_(transform.slope) if transform.slope != 1 else product
+    product.mul_(transform.logit_scale / transform.softcap).tanh_()
+    return product.mul_(transform.softcap / transform.temperature)
+
+
+def library_multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """`TileOps.multiply` by the library's product: cuBLAS and its like write a sum wider than the operands."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=float(add))
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def take_label(z: Tensor, local: Tensor) -> Tensor:
+    """z[i, local[i]] (n,), NaN where that is no column; puts -inf in its place."""
+    inside = ((local >= 0) & (local < z.shape[1]))[:, None]
+    at = local.clamp(0, z.shape[1] - 1)[:, None]
+    found = z.gather(1, at)
+    z.scatter_(1, at, torch.where(inside, -torch.inf, found))
+    return torch.where(inside, found, torch.nan).squeeze(1)
+
+
+def logits_gradient(
+    z: Tensor,  # (n, v), overwritten
+    grads: TokenGrads,
+    first: int,
+    derivative: Tensor | None,  # (n, v)
+    slope: float,
+) -> Tensor:
+    """d loss / d a from logits z: -p [g + gH (log p + H)] off the label, through the transform."""
+    shifted = z.sub_(grads.maximum[:, None])
+    g = grads.grad_log_probs
+    at_label = -g * torch.expm1(grads.log_probs)
+    if grads.grad_entropy is None or grads.entropy is None:
+        dz = shifted.exp_().mul_((-g * torch.exp(-grads.log_sum))[:, None])
+    else:
+        g_entropy, entropy = grads.grad_entropy, grads.entropy
+        log_p = shifted.sub_(grads.log_sum[:, None])
+        p = log_p.exp()
+        dz = log_p.clamp_(min=LOG_ZERO).add_(entropy[:, None]).mul_(g_entropy[:, None]).add_(g[:, None])
+        dz.mul_(p).neg_()
+        at_label -= g_entropy * grads.log_probs.exp() * (grads.log_probs.clamp(min=LOG_ZERO) + entropy)
+    _put_label(dz, grads.labels - first, at_label)
+    if derivative is not None:
+        dz.mul_(derivative)
+    return dz if slope == 1 else dz.mul_(slope)
+
+
+def _own(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in the given dtype that may be overwritten."""
+    return rows.to(dtype, copy=True)
+
+
+def _row_blocks(logits: Tensor, tokens: int) -> list[slice]:
+    block = LOGITS_BLOCK.get(logits.device.type, LOGITS_BLOCK_ELSEWHERE)
+    step = max(1, block // (logits.shape[-1] * accumulate_dtype(logits.dtype).itemsize))
+    return [slice(i, min(i + step, tokens)) for i in range(0, tokens, step)]
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each row, without a temporary of their size."""
+    return torch.bmm(a[:, None], b[:, :, None]).view(-1)
+
+
+def _put_label(tile: Tensor, local: Tensor, values: Tensor) -> None:
+    """tile[i, local[i]] = values[i] wherever local[i] is a column of the tile."""
+    inside = (local >= 0) & (local < tile.shape[1])
+    at = local.clamp(0, tile.shape[1] - 1)[:, None]
+    tile.scatter_(1, at, torch.where(inside[:, None], values[:, None], tile.gather(1, at)))

@@ -1,0 +1,417 @@
+"""The back end for GPUs, NVIDIA's and AMD's: the Triton kernels of `dpo_kernels.kernels`.
+
+Two strategies (`kernels.configs`): in "fused" the kernel that makes a block of logits accumulates it; in "tiles" cuBLAS
+makes a tile of logits in float32 and a kernel accumulates it. On a CPU the same kernels run in Triton's interpreter, to
+be tested: TRITON_INTERPRET=1 must be set before the first import of triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import overrides
+from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
+from dpo_kernels.backends.pytorch import library_multiply
+from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
+from dpo_kernels.kernels import configs, launch
+from dpo_kernels.kernels.configs import KernelConfig
+from dpo_kernels.layout import as_matrix
+from dpo_kernels.planner import Capabilities, Plan, Sweep, aligned
+from dpo_kernels.statistics import Finished, SoftmaxState, finish, finite
+
+# The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
+SHARE_TOLERANCE = 8.0
+LARGEST_VOCABULARY = 2**24  # argmax is held in float32
+MERGE_BLOCK = 128
+
+# Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
+# tile of 8192 x 8192 spends on going through memory (benchmarks/predict.py; waits for a measurement).
+_TILES = (
+    (8192, 8192), (8192, 4096), (4096, 4096), (2048, 2048), (1024, 1024), (512, 512), (256, 256), (128, 256),
+)  # fmt: skip
+_ON_GPUS = Capabilities(
+    _TILES, 48 * MIB, one_pass=True, no_temporaries=True, rounds=True, maxima_columns=64, saved_multiple=128
+)
+CAPABILITIES = {
+    "cuda": _ON_GPUS,
+    "hip": _ON_GPUS,
+    "interpreted": Capabilities(
+        ((256, 512), (128, 256), (64, 128), (64, 64)), 12 * MIB, widens=(torch.bfloat16, torch.float16),
+        one_pass=True, no_temporaries=True, maxima_columns=32, saved_multiple=64,
+    ),
+}  # fmt: skip
+
+
+class TritonBackend:
+    """See `dpo_kernels.backends.base.Backend` for what each method does."""
+
+    name = "triton"
+    devices: tuple[str, ...] = ("cuda",)  # ROCm's devices have this name too
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None if overrides.current().arch is not None else launch.unavailable(device)
+
+    cannot_run = unavailable  # nothing is built ahead, so there is nothing more to know
+
+    def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
+        return weight.shape[0] >= LARGEST_VOCABULARY
+
+    def leaves_logits(self, logits: Tensor) -> bool:
+        return as_matrix(logits) is None or logits.shape[-1] >= LARGEST_VOCABULARY
+
+    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> KernelConfig:
+        changes = overrides.current()
+        arch = changes.arch or launch.arch_of(device)
+        operand = torch.float32 if compute_dtype in CAPABILITIES[arch.kind].widens else compute_dtype
+        return configs.resolve(arch, features, operand, options, changes.kernels)
+
+    def capabilities(self, device: torch.device, configuration: KernelConfig) -> Capabilities:
+        """cuBLAS may sum a row in another order in a tile of another height: there saved tokens are whole tiles."""
+        known = CAPABILITIES[configuration.arch.kind]
+        return known if configuration.strategy == "fused" else replace(known, one_pass=False, saved_multiple=None)
+
+    def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> TritonTileOps:
+        fused = execution.configuration.strategy == "fused"
+        return (FusedTileOps if fused else CublasTileOps)(call, plan, execution)
+
+    def logits_forward(
+        self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: KernelConfig
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        matrix = as_matrix(logits)
+        assert matrix is not None
+        vocab_size = matrix.shape[1]
+        state = TritonState(tokens.labels, vocab_size, ())
+        if tokens.count:
+            block = configuration.rows
+            split = configuration.split(block, tokens.count, vocab_size, vocab_size)
+            rows = slice(0, tokens.count)
+            _accumulate_rows(state, rows, matrix, tokens.index, tokens.labels, None, transform, 0, split, configuration)
+        done = state.finish()
+        return done.stats.log_probs, done.maximum, done.log_sum
+
+    def logits_backward(
+        self,
+        logits: Tensor,
+        tokens: Tokens,
+        transform: Transform,
+        grads: TokenGrads,
+        out: Tensor,
+        configuration: KernelConfig,
+    ) -> None:
+        matrix, to = as_matrix(logits), as_matrix(out)
+        assert matrix is not None
+        assert to is not None
+        _gradient(matrix, tokens.index, to, None, grads, transform, 0, configuration)
+
+    def out_of_reach(self, maximum: Tensor) -> bool:
+        return False
+
+    def empty_cache(self) -> int:
+        return 0
+
+
+class TritonState:
+    """The state of M tokens as kernels/softmax_state.py holds it, (FIELDS, M) float32.
+
+    share_base (M,): what the shares of a frozen head's sum are relative to.
+    """
+
+    def __init__(self, labels: Tensor, vocab_size: int, outputs: tuple[str, ...]) -> None:
+        self.labels, self.vocab_size, self.outputs = labels, vocab_size, outputs
+        shape = (len(SoftmaxState._fields), len(labels))
+        self.tensor = torch.zeros(shape, dtype=torch.float32, device=labels.device)
+        self.fields = SoftmaxState(*self.tensor)
+        self.fields.maximum.fill_(-torch.inf)
+        self.fields.label_logit.fill_(torch.nan)  # stays NaN where the label is not in the vocabulary
+        self._share_base: Tensor | None = None
+
+    def share_base(self, rows: slice) -> Tensor:
+        if self._share_base is None:
+            self._share_base = torch.full_like(self.fields.maximum, torch.finfo(torch.float32).min)
+        return self._share_base[rows]
+
+    def finish(self) -> Finished:
+        return finish(self.fields, self.labels, self.vocab_size, self.outputs)
+
+    def finish_rows(self, rows: slice) -> Finished:
+        return finish(self.fields.rows(rows), self.labels[rows], self.vocab_size, ())
+
+
+class TritonTileOps:
+    """What both strategies share; see `dpo_kernels.backends.base.TileOps` for what each method does."""
+
+    def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
+        self.call, self.plan = call, plan
+        self.config: KernelConfig = execution.configuration
+        self.rounds = execution.capabilities.rounds
+        self.operand = execution.operand(call.compute_dtype)
+        self._held: dict[str, Tensor] = {}
+
+    def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return self.call.hidden.new_empty((rows, columns), dtype=dtype)
+
+    def new_state(self, labels: Tensor) -> TritonState:
+        return TritonState(labels, self.call.vocab_size, self.call.outputs)
+
+    def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
+        raise NotImplementedError
+
+    def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
+        raise NotImplementedError
+
+    def settle_jacobian(self, state: TritonState, rows: slice, total: Tensor) -> Finished:
+        total.mul_((state.share_base(rows) - finite(state.fields.maximum[rows])).exp_()[:, None])
+        return state.finish_rows(rows)
+
+    def logits_gradient(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
+    ) -> LogitsGradient:
+        dz = self._recompute(grads, tile) if saved is None else self._from_saved(grads, saved, tile)
+        if bias is not None:
+            bias += dz.sum(0, dtype=bias.dtype)
+        return LogitsGradient(dz, dz.T)
+
+    def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        library_multiply(out, a, b, add)
+
+    def _recompute(self, grads: TokenGrads, tile: Tile) -> Tensor:
+        """d loss / d a (n, v) from logits that are made again."""
+        raise NotImplementedError
+
+    def _maxima_columns(self) -> int:
+        """How many vocabulary entries share a block maximum: as many as forward takes at once."""
+        raise NotImplementedError
+
+    def _maxima(self) -> dict[str, int]:
+        """SLOTS: how many of the plan's slots for block maxima that is."""
+        columns = self._maxima_columns()
+        return {"MAXIMA_COLUMNS": columns, "SLOTS": columns // self.plan.maxima_columns}
+
+    def _scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype, shared: int = 1) -> Tensor:
+        """A buffer (rows, columns) whose rows start aligned, from the first as large as a tile's (of every shared-th
+        column)."""
+        if name not in self._held:
+            room = self.plan.tile_tokens * aligned(-(-self.plan.tile_vocab // shared))
+            self._held[name] = torch.empty(room, dtype=dtype, device=self.call.hidden.device)
+        return self._held[name][: rows * aligned(columns)].view(rows, aligned(columns))[:, :columns]
+
+    def _dz(self, n: int, v: int) -> Tensor:
+        """The left operand of the products that follow: the tile of logits itself, where it has that dtype."""
+        return self._scratch("product" if self.operand == torch.float32 else "dz", n, v, self.operand)
+
+    def _bias(self, tile: Tile) -> Tensor | None:
+        return None if self.call.bias is None else self.call.bias[tile.columns].to(self.call.compute_dtype)
+
+    def _from_saved(self, grads: TokenGrads, saved: SavedTile, tile: Tile) -> Tensor:
+        n, v = saved.exps.shape
+        block, out = self.config.rows, self._dz(n, v)
+        vectors = launch.vectors(grads)
+        for unused in ("entropies", "grad_entropies"):
+            del vectors[unused]
+        launch.run(
+            "logits", "saved_kernel", -(-n // block.block_m) * -(-v // block.block_n), block.warps,
+            exps=saved.exps, block_maxima=saved.maxima, out=out, out_stride=out.stride(0), **vectors, n=n, V=v,
+            first=tile.columns.start, stride=saved.exps.stride(0), maxima_stride=saved.maxima.stride(0),
+            slope=self.call.transform.slope, CAPPED=self.call.transform.softcap is not None, **self._maxima(),
+            BLOCK_M=block.block_m, BLOCK_N=block.block_n,
+        )  # fmt: skip
+        return out
+
+
+class FusedTileOps(TritonTileOps):
+    """The kernel that makes a block of logits accumulates it."""
+
+    def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
+        arguments, product = self._product_arguments(tile)
+        n, v = len(tile.hidden), len(tile.weight)
+        split = self.config.split(product, self.plan.tokens, self.plan.vocab_size, self.plan.tile_vocab)
+        splits = -(-v // split)
+        partials = state.tensor.new_empty((splits, len(state.tensor), n))
+        labels = state.labels[tile.rows]
+        exps, maxima = (partials, partials) if saved is None else saved
+        exps_stride = exps.stride(0)
+        if saved is not None and arguments["DESCRIPTORS"]:
+            exps = launch.descriptor(exps, product.block_m, product.block_n)
+        launch.run(
+            "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
+            labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split, exps_stride=exps_stride,
+            maxima_stride=maxima.stride(0), OUTPUTS=launch.bits(state.outputs), SAVE=saved is not None,
+            WIDE=saved is not None and saved.exps.dtype == torch.float32,
+            MAXIMA_COLUMNS=self.plan.maxima_columns, **arguments,
+        )  # fmt: skip
+        _merge(state, tile.rows, partials, labels, split, tile.columns.start, v)
+
+    def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
+        n, v, shared = len(tile.hidden), len(tile.weight), self.plan.maxima_columns
+        share, maxima = self._dz(n, v), self._scratch("maxima", n, -(-v // shared), torch.float32, shared)
+        self.accumulate(state, tile, SavedTile(share, maxima))
+        block = self.config.rows
+        launch.run(
+            "logits", "rebase_kernel", -(-n // block.block_m), block.warps,
+            exps=share, block_maxima=maxima, labels=state.labels[tile.rows], first=tile.columns.start,
+            share_base=state.share_base(tile.rows), total=total, n=n, V=v, D=total.shape[1], stride=share.stride(0),
+            maxima_stride=maxima.stride(0), slots=-(-v // self._maxima_columns()), total_stride=total.stride(0),
+            tolerance=SHARE_TOLERANCE, **self._maxima(), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
+        )  # fmt: skip
+        self.multiply(total, share, tile.weight, add=True)
+
+    def _recompute(self, grads: TokenGrads, tile: Tile) -> Tensor:
+        arguments, product = self._product_arguments(tile)
+        n, v = len(tile.hidden), len(tile.weight)
+        out = self._dz(n, v)
+        launch.run(
+            "fused", "recompute_kernel", -(-n // product.block_m) * -(-v // product.block_n), product.warps,
+            product.stages,
+            out=launch.descriptor(out, product.block_m, product.block_n) if arguments["DESCRIPTORS"] else out,
+            **launch.vectors(grads), out_stride=out.stride(0), slope=self.call.transform.slope,
+            OUTPUTS=launch.gradient_bits(grads), **arguments,
+        )  # fmt: skip
+        return out
+
+    def _maxima_columns(self) -> int:
+        return self.config.product.block_n
+
+    def _product_arguments(self, tile: Tile) -> tuple[dict[str, Any], configs.ProductBlocks]:
+        """What forward_kernel and recompute_kernel both take: operands, sizes, transform and blocks."""
+        hidden, weight, product = tile.hidden, tile.weight, self.config.product
+        if not (launch.describable(hidden) and launch.describable(weight)):
+            product = product._replace(descriptors=False)
+        bias = self._bias(tile)
+        arguments = {
+            "hidden": launch.descriptor(hidden, product.block_m, product.block_k) if product.descriptors else hidden,
+            "weight": launch.descriptor(weight, product.block_n, product.block_k) if product.descriptors else weight,
+            "bias": hidden if bias is None else bias,
+            "n": len(hidden), "V": len(weight), "D": hidden.shape[1], "first": tile.columns.start,
+            "hidden_stride": hidden.stride(0), "hidden_step": hidden.stride(1),
+            "weight_stride": weight.stride(0), "weight_step": weight.stride(1),
+            **launch.transform_arguments(self.call.transform),
+            "BIASED": bias is not None, "DESCRIPTORS": product.descriptors,
+            "WIDEN": self.config.arch.kind == "interpreted",
+            "PRECISION": product.precision, "EVEN": hidden.shape[1] % product.block_k == 0,
+            "BLOCK_M": product.block_m, "BLOCK_N": product.block_n, "BLOCK_K": product.block_k, "GROUP": product.group,
+        }  # fmt: skip
+        return arguments, product
+
+
+class CublasTileOps(TritonTileOps):
+    """cuBLAS makes a tile of products in float32, a kernel accumulates it."""
+
+    def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
+        product = self._multiplied(tile)
+        maximum = self._accumulate(state, tile, product)
+        if saved is not None:
+            self._exps(state, tile, product, maximum, saved.exps, saved.maxima, None)
+
+    def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
+        product = self._multiplied(tile)
+        maximum = self._accumulate(state, tile, product)
+        share = self._dz(*product.shape)
+        self._exps(state, tile, product, maximum, share, None, total)
+        self.multiply(total, share, tile.weight, add=True)
+
+    def _recompute(self, grads: TokenGrads, tile: Tile) -> Tensor:
+        product = self._multiplied(tile)
+        dz = self._dz(*product.shape)
+        transform, first = self.call.transform, tile.columns.start
+        _gradient(product, None, dz, self._bias(tile), grads, transform, first, self.config)
+        return dz
+
+    def _maxima_columns(self) -> int:
+        return self.plan.maxima_columns
+
+    def _multiplied(self, tile: Tile) -> Tensor:
+        """h W^T of a tile in float32; the kernels add the bias."""
+        product = self._scratch("product", len(tile.hidden), len(tile.weight), torch.float32)
+        self.multiply(product, tile.hidden, tile.weight.T, add=False)
+        return product
+
+    def _accumulate(self, state: TritonState, tile: Tile, product: Tensor) -> Tensor:
+        """Returns the rows' maxima (n,) in this tile."""
+        labels, first = state.labels[tile.rows], tile.columns.start
+        return _accumulate_rows(
+            state, tile.rows, product, None, labels, self._bias(tile), self.call.transform, first, product.shape[1],
+            self.config,
+        )  # fmt: skip
+
+    def _exps(
+        self, state: TritonState, tile: Tile, product: Tensor, maximum: Tensor, exps: Tensor, maxima: Tensor | None,
+        total: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Writes a tile's exponentials: to be saved with their block maxima, or as the share added to total."""
+        (n, v), block, bias, saved = product.shape, self.config.rows, self._bias(tile), maxima is not None
+        maxima, total = exps if maxima is None else maxima, exps if total is None else total
+        launch.run(
+            "logits", "exps_kernel", -(-n // block.block_m), block.warps,
+            a=product, labels=state.labels[tile.rows], bias=product if bias is None else bias, maxima=maximum,
+            exps=exps, block_maxima=maxima, share_base=maximum if saved else state.share_base(tile.rows), total=total,
+            n=n, V=v, D=total.shape[1], first=tile.columns.start, stride=product.stride(0), exps_stride=exps.stride(0),
+            maxima_stride=maxima.stride(0), slots=maxima.shape[1], total_stride=total.stride(0),
+            tolerance=SHARE_TOLERANCE, **launch.transform_arguments(self.call.transform), SAVED=saved,
+            BIASED=bias is not None, BLOCK_M=block.block_m, BLOCK_N=block.block_n,
+        )  # fmt: skip
+
+
+def _accumulate_rows(
+    state: TritonState,
+    rows: slice,
+    matrix: Tensor,
+    index: Tensor | None,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    first: int,
+    split: int,
+    config: KernelConfig,
+) -> Tensor:
+    """Merges products or logits (n, v), or rows `index`, into the state; the maxima (n,) of the first split."""
+    n, v, block = len(labels), matrix.shape[1], config.rows
+    splits = -(-v // split)
+    partials = state.tensor.new_empty((splits, len(state.tensor), n))
+    launch.run(
+        "logits", "accumulate_kernel", -(-n // block.block_m) * splits, block.warps,
+        a=matrix, index=labels if index is None else index, labels=labels, bias=matrix if bias is None else bias,
+        partials=partials, n=n, V=v, first=first, split=split, stride=matrix.stride(0),
+        **launch.transform_arguments(transform), INDEXED=index is not None, BIASED=bias is not None,
+        OUTPUTS=launch.bits(state.outputs), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
+    )  # fmt: skip
+    _merge(state, rows, partials, labels, split, first, v)
+    return partials[0, 0]
+
+
+def _merge(
+    state: TritonState, rows: slice, partials: Tensor, labels: Tensor, split: int, first: int, width: int
+) -> None:
+    n = len(labels)
+    launch.run(
+        "softmax_state", "merge_kernel", -(-n // MERGE_BLOCK), 4,
+        partials=partials, states=state.tensor, labels=labels, n=n, M=state.tensor.shape[1], row=rows.start,
+        splits=len(partials), split=split, first=first, width=width, OUTPUTS=launch.bits(state.outputs),
+        BLOCK_M=MERGE_BLOCK,
+    )  # fmt: skip
+
+
+def _gradient(
+    matrix: Tensor,
+    index: Tensor | None,
+    out: Tensor,
+    bias: Tensor | None,
+    grads: TokenGrads,
+    transform: Transform,
+    first: int,
+    config: KernelConfig,
+) -> None:
+    """d loss / d a of a matrix of products or logits, (n, v) or its rows `index`, into out, which may be the matrix."""
+    n, v, block = len(grads.labels), matrix.shape[1], config.rows
+    if n == 0:
+        return
+    launch.run(
+        "logits", "gradient_kernel", -(-n // block.block_m) * -(-v // block.block_n), block.warps,
+        a=matrix, index=grads.labels if index is None else index, out=out, bias=matrix if bias is None else bias,
+        **launch.vectors(grads), n=n, V=v, first=first, stride=matrix.stride(0), out_stride=out.stride(0),
+        **launch.transform_arguments(transform), slope=transform.slope, INDEXED=index is not None,
+        BIASED=bias is not None, OUTPUTS=launch.gradient_bits(grads), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
+    )  # fmt: skip

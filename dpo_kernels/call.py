@@ -1,0 +1,240 @@
+"""What one call computes: its tensors, its options, and the tokens whose label counts.
+
+Options travel through the package as one frozen object, never as loose flags. An operator of torch.library takes
+tensors, numbers and strings only: `Options.encode` and `Options.decode` are the two sides of that door.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """z = cap(logit_scale * a) / temperature of a product a = h W^T + b; cap(u) = softcap * tanh(u / softcap)."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def slope(self) -> float:
+        """dz/da without the cap's own derivative, which is 1 - (z * temperature / softcap)^2."""
+        return self.logit_scale / self.temperature
+
+    def cap_derivative(self, z: Tensor) -> Tensor | None:
+        """1 - tanh^2(u / softcap) from z, a new tensor; None without a cap."""
+        if self.softcap is None:
+            return None
+        return (z * (self.temperature / self.softcap)).square_().neg_().add_(1)
+
+
+@dataclass(frozen=True)
+class Grads:
+    """Which inputs want a gradient."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in ("hidden", "weight", "bias") if getattr(self, name))
+
+    @staticmethod
+    def of(names: Sequence[str]) -> Grads:
+        return Grads("hidden" in names, "weight" in names, "bias" in names)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a call is told beside its tensors. All of it was checked (`dpo_kernels.checks`).
+
+    ignore_index: None where every label counts.
+    compute_dtype: what the operands of every product are rounded to (autocast's dtype, else the inputs' own);
+        products, statistics and sums are float32, or float64 for float64.
+    """
+
+    ignore_index: int | None = -100
+    transform: Transform = Transform()
+    outputs: tuple[str, ...] = ()
+    grads: Grads = Grads()
+    compute_dtype: torch.dtype = torch.float32
+    memory_budget: int | None = None
+    impl: str | None = None
+    inplace_backward: bool = False
+
+    def encode(self) -> tuple[list[float], list[int], str]:
+        """As the last three arguments of an operator. Numbers stay numbers: torch.compile can keep them symbolic."""
+        t = self.transform
+        numbers = [t.temperature, t.logit_scale] + ([] if t.softcap is None else [t.softcap])
+        limits, given = [], []
+        if self.ignore_index is not None:
+            limits.append(self.ignore_index)
+            given.append("ignore_index")
+        if self.memory_budget is not None:
+            limits.append(self.memory_budget)
+            given.append("memory_budget")
+        flags = "inplace_backward" if self.inplace_backward else ""
+        parts = (
+            ",".join(self.outputs), ",".join(self.grads.names), DTYPE_NAMES[self.compute_dtype], self.impl or "",
+            flags, ",".join(given),
+        )  # fmt: skip
+        return numbers, limits, ";".join(parts)
+
+    @staticmethod
+    def decode(numbers: Sequence[float], limits: Sequence[int], spec: str) -> Options:
+        known, given = _decode(spec)
+        of_limits = dict(zip(given, limits, strict=True))
+        return replace(
+            known, transform=Transform(*numbers), ignore_index=of_limits.get("ignore_index"),
+            memory_budget=of_limits.get("memory_budget"),
+        )  # fmt: skip
+
+
+@functools.cache
+def _decode(spec: str) -> tuple[Options, tuple[str, ...]]:
+    outputs, grads, compute_dtype, impl, flags, given = (part.split(",") if part else [] for part in spec.split(";"))
+    options = Options(
+        outputs=tuple(outputs), grads=Grads.of(grads), compute_dtype=DTYPES[compute_dtype[0]],
+        impl=impl[0] if impl else None, inplace_backward=bool(flags),
+    )  # fmt: skip
+    return options, tuple(given)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The M tokens whose label counts, of labels of any shape.
+
+    labels: (M,) int64. index: (M,) their flat positions; None where all count.
+    masked: sizes may not depend on data (a CUDA graph is captured). All tokens take part, ignored ones with a stand-in
+        label, and their results and gradients are set to 0.
+    """
+
+    labels: Tensor
+    index: Tensor | None
+    masked: bool = False
+
+    @staticmethod
+    def of(labels: Tensor, ignore_index: int | None) -> Tokens:
+        """Finds them. On a GPU this is the one point of a call at which the host waits for the device; it does not
+        where `ignore_index` is None."""
+        if ignore_index is None:
+            return Tokens(labels.reshape(-1).long().contiguous(), None)
+        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+            return Tokens.all_masked(labels, ignore_index)
+        index = (flat_labels(labels) != ignore_index).nonzero().squeeze(1)
+        every = len(index) == labels.numel()
+        return Tokens.found(labels, None if every else index)
+
+    @staticmethod
+    def all_masked(labels: Tensor, ignore_index: int | None) -> Tokens:
+        return Tokens(labels.masked_fill(ignored(labels, ignore_index), 0).reshape(-1).long(), None, masked=True)
+
+    @staticmethod
+    def found(labels: Tensor, index: Tensor | None) -> Tokens:
+        """Those at `index`, which `of` found before."""
+        flat = labels.reshape(-1)
+        return Tokens((flat if index is None else flat.index_select(0, index)).long().contiguous(), index)
+
+    @property
+    def count(self) -> int:
+        return len(self.labels)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Values of the labels' shape -> (M,)."""
+        flat = values.reshape(-1)
+        return flat.contiguous() if self.index is None else flat.index_select(0, self.index)
+
+    def spread(self, values: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+        """Values (M,) -> the labels' shape, 0 elsewhere."""
+        out = values.new_zeros(labels.shape)  # no view of anything: FSDP hangs hooks on what a module returns
+        if self.index is None:
+            out.view(-1).copy_(values)
+            if self.masked:
+                out.masked_fill_(ignored(labels, ignore_index), 0)
+        else:
+            out.view(-1).index_copy_(0, self.index, values)
+        return out
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call. hidden (..., D), weight (V, D), bias (V,) or None; any strides."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tokens: Tokens
+    labels: int  # how many there are, with those that are ignored
+    options: Options
+
+    @property
+    def transform(self) -> Transform:
+        return self.options.transform
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.options.outputs
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.options.compute_dtype
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return accumulate_dtype(self.hidden.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+
+class TokenGrads(NamedTuple):
+    """What backward knows of each token that counts, (M,) each: the incoming gradients and the forward's results."""
+
+    labels: Tensor
+    log_probs: Tensor
+    maximum: Tensor
+    log_sum: Tensor
+    grad_log_probs: Tensor
+    entropy: Tensor | None = None
+    grad_entropy: Tensor | None = None
+
+    def rows(self, rows: slice) -> TokenGrads:
+        return TokenGrads(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
+
+def ignored(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """Which labels do not count; of the labels' shape."""
+    return torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+
+
+def flat_labels(labels: Tensor) -> Tensor:
+    """Labels in one dimension, of a dtype in which any vocabulary and ignore_index can be compared with them."""
+    narrow = labels.dtype in (torch.uint8, torch.int8, torch.int16)
+    return labels.reshape(-1).to(torch.int32) if narrow else labels.reshape(-1)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else: the dtype of logits, statistics and gradient sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a matrix product computes in: autocast's where it is on, which leaves float64 alone."""
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype

@@ -1,0 +1,168 @@
+"""Decides once, in forward, what a call becomes: which back end, with what configuration and plan, on which tokens.
+
+The decision is an `Execution`. Backward gets the same one: the two directions never choose apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import driver, overrides
+from dpo_kernels.backends.base import Backend, Execution, Saved
+from dpo_kernels.backends.cpp import CppBackend
+from dpo_kernels.backends.pytorch import PyTorchBackend
+from dpo_kernels.backends.triton import TritonBackend
+from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens
+from dpo_kernels.planner import Capabilities, plan
+
+FALLBACK = "torch"
+# Fastest first. A new back end is a file in backends/ and a name here.
+BACKENDS: dict[str, Backend] = {
+    TritonBackend.name: TritonBackend(),
+    CppBackend.name: CppBackend(),
+    PyTorchBackend.name: PyTorchBackend(),
+}
+NAMES = tuple(BACKENDS)
+
+
+def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Name of each implementation -> None if it can run on `device`, else the reason why not.
+
+    Nothing is built: "cpp" can run where it is built already, or where a compiler and ninja are there to build it.
+    """
+    device = torch.device(device)
+    return {name: backend.unavailable(device) for name, backend in BACKENDS.items()}
+
+
+def empty_cache() -> int:
+    """Gives the memory that waits for its next use back to the system, and returns its bytes.
+
+    On CPUs the "cpp" implementation lets large buffers (what forward keeps for backward, and gradients that nobody
+    holds any more) wait for the next call, one of each kind: fresh memory costs page faults. The system may take what
+    waits whenever it needs memory, so no budget counts it. On GPUs PyTorch's allocator does the like; see
+    `torch.cuda.empty_cache`.
+    """
+    return sum(backend.empty_cache() for backend in BACKENDS.values())
+
+
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The back end asked for, or the fastest that can run; "torch" for float64, which no other computes.
+
+    Where the fastest made for this kind of device cannot run, another takes over, and a warning says once what would
+    make it fast.
+
+    Raises:
+        ValueError: no back end has that name.
+        RuntimeError: it cannot run on this device; says why.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"impl is {name!r}; expected None or one of {NAMES}")
+    if dtype == torch.float64:
+        return BACKENDS[FALLBACK]
+    if name is not None:
+        reason = BACKENDS[name].cannot_run(device)
+        if reason is not None:
+            raise RuntimeError(f"impl {name!r} cannot run on {device}: {reason}")
+        return BACKENDS[name]
+    asked = overrides.current().backends
+    made_for_it = [name for name, backend in BACKENDS.items() if device.type in backend.devices]
+    for candidate in made_for_it if asked is None else asked:
+        reason = BACKENDS[candidate].cannot_run(device)
+        if reason is None:
+            return BACKENDS[candidate]
+        _warn(reason)
+    return BACKENDS[FALLBACK]
+
+
+def capabilities(backend: Backend, device: torch.device, configuration: object) -> Capabilities:
+    return replace(backend.capabilities(device, configuration), **overrides.current().capabilities)
+
+
+def forward(call: Call) -> tuple[Execution, Saved]:
+    """Resolves a call and runs it."""
+    chosen = choose(call.options.impl, call.hidden.device, call.hidden.dtype)
+    if chosen.leaves_hidden(call.hidden, call.weight):
+        chosen = BACKENDS[FALLBACK]
+    execution, saved = _run(chosen, call)
+    if chosen.out_of_reach(saved.maximum):
+        del saved
+        chosen.empty_cache()
+        execution, saved = _run(BACKENDS[FALLBACK], call)
+    return execution, saved
+
+
+def _run(backend: Backend, call: Call) -> tuple[Execution, Saved]:
+    hidden, options = call.hidden, call.options
+    plain = not (call.bias is not None or options.transform.softcap is not None or options.outputs)
+    configuration = backend.configure(hidden.device, hidden.shape[-1], options.compute_dtype, not plain)
+    capable = capabilities(backend, hidden.device, configuration)
+    made = plan(
+        call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, grads=options.grads.names,
+        outputs=options.outputs, softcap=options.transform.softcap, compute_dtype=options.compute_dtype,
+        memory_budget=options.memory_budget, capabilities=capable, labels=call.labels,
+    )  # fmt: skip
+    execution = Execution(backend.name, capable, configuration, made, call.tokens.index is None, call.tokens.masked)
+    with _as_decided(hidden):
+        return execution, driver.forward(call, made, backend.tile_ops(call, made, execution))
+
+
+def backward(call: Call, wanted: Grads, execution: Execution, grads: TokenGrads, saved: Saved) -> driver.InputGrads:
+    """wanted: the gradients wanted now, some of those that forward planned for."""
+    assert execution.plan is not None
+    ops = BACKENDS[execution.backend].tile_ops(call, execution.plan, execution)
+    with _as_decided(call.hidden):
+        return driver.backward(call, wanted, execution.plan, ops, grads, saved)
+
+
+def logits_forward(logits: Tensor, tokens: Tokens, options: Options) -> tuple[Execution, tuple[Tensor, Tensor, Tensor]]:
+    """As `forward`, from logits: log-probs, max z and log sum exp(z - max z), (M,) each."""
+    chosen = choose(options.impl, logits.device, logits.dtype)
+    if chosen.leaves_logits(logits):
+        chosen = BACKENDS[FALLBACK]
+    execution, made = _run_logits(chosen, logits, tokens, options)
+    if chosen.out_of_reach(made[1]):
+        execution, made = _run_logits(BACKENDS[FALLBACK], logits, tokens, options)
+    return execution, made
+
+
+def _run_logits(
+    backend: Backend, logits: Tensor, tokens: Tokens, options: Options
+) -> tuple[Execution, tuple[Tensor, Tensor, Tensor]]:
+    configuration = backend.configure(logits.device, logits.shape[-1], logits.dtype, False)
+    capable = capabilities(backend, logits.device, configuration)
+    execution = Execution(backend.name, capable, configuration, None, tokens.index is None, tokens.masked)
+    with _as_decided(logits):
+        return execution, backend.logits_forward(logits, tokens, options.transform, configuration)
+
+
+def logits_backward(
+    logits: Tensor, tokens: Tokens, options: Options, execution: Execution, grads: TokenGrads, out: Tensor
+) -> None:
+    """Writes d loss / d logits of the tokens that count to out, which may be logits itself."""
+    backend, configuration = BACKENDS[execution.backend], execution.configuration
+    if backend.leaves_logits(logits) or backend.leaves_logits(out):
+        # A hook on saved tensors laid the logits out anew: their gradient is the same function of the same numbers.
+        backend, configuration = BACKENDS[FALLBACK], None
+    with _as_decided(logits):
+        backend.logits_backward(logits, tokens, options.transform, grads, out, configuration)
+
+
+@contextlib.contextmanager
+def _as_decided(tensor: Tensor) -> Iterator[None]:
+    """Where operands are rounded is the driver's decision: autocast would round statistics too. Kernels are launched on
+    the current device."""
+    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    with torch.autocast(tensor.device.type, enabled=False), on_device:
+        yield
+
+
+@functools.cache  # once a reason
+def _warn(reason: str) -> None:
+    warnings.warn(f"dpo_kernels falls back to PyTorch operations, which are slower: {reason}", stacklevel=3)

@@ -1,0 +1,269 @@
+"""The driver: multiply a tile of logits, accumulate its statistics, forget it. It does what the plan says, in any mode.
+
+Forward walks the vocabulary outside and the tokens inside, so that each slice of the weight is converted once and the
+states of all tokens are vectors. Backward makes the sweeps of the plan. How a tile is multiplied and accumulated is the
+back end's business (`TileOps` in backends/base.py). Which products are formed, in what order and into which sum, is
+decided here, once for all back ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.backends.base import Saved, SavedTile, Tile, TileOps
+from dpo_kernels.call import Call, Grads, TokenGrads
+from dpo_kernels.layout import take_rows
+from dpo_kernels.planner import Plan, Sweep
+
+
+def forward(call: Call, plan: Plan, ops: TileOps) -> Saved:
+    """Statistics of the tokens that count, and what the mode saves for backward."""
+    operands = _Operands(call, plan, ops.operand)
+    state = ops.new_state(operands.labels)
+    wide = operands.wide
+    exps = ops.empty("saved exponentials", plan.kept_tokens, plan.saved_columns, call.compute_dtype)
+    maxima = wide.new_zeros((plan.kept_tokens, plan.maxima))
+    jacobian = wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size))
+    by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
+    for columns in plan.forward_spans:
+        for rows in plan.token_spans:
+            tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
+            if plan.mode == "frozen":
+                ops.accumulate_jacobian(state, tile, jacobian[rows])
+            else:
+                ops.accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
+    if plan.mode == "frozen":
+        for rows in plan.token_spans:
+            # A label beyond the vocabulary (its log-prob is NaN already) must not reach past the weight.
+            label = operands.labels[rows].clamp(0, plan.vocab_size - 1)
+            label_weight = operands.convert(call.weight.index_select(0, label))
+            _finish_jacobian(call, ops, state, rows, jacobian[rows], label_weight)
+    done = state.finish()
+    return Saved(done.stats, done.maximum, done.log_sum, exps, maxima, jacobian)
+
+
+def _finish_jacobian(call: Call, ops: TileOps, state: Any, rows: slice, total: Tensor, label_weight: Tensor) -> None:
+    """total, sum of exp(z - m) W times the cap's derivative, becomes d log_prob / d hidden.
+
+    label_weight (n, D): W at the labels. At the label the derivative is 1 - p = -expm1(log p): 1 - p loses every digit
+    where the model is sure.
+    """
+    done = ops.settle_jacobian(state, rows, total)
+    at_label = torch.expm1(done.stats.log_probs).neg_()
+    derivative = call.transform.cap_derivative(done.label_logit)
+    if derivative is not None:
+        at_label *= derivative
+    total.mul_(done.others.neg_()[:, None]).addcmul_(at_label[:, None], label_weight)
+    total.mul_(call.transform.slope)
+
+
+class InputGrads(NamedTuple):
+    """Gradients in the inputs' own shapes and dtypes; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGrads, saved: Saved) -> InputGrads:
+    """plan: forward's. wanted: the gradients wanted now, some of those that it planned for."""
+    if plan.mode == "frozen":
+        return InputGrads(_scale_jacobian(call, wanted, plan, grads, saved.jacobian), None, None)
+    operands = _Operands(call, plan, ops.operand)
+    index, wide = call.tokens.index, operands.wide
+    hidden = _Gradient("hidden", call.hidden, wide, index, ops, plan.tokens) if wanted.hidden else None
+    weight = _Gradient("weight", call.weight, wide, None, ops, plan.tokens) if wanted.weight else None
+    bias = wide.new_zeros(plan.vocab_size) if wanted.bias else None
+    for i, sweep in enumerate(plan.sweeps):
+        part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight)
+        _sweep(part, plan, ops, operands, grads, saved, hidden, weight, bias if i == 0 else None)
+    return InputGrads(
+        None if hidden is None else hidden.out.view(call.hidden.shape),
+        None if weight is None else weight.out,
+        bias if bias is None or call.bias is None else bias.to(call.bias.dtype),
+    )
+
+
+def _sweep(
+    sweep: Sweep,
+    plan: Plan,
+    ops: TileOps,
+    operands: _Operands,
+    grads: TokenGrads,
+    saved: Saved,
+    hidden: _Gradient | None,
+    weight: _Gradient | None,
+    bias: Tensor | None,
+) -> None:
+    if not (sweep.hidden or sweep.weight) and bias is None:
+        return
+    vocab_outside = sweep.outer == "vocab"
+    totals = []
+    if sweep.hidden and hidden is not None:
+        hidden.start(plan.token_spans, whole=vocab_outside, terms=len(plan.vocab_spans))
+        totals.append(hidden)
+    if sweep.weight and weight is not None:
+        weight.start(plan.vocab_spans, whole=not vocab_outside, terms=len(plan.token_spans))
+        totals.append(weight)
+    for rows, columns in _tiles(plan, vocab_outside):
+        tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
+        exps = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
+        dz = ops.logits_gradient(grads.rows(rows), tile, exps, sweep, None if bias is None else bias[columns])
+        if sweep.hidden and hidden is not None:
+            hidden.add(rows, dz.by_token, tile.weight)
+        if sweep.weight and weight is not None:
+            weight.add(columns, dz.by_vocab, tile.hidden)
+    for total in totals:
+        total.finish()
+
+
+def _scale_jacobian(call: Call, wanted: Grads, plan: Plan, grads: TokenGrads, jacobian: Tensor) -> Tensor | None:
+    if not wanted.hidden:
+        return None
+    gradient = _Gradient("hidden", call.hidden, jacobian, call.tokens.index)
+    for rows in plan.token_spans:
+        gradient.write(rows, jacobian[rows] * grads.grad_log_probs[rows, None])
+    return gradient.out.view(call.hidden.shape)
+
+
+class _Operands:
+    """The rows that count and slices of the weight, converted for the product; at most one slice of each is held."""
+
+    def __init__(self, call: Call, plan: Plan, dtype: torch.dtype) -> None:
+        self.call, self.plan, self.index, self.dtype = call, plan, call.tokens.index, dtype
+        self.wide = torch.empty(0, dtype=call.accumulate_dtype, device=call.hidden.device)
+        self.labels = call.tokens.labels
+        self._weight, self._hidden = _Slice(), _Slice()
+        self._all = self._all_rows() if plan.hold_hidden else None
+
+    def convert(self, source: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rounds to the compute dtype, then widens to the dtype of the product's operands."""
+        rounded = source.to(self.call.compute_dtype)
+        if rounded.dtype == self.dtype:
+            return rounded
+        return rounded.to(self.dtype) if out is None else out.copy_(rounded)
+
+    def hidden(self, rows: slice) -> Tensor:
+        if self._all is not None:
+            return self._all[rows]
+        return self._hidden.get(rows, lambda: take_rows(self.call.hidden, self.index, rows), self.convert)
+
+    def weight(self, columns: slice) -> Tensor:
+        return self._weight.get(columns, lambda: self.call.weight[columns], self.convert)
+
+    def _all_rows(self) -> Tensor:
+        result = self.wide.new_empty((self.plan.tokens, self.plan.hidden_size), dtype=self.dtype)
+        for rows in self.plan.token_spans:
+            result[rows] = self.convert(take_rows(self.call.hidden, self.index, rows))
+        return result
+
+
+class _Slice:
+    """The last slice of an operand that was asked for, converted into one buffer that the next slice reuses."""
+
+    def __init__(self) -> None:
+        self.at: slice | None = None
+        self.value: Tensor | None = None
+        self.buffer: Tensor | None = None
+
+    def get(
+        self, at: slice, source: Callable[[], Tensor], convert: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
+        if self.value is None or self.at != at:
+            self.value = None  # frees the last slice before the next is made
+            taken = source()
+            if self.buffer is not None and len(self.buffer) < len(taken):
+                self.buffer = None  # the first slice may be shorter than the next
+            self.value = convert(taken, None if self.buffer is None else self.buffer[: len(taken)])
+            if self.buffer is None and self.value is not taken:
+                self.buffer = self.value
+            self.at = at
+        return self.value
+
+
+class _Gradient:
+    """Sums products in the accumulation dtype into a gradient and casts once, when a row is complete.
+
+    out has the input's dtype, flattened to (rows, D); index (M,) places the summed rows in it, None is in order.
+    """
+
+    def __init__(
+        self, name: str, like: Tensor, wide: Tensor, index: Tensor | None, ops: TileOps | None = None, tokens: int = 0
+    ) -> None:
+        # Every row is written where all of them count, unless there is no token at all.
+        rows, columns = like.shape[:-1].numel(), like.shape[-1]
+        if ops is not None and index is None and tokens > 0:
+            self.out = ops.empty(f"gradient of {name}", rows, columns, like.dtype)
+        else:
+            self.out = torch.zeros((rows, columns), dtype=like.dtype, device=like.device)
+        self.index, self.wide, self.ops = index, wide, ops
+        self.direct = like.dtype == wide.dtype and index is None  # the gradient is its own accumulator
+        self.total = wide
+        self.spans: list[slice] = []  # the rows that `total` holds
+
+    def start(self, spans: list[slice], whole: bool, terms: int) -> None:
+        """spans: the slices of rows to come, each of them `terms` times. whole: they come again and again, so all are
+        summed before any is cast."""
+        assert self.ops is not None
+        self.whole = whole
+        self.spans = spans if whole else []
+        self.begun: set[int] = set()
+        # A single product is its own sum: it is rounded as it is written.
+        self.once = terms == 1 and not self.direct and self.index is None and self.ops.rounds
+        if not self.direct and not self.once:
+            height = max((s.stop if whole else s.stop - s.start for s in spans), default=0)
+            self.total = self.wide.new_empty((height, self.out.shape[1]))
+
+    def add(self, rows: slice, a: Any, b: Tensor) -> None:
+        """Adds a @ b to the given rows."""
+        assert self.ops is not None
+        again = rows.start in self.begun
+        self.begun.add(rows.start)
+        if self.once or self.direct:
+            self.ops.multiply(self.out[rows], a, b, add=again)
+        elif self.whole:
+            self.ops.multiply(self.total[rows], a, b, add=again)
+        else:
+            if self.spans != [rows]:
+                self.finish()
+                self.spans = [rows]
+            self.ops.multiply(self.total[: rows.stop - rows.start], a, b, add=again)
+
+    def finish(self) -> None:
+        """Casts what is summed."""
+        if not self.direct and not self.once:
+            for rows in self.spans:
+                self.write(rows, self.total[rows] if self.whole else self.total[: rows.stop - rows.start])
+        self.spans = []
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        if self.index is None:
+            self.out[rows] = values
+        else:
+            self.out.index_copy_(0, self.index[rows], values.to(self.out.dtype))
+
+
+def saved_tile(exps: Tensor, maxima: Tensor, plan: Plan, rows: slice, columns: slice) -> SavedTile | None:
+    """What is saved of a tile; None where it is computed again."""
+    if rows.start >= plan.kept_tokens:
+        return None
+    first, last = columns.start // plan.maxima_columns, -(-columns.stop // plan.maxima_columns)
+    return SavedTile(by_token(exps, plan)[rows, columns], by_token(maxima, plan)[rows, first:last])
+
+
+def by_token(saved: Tensor, plan: Plan) -> Tensor:
+    """Saved exponentials or block maxima (K, C) as rows of a token, whichever way their memory runs."""
+    return saved.view(saved.shape[1], saved.shape[0]).T if plan.saved_by_vocab else saved
+
+
+def _tiles(plan: Plan, vocab_outside: bool) -> Iterator[tuple[slice, slice]]:
+    if vocab_outside:
+        for columns in plan.vocab_spans:
+            yield from ((rows, columns) for rows in plan.token_spans)
+    else:
+        for rows in plan.token_spans:
+            yield from ((rows, columns) for columns in plan.vocab_spans)

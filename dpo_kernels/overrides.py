@@ -1,0 +1,60 @@
+"""The one way to make calls resolve to something else than the tables say: for tests, benchmarks and compilers.
+
+    with override(capabilities={"tiles": ((64, 64),)}, kernels={"strategy": "tiles"}):
+        log_probs = hidden_to_log_probs(...)
+    log_probs.sum().backward()      # runs as forward decided
+
+Overrides are read where a call is resolved, in forward, and travel from there to backward. They hold in the thread (and
+its asyncio tasks) that entered the block. `launch` alone is read at every launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """backends: names of those that a call without `impl` may take, on any device, fastest first; None: as ever.
+    capabilities: fields of `planner.Capabilities`.
+    kernels: fields of `kernels.configs.KernelConfig`; of `product` and `rows` some fields, as a mapping.
+    arch: what every device is taken for (`kernels.configs.Arch`); then Triton's kernels need not run here.
+    launch: takes the place of every Triton launch: launch(module, kernel, programs, warps, stages, arguments).
+    """
+
+    backends: tuple[str, ...] | None = None
+    capabilities: Mapping[str, Any] = field(default_factory=dict)
+    kernels: Mapping[str, Any] = field(default_factory=dict)
+    arch: Any = None
+    launch: Callable[..., None] | None = None
+
+
+_current: ContextVar[Overrides] = ContextVar("dpo_kernels_overrides", default=Overrides())  # noqa: B039  (frozen)
+
+
+def current() -> Overrides:
+    return _current.get()
+
+
+@contextmanager
+def override(**changes: Any) -> Iterator[None]:
+    """Changes fields of `Overrides` within the block; mappings are merged with those of an outer block.
+
+    Raises:
+        TypeError: there is no such field.
+    """
+    outer = _current.get()
+    if unknown := set(changes) - {f.name for f in fields(Overrides)}:
+        raise TypeError(f"override has no {sorted(unknown)}; it has {[f.name for f in fields(Overrides)]}")
+    for name in ("capabilities", "kernels"):
+        if name in changes:
+            changes[name] = {**getattr(outer, name), **changes[name]}
+    token = _current.set(replace(outer, **changes))
+    try:
+        yield
+    finally:
+        _current.reset(token)
