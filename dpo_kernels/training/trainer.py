@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from dpo_kernels.losses import aggregate_log_probs, make_pairs
-from dpo_kernels.preference_losses import Sides, pair_losses
+from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
 from dpo_kernels.training import aux_loss, checkpoints
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm, anywhere
 from dpo_kernels.training.config import DPOConfig
