@@ -97,7 +97,7 @@ def test_a_row_is_enough_for_training(row, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing": 0.4}, r"label_smoothing is 0.4; expected a number in \(0, 0.4\) for loss_type 'toy', such"),
+        ({"label_smoothing": 0.4}, r"label_smoothing is 0.4; expected a number in \(0, 0.4\) for loss_type 'toy'"),
         ({}, r"label_smoothing is 0.0; expected a number in \(0, 0.4\) for loss_type 'toy', such as 0.1"),
         ({"beta": 0, "label_smoothing": 0.1}, "beta is 0; expected a finite number > 0 for loss_type 'toy'"),
         ({"label_smoothing": 0.1, "f_divergence_type": "forward_kl"},
