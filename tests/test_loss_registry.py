@@ -17,7 +17,7 @@ from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss
 from dpo_kernels.losses import DIVERGENCES, LOSSES, Loss, LossOptions, Smoothing, check_options, register
 from dpo_kernels.training import DPOConfig, DPOTrainer
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def toy(pairs, options):
@@ -140,7 +140,7 @@ def test_ranges_of_smoothing(smoothing, text, inside, outside):
 
 
 def test_the_readme_names_every_loss_where_it_belongs():
-    text = README.read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = dict(
         re.findall(r"^\| (pairs with a reference|without a reference|`f_divergence_type`) \| (.*) \|$", text, re.M)
     )
@@ -162,3 +162,10 @@ def test_the_module_of_before_gives_the_same_objects():
     assert preference_losses.REFERENCE_FREE == ("sft", "simpo", "cpo", "orpo")
     with pytest.raises(AttributeError):
         preference_losses.no_such_loss  # noqa: B018
+
+
+def test_what_computes_log_probs_knows_no_loss():
+    package = ROOT / "dpo_kernels"
+    for path in (*package.glob("*.py"), *package.glob("impls/*.py"), *package.glob("kernels/*.py")):
+        if path not in (package / "__init__.py", package / "preference_losses.py"):
+            assert not re.search(r"\blosses\b.*\bimport\b|\bimport\b.*losses", path.read_text(encoding="utf-8")), path

@@ -259,14 +259,14 @@ class DPOTrainer(Trainer):
         self._tokens_per_chosen = of_the_step[1] / of_the_step[0]
         return of_the_step[0]
 
-    def _leave_out_repeats(self, batch: dict[str, Tensor]) -> None:
+    def _leave_out_repeats(self, inputs: dict[str, Tensor]) -> None:
         """Takes out of an epoch's last batch, in place, the pairs that only fill it up.
 
         accelerate gives each process as many batches of one size, and fills the last ones with pairs from the start of
         the epoch, behind all others in the order of the processes. A process that is left with none keeps one for its
         forward and backward, which the others wait for; it counts nowhere.
         """
-        accelerator, held = self.accelerator, len(batch["x_chosen"])
+        accelerator, held = self.accelerator, PairBatch(inputs).pairs
         processes = accelerator.num_processes
         if processes == 1 or not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
             return
@@ -275,7 +275,7 @@ class DPOTrainer(Trainer):
         if left == 0:
             return
         own = max(0, min(left - accelerator.process_index * (held if accelerator.dispatch_batches else size), held))
-        keep_pairs(batch, own)
+        keep_pairs(inputs, own)
 
     def _precompute(self, reference: FrozenModel) -> None:
         def scored(dataset: DPODataset) -> DPODataset:
