@@ -9,14 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpo_kernels import preference_losses
 from dpo_kernels.call import Transform, flat_labels, ignored
-from dpo_kernels.preference_losses import LossOptions
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-AGGREGATES = ("sum", "mean")
 
 
 def transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
@@ -133,90 +130,6 @@ def pairs(ref: Tensor | None, policy: Tensor, mask: Tensor, log_sum_sq_probs: Te
             f"the batch has {len(policy)} sequences: {_shape(policy)}; "
             "expected an even number, first the chosen, then as many rejected"
         )
-
-
-def loss_options(options: LossOptions) -> LossOptions:
-    """Holds a loss's options to their ranges, each by itself and together, and returns them."""
-    names = _loss_names(options)
-    _one_of("aggregate", options.aggregate, AGGREGATES)
-    _one_of("f_divergence_type", options.f_divergence_type, tuple(preference_losses.DIVERGENCES))
-    _number("beta", options.beta, "a finite number >= 0", low=0)
-    _number("label_smoothing", options.label_smoothing, "a number in [0, 1)", low=0, below=1)
-    _number("f_alpha_divergence_coef", options.f_alpha_divergence_coef, "a finite number")
-    _number("discopop_tau", options.discopop_tau, "a finite number > 0", above=0)
-    _number("simpo_gamma", options.simpo_gamma, "a finite number >= 0", low=0)
-    _number("cpo_alpha", options.cpo_alpha, "a finite number >= 0", low=0)
-    if options.ld_alpha is not None:
-        _number("ld_alpha", options.ld_alpha, "None or a number in [0, 1]", low=0, high=1)
-    _combination(options, names)
-    return options
-
-
-def _loss_names(options: LossOptions) -> tuple[str, ...]:
-    if not isinstance(options.loss_type, (str, list, tuple)):
-        raise TypeError(f"loss_type is {options.loss_type!r}; expected a name or a list of names")
-    names, weights = options.names, options.loss_weights
-    if not names:
-        raise ValueError(f"loss_type is {options.loss_type!r}; expected at least one name")
-    for name in names:
-        _one_of("loss_type", name, tuple(preference_losses.LOSSES))
-    if weights is not None:
-        if not isinstance(weights, (list, tuple)):
-            raise TypeError(f"loss_weights are {weights!r}; expected None or a list of numbers")
-        if len(weights) != len(names):
-            raise ValueError(f"loss_weights are {weights!r}, loss_type {options.loss_type!r}; expected one weight each")
-        for weight in weights:
-            _number("a weight in loss_weights", weight, "a finite number")
-    return names
-
-
-def _combination(options: LossOptions, names: tuple[str, ...]) -> None:
-    """What one option needs of another."""
-    if options.beta == 0 and (strict := [name for name in names if name in preference_losses.POSITIVE_BETA]):
-        raise ValueError(f"beta is {options.beta}; expected a finite number > 0 for loss_type {strict[0]!r}")
-    smoothing = options.label_smoothing
-    if smoothing >= 0.5 and "robust" in names:
-        raise ValueError(f"label_smoothing is {smoothing}; expected a number in [0, 0.5) for loss_type 'robust'")
-    if smoothing == 0 and "exo_pair" in names:
-        raise ValueError(
-            f"label_smoothing is {smoothing}; expected a number in (0, 1) for loss_type 'exo_pair', such as 1e-3"
-        )
-    if smoothing != 0 and not any(name in preference_losses.SMOOTHED for name in names):
-        raise ValueError(
-            f"label_smoothing is {smoothing}, which loss_type {options.loss_type!r} does not have; "
-            f"these do: {preference_losses.SMOOTHED}"
-        )
-    if options.f_divergence_type != "reverse_kl":
-        for name in names:
-            if name not in preference_losses.DIVERGING:
-                raise ValueError(
-                    f"f_divergence_type is {options.f_divergence_type!r}, which loss_type {name!r} is not defined for; "
-                    f"expected 'reverse_kl', or a loss_type from {preference_losses.DIVERGING}"
-                )
-    if options.use_weighting and (unpaired := [name for name in names if name in preference_losses.SORTED]):
-        raise ValueError(f"use_weighting is True, but loss_type {unpaired[0]!r} sorts the batch and has no pairs left")
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {choices}")
-
-
-def _number(
-    name: str,
-    value: float,
-    expected: str,
-    *,
-    low: float = -math.inf,
-    above: float = -math.inf,
-    high: float = math.inf,
-    below: float = math.inf,
-) -> None:
-    """A finite number in [low, high], and between above and below."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; expected {expected}")
-    if not (math.isfinite(value) and low <= value <= high and above < value < below):
-        raise ValueError(f"{name} is {value}; expected {expected}")
 
 
 def _tensor(name: str, value: object) -> None:

@@ -12,7 +12,6 @@ from templates import make_tokenizer, say
 from torch.utils.data import DataLoader
 
 from dpo_kernels.training import DataError, DPODataset, PairCollator
-from dpo_kernels.training.data import attention_mask
 
 PAIR = {"chosen": say("Hello?", "I am fine."), "rejected": say("Hello?", "No, why do you ask?")}
 LONG = {"chosen": say("Hello? " * 30, "I am fine."), "rejected": say("Hello? " * 30, "What?")}
@@ -64,11 +63,6 @@ def test_the_default_collate_works_and_ours_pads_to_the_longest(load):
     assert cut["x_chosen"].shape == cut["mask_rejected"].shape == (3, longest)
     for name, tensor in cut.items():
         assert torch.equal(tensor, whole[name][:, :longest])
-
-
-def test_attention_reaches_the_last_token_that_counts():
-    mask = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
-    assert attention_mask(mask).tolist() == [[1, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
 
 
 def test_what_became_of_the_lines_is_reported(load):

@@ -14,7 +14,8 @@ from test_model import make_model
 from test_trainer import Pairs
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer
-from dpo_kernels.training.precompute import model_fingerprint, with_ref_log_probs
+from dpo_kernels.training.precompute import with_ref_log_probs
+from dpo_kernels.training.reference import FrozenModel, model_fingerprint
 from dpo_kernels.training.small_model import make_small_model
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
@@ -74,10 +75,8 @@ def test_the_reference_leaves_memory(tmp_path, small):
 
 def test_the_cache_is_used_and_follows_model_and_data(setup, tmp_path, monkeypatch):
     passes = []
-    original = DPOTrainer._reference_log_probs
-    monkeypatch.setattr(
-        DPOTrainer, "_reference_log_probs", lambda self, inputs: passes.append(1) or original(self, inputs)
-    )
+    original = FrozenModel.score
+    monkeypatch.setattr(FrozenModel, "score", lambda *args: passes.append(1) or original(*args))
     setup("first", True)
     first = len(passes)
     assert first == 4 + 1  # 11 training pairs and 2 held out, in batches of 3
@@ -110,9 +109,9 @@ def test_other_datasets_and_sharded_models_are_refused(tmp_path, setup, monkeypa
     with pytest.raises(TypeError, match="precompute_ref_log_probs needs a DPODataset, not Pairs"):
         DPOTrainer(make_model("Llama"), make_model("Llama"), args, Pairs())
     trainer = setup("sharded", False)
-    trainer.is_fsdp_enabled = True
+    trainer.reference.is_sharded = True
     with pytest.raises(ValueError, match="does not work with FSDP"):
-        with_ref_log_probs(trainer.train_dataset, trainer._reference_log_probs, "", trainer)
+        with_ref_log_probs(trainer.train_dataset, trainer.reference, 2)
 
 
 def test_log_probs_stand_beside_their_tokens(setup):

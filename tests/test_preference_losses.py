@@ -48,10 +48,10 @@ def test_value_and_gradient_are_those_of_trl_or_of_a_plain_formula(case):
 def test_every_loss_has_a_case_and_a_paper_and_is_short():
     compared = {name for case in CASES for name in [case.options["loss_type"]] if isinstance(name, str)}
     assert compared == set(LOSSES)
-    for name, function in LOSSES.items():
-        assert function.__name__ == name
-        assert "arXiv:" in function.__doc__
-        assert len(inspect.getsource(function).splitlines()) < 20
+    for name, loss in LOSSES.items():
+        assert loss.name == loss.function.__name__ == name
+        assert "arXiv:" in loss.function.__doc__
+        assert len(inspect.getsource(loss.function).splitlines()) < 20
 
 
 # Around the exponents' limit too, where they are largest before they go on as a line.

@@ -16,11 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels import checks
 from dpo_kernels.call import accumulate_dtype
 from dpo_kernels.functional import hidden_to_log_probs
-from dpo_kernels.losses import make_pairs
-from dpo_kernels.preference_losses import SMOOTHED, LossOptions, pair_losses
+from dpo_kernels.losses import LOSSES, LossOptions, check_options, make_pairs, pair_losses
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -37,7 +35,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         use_ref_model: whether a reference is given in the call.
         average_log_prob: log-probs are means over tokens instead of sums.
         chunk_size: without effect; memory_budget bounds what is held.
-        loss_type: a key of `dpo_kernels.preference_losses.LOSSES`, or several: their sum.
+        loss_type: a key of `dpo_kernels.losses.LOSSES`, or several: their sum.
         label_smoothing: as in `dpo_loss`; ignored, with a warning, where no loss asked for has it.
         discopop_tau: temperature of discopop, > 0.
         memory_budget: as in `hidden_to_log_probs`.
@@ -84,9 +82,9 @@ class LigerFusedLinearDPOLoss(nn.Module):
             beta=self.beta, aggregate="mean" if self.average_log_prob else "sum", loss_type=self.loss_type,
             label_smoothing=self.label_smoothing, discopop_tau=self.discopop_tau,
         )  # fmt: skip
-        if not any(name in SMOOTHED for name in options.names):
+        if not any(name in LOSSES and LOSSES[name].smoothing is not None for name in options.names):
             options = replace(options, label_smoothing=0.0)
-        return checks.loss_options(options)
+        return check_options(options)
 
     def forward(
         self,

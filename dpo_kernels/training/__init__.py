@@ -1,8 +1,9 @@
 """DPO training of Hugging Face models; needs the extra `train` (transformers, accelerate, datasets)."""
 
+from dpo_kernels.training.batch import PairCollator
 from dpo_kernels.training.callbacks import NonFiniteError
 from dpo_kernels.training.config import DPOConfig
-from dpo_kernels.training.data import DPODataset, PairCollator
+from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.data_report import DataReport
 from dpo_kernels.training.formats import ReadOptions
 from dpo_kernels.training.loading import LoadError

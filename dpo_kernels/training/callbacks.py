@@ -6,22 +6,22 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.training import checkpoints
 from dpo_kernels.training.data import write_whole
+from dpo_kernels.training.processes import anywhere
 from dpo_kernels.training.report import LOG_NAME, save_curves
-
-if TYPE_CHECKING:
-    from dpo_kernels.training.trainer import DPOTrainer
 
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "tokens_per_second": "tokens/s"}
 
@@ -69,8 +69,8 @@ class RunLog(TrainerCallback):
 class StopOnSigterm(TrainerCallback):
     """A SIGTERM to any process lets the step end, saves a checkpoint and stops all of them."""
 
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
         self.received = False
 
     @contextmanager
@@ -87,7 +87,7 @@ class StopOnSigterm(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.received = anywhere(self.trainer, self.received)
+        self.received = anywhere(self.accelerator, self.received)
         if self.received:
             control.should_save = control.should_training_stop = True
 
@@ -97,41 +97,48 @@ class StopOnSigterm(TrainerCallback):
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Before the optimizer would spread a NaN: save the last good step, then raise."""
+    """Before the optimizer would spread a NaN: save the last good step, then raise.
 
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self.trainer = trainer
+    Args:
+        save_checkpoint: saves the last finished step, and returns its folder.
+    """
+
+    def __init__(self, accelerator: Accelerator, save_checkpoint: Callable[[], Path]) -> None:
+        self.accelerator, self.save_checkpoint = accelerator, save_checkpoint
+        self.step_loss: Tensor | float = 0.0  # of the step that is running, the parts so far
+
+    def add(self, loss: Tensor) -> None:
+        """The trainer's word on each part of a step."""
+        self.step_loss = self.step_loss + loss
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.step_loss = torch.zeros((), device=args.device)
+        self.step_loss = 0.0
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
-        bad = [] if bool(torch.isfinite(self.trainer.step_loss)) else ["loss"]
+        assert model is not None
+        bad = [] if bool(torch.isfinite(torch.as_tensor(self.step_loss))) else ["loss"]
         # With fp16 a gradient may overflow: its scaler expects that, and skips the step itself.
-        grads = [] if args.fp16 else [_local(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
+        grads = [] if args.fp16 else [_local(p.grad) for p in model.parameters() if p.grad is not None]
         if grads and not bool(torch.stack([n.float() for n in torch._foreach_norm(grads)]).isfinite().all()):
             bad.append("gradient")
-        if not anywhere(self.trainer, bool(bad)):
+        if not anywhere(self.accelerator, bool(bad)):
             return
-        folder = self.trainer.save_checkpoint()
+        folder = self.save_checkpoint()
         raise NonFiniteError(
             f"step {state.global_step + 1}: {' and '.join(bad) or 'the loss of another process'} not finite (loss "
-            f"{self.trainer.step_loss.item()}); stopped before the update. The last good step is saved in {folder}. "
+            f"{float(self.step_loss)}); stopped before the update. The last good step is saved in {folder}. "
             "Look at the data of this step, or lower --learning_rate, then go on with --resume_from_checkpoint"
         )
 
 
-def _local(grad: torch.Tensor) -> torch.Tensor:
+def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if hasattr(grad, "to_local") else grad  # a shard of a DTensor
-
-
-def anywhere(trainer: DPOTrainer, here: bool) -> bool:
-    """Whether it is so on any process; all of them get the same answer."""
-    if trainer.accelerator.num_processes == 1:
-        return here
-    flag = torch.tensor(float(here), device=trainer.args.device)
-    return bool(trainer.accelerator.reduce(flag, reduction="sum") > 0)

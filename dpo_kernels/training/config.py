@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from dpo_kernels import checks
-from dpo_kernels.preference_losses import LossOptions
+from dpo_kernels.losses import LossOptions, check_options
 
 # Options of TrainingArguments that would be ignored or misunderstood, and the values that they may have.
 RESTRICTED: dict[str, tuple[Any, ...]] = {
@@ -41,7 +40,7 @@ class DPOConfig(TrainingArguments):
     dpo_aggregate: Literal["sum", "mean"] = field(default="sum", metadata={"help": "Over the tokens of an answer."})
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Names from dpo_kernels.preference_losses.LOSSES; of several the weighted sum."},
+        metadata={"help": "Names from dpo_kernels.losses.LOSSES; of several the weighted sum."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One number per loss_type; default: 1 each."}
@@ -83,7 +82,7 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         names = {f.name: "dpo_aggregate" if f.name == "aggregate" else f.name for f in fields(LossOptions)}
-        self.loss_options = checks.loss_options(LossOptions(**{to: getattr(self, own) for to, own in names.items()}))
+        self.loss_options = check_options(LossOptions(**{to: getattr(self, own) for to, own in names.items()}))
         for name, allowed in RESTRICTED.items():
             if (value := getattr(self, name, allowed[0])) not in allowed:
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels.training import chat, encoding
+from dpo_kernels.training.batch import IGNORE_INDEX
 from dpo_kernels.training.data_report import DataReport, column
 from dpo_kernels.training.formats import SIDES, ReadOptions, read_line
 from dpo_kernels.training.messages import DataError
@@ -28,7 +29,6 @@ from dpo_kernels.training.sources import RawLine, Source, open_source
 
 ON_BAD_LINE = ("raise", "skip")
 REPEATED = 5  # by how much a mixture may be larger than its sources before it is told
-IGNORE_INDEX = -100
 FORMAT = 2  # of the cached rows: raise it when what a row holds changes
 
 
@@ -275,22 +275,6 @@ def _draws(sizes: list[int], weights: Sequence[float], seed: int) -> np.ndarray:
             stacklevel=3,
         )
     return places[:last]
-
-
-@dataclass(frozen=True)
-class PairCollator:
-    """Stacks items and cuts what no sequence of the batch needs: everything after the last token that counts."""
-
-    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        counted = batch["mask_chosen"] | batch["mask_rejected"]
-        length = int(counted.any(0).nonzero().max()) + 1 if counted.any() else 1
-        return {name: tensor[:, :length].contiguous() for name, tensor in batch.items()}
-
-
-def attention_mask(mask: Tensor) -> Tensor:
-    """1 up to the last token that counts, (R, S) int64: what comes after it, padding or not, changes nothing before."""
-    return mask.flip(1).long().cummax(1).values.flip(1)
 
 
 def default_cache_dir() -> Path:

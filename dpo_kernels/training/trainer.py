@@ -10,28 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from dpo_kernels.losses import aggregate_log_probs, make_pairs
-from dpo_kernels.preference_losses import Sides, pair_losses
+from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
 from dpo_kernels.training import aux_loss, checkpoints
-from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm, anywhere
+from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
+from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm
 from dpo_kernels.training.config import DPOConfig
-from dpo_kernels.training.data import IGNORE_INDEX, DPODataset, PairCollator, attention_mask
-from dpo_kernels.training.head_check import first_difference
+from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
-from dpo_kernels.training.model import FusedHead, HeadError
-from dpo_kernels.training.precompute import model_fingerprint, with_ref_log_probs
+from dpo_kernels.training.model import FusedHead
+from dpo_kernels.training.precompute import with_ref_log_probs
+from dpo_kernels.training.processes import check_head, from_main
 from dpo_kernels.training.randomness import Silenced, disable_dropout
+from dpo_kernels.training.reference import FrozenModel, Precomputed, Reference
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
-UNCOUNTED = "uncounted"  # in a batch: its pair is there for a process that has nothing left to do
 
 
 class DPOTrainer(Trainer):
@@ -62,7 +61,6 @@ class DPOTrainer(Trainer):
     train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
     _staged_in: str | None = None
-    _reference_freed: bool = False  # since the datasets hold its log-probs
     _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
@@ -88,34 +86,36 @@ class DPOTrainer(Trainer):
             compute_metrics=_mean_metrics,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
-        self._check_head(self.head, model, args.disable_dropout)
-        self.aux_loss = self._from_main(lambda: aux_loss.decide(model, args.router_aux_loss_coef))
-        self._starts_equal = args.disable_dropout and self._from_main(lambda: _same_weights(model, ref_model))
-        if args.precompute_ref_log_probs and ref_model is not None:
-            fingerprint = self._from_main(lambda: model_fingerprint(ref_model))  # before it is wrapped or sharded
+        check_head(self.accelerator, self.head, model, args.disable_dropout)
+        self.aux_loss = from_main(self.accelerator, lambda: aux_loss.decide(model, args.router_aux_loss_coef))
         # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
         # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
         balances = self.aux_loss.weight > 0 and not is_of_its_own_kind(model)
         self._gives_mask = balances or "flash" in str(_attention(model))
-        self.ref_model = None if ref_model is None else self._freeze(ref_model)
-        self.step_loss = torch.zeros((), device=args.device)  # of the step that is running
+        self.reference: Reference = Precomputed()
+        if ref_model is not None:
+            self.reference = FrozenModel(
+                ref_model, model, self.accelerator, args, self._gives_mask, is_sharded=self.is_fsdp_enabled
+            )
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
-        self._sigterm = StopOnSigterm(self)
-        for callback in (RunLog(), self._sigterm, StopOnNonFinite(self)):
+        self._sigterm = StopOnSigterm(self.accelerator)
+        self._non_finite = StopOnNonFinite(self.accelerator, self.save_checkpoint)
+        for callback in (RunLog(), self._sigterm, self._non_finite):
             self.add_callback(callback)
-        if args.precompute_ref_log_probs and self.ref_model is not None:
-            self.train_dataset, self.eval_dataset = (
-                _each(d, lambda one: with_ref_log_probs(one, self._reference_log_probs, fingerprint, self))
-                for d in (self.train_dataset, self.eval_dataset)
-            )
-            self.ref_model, self._reference_freed = None, True
-        for name, dataset in self._datasets():
-            if self._needs_reference and self.ref_model is None and "ref_chosen" not in dataset[0]:
-                raise ValueError(f"no ref_model, and {name} holds no log-probs of one; give a ref_model")
+        if args.precompute_ref_log_probs and isinstance(self.reference, FrozenModel):
+            self._precompute(self.reference)
+            self.reference = Precomputed(freed=True)
+        for name, dataset in _named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset):
+            self.reference.check_dataset(name, dataset, args.loss_options.needs_reference)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The frozen reference, as long as there is one."""
+        return self.reference.model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         # An evaluation before training marks the model as prepared, and accelerate would then train it without DDP,
@@ -138,35 +138,27 @@ class DPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The DPO loss of a batch; with return_outputs also the loss and `PAIR_METRICS` of each pair, (B, 8)."""
-        pairs = _count_pairs(inputs)
-        mask = _both(inputs, "mask")
-        has_reference = self.ref_model is not None or "ref_chosen" in inputs
-        if self._needs_reference and not has_reference:
-            raise ValueError(
-                "a dataset that holds no log-probs of the reference, and the reference is not there"
-                + (" any more: precompute_ref_log_probs freed it. Give the dataset as eval_dataset when the trainer is "
-                   "made, by name in a dict if there are several" if self._reference_freed else "; give a ref_model")
-            )  # fmt: skip
-        output = self._forward(model, inputs, output_router_logits=self.aux_loss.weight > 0)
+        batch, options = PairBatch(inputs), self.args.loss_options
+        more = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
+        output = model(**batch.model_inputs(self._gives_mask), use_cache=False, **more)
         policy = output["log_probs"]
-        ref = self._reference_log_probs(inputs) if has_reference else None  # some losses can do without
-        if self._starts_equal and model.training and "ref_chosen" not in inputs:
-            self._check_equal_start(model, inputs, policy.detach(), ref)
-        options = self.args.loss_options
+        ref = self.reference.log_probs(batch, options.needs_reference)
+        if model.training and batch.ref_log_probs is None and ref is not None:
+            self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)
         of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else None
-        made = make_pairs(ref, policy, mask, options, output.get("log_sum_sq_probs"), of_the_step)
+        made = make_pairs(ref, policy, batch.mask, options, output.get("log_sum_sq_probs"), of_the_step)
         losses = pair_losses(made, options)
         if "aux_loss" in output:
             losses = losses + self.aux_loss.weight * output["aux_loss"]
         loss = losses.mean()
-        metrics = self._pair_metrics(made.logratios, policy.detach(), mask)
+        metrics = self._pair_metrics(made.logratios, policy.detach(), batch)
         if model.training:
-            self._count(inputs, metrics[:pairs], output.get("aux_loss"))
+            self._count(batch, metrics[: batch.pairs], output.get("aux_loss"))
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
             # Gradients are averaged over processes, so that each multiplies its share by their number.
-            loss = loss * (pairs * self.accelerator.num_processes / num_items_in_batch)
+            loss = loss * (batch.pairs * self.accelerator.num_processes / num_items_in_batch)
         if model.training:
-            self.step_loss += loss.detach()
+            self._non_finite.add(loss.detach())
         return (loss, torch.cat([losses.detach()[:, None], metrics], 1)) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -204,7 +196,7 @@ class DPOTrainer(Trainer):
         """6 flop a parameter and token, forward and backward (Kaplan et al. 2020, arXiv:2001.08361)."""
         if not hasattr(self, "_parameters"):
             self._parameters = sum(p.numel() for p in self.model.parameters())
-        return 6 * self._parameters * 2 * inputs["x_chosen"].numel()
+        return 6 * self._parameters * PairBatch(inputs).positions
 
     @property
     def interrupted(self) -> bool:
@@ -260,20 +252,21 @@ class DPOTrainer(Trainer):
             return None
         self._leave_out_repeats(batch_samples[-1])
         # The pairs of the whole step, and its chosen tokens: a negative log-likelihood is a mean over those.
-        pairs = sum(map(_count_pairs, batch_samples))
-        tokens = sum(int(batch["mask_chosen"].count_nonzero()) for batch in batch_samples)
+        batches = [PairBatch(inputs) for inputs in batch_samples]
+        pairs = sum(batch.pairs for batch in batches)
+        tokens = sum(batch.chosen_tokens for batch in batches)
         of_the_step = self.accelerator.reduce(torch.tensor([pairs, tokens], device=device), reduction="sum")
         self._tokens_per_chosen = of_the_step[1] / of_the_step[0]
         return of_the_step[0]
 
-    def _leave_out_repeats(self, batch: dict[str, Tensor]) -> None:
+    def _leave_out_repeats(self, inputs: dict[str, Tensor]) -> None:
         """Takes out of an epoch's last batch, in place, the pairs that only fill it up.
 
         accelerate gives each process as many batches of one size, and fills the last ones with pairs from the start of
         the epoch, behind all others in the order of the processes. A process that is left with none keeps one for its
         forward and backward, which the others wait for; it counts nowhere.
         """
-        accelerator, held = self.accelerator, len(batch["x_chosen"])
+        accelerator, held = self.accelerator, PairBatch(inputs).pairs
         processes = accelerator.num_processes
         if processes == 1 or not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
             return
@@ -282,136 +275,42 @@ class DPOTrainer(Trainer):
         if left == 0:
             return
         own = max(0, min(left - accelerator.process_index * (held if accelerator.dispatch_batches else size), held))
-        for name, tensor in batch.items():
-            batch[name] = tensor[: max(own, 1)]
-        if own == 0:
-            for side in ("chosen", "rejected"):
-                batch[f"mask_{side}"] = torch.zeros_like(batch[f"mask_{side}"])
-                batch[f"y_{side}"] = torch.full_like(batch[f"y_{side}"], IGNORE_INDEX)
-            batch[UNCOUNTED] = torch.ones(1)
+        keep_pairs(inputs, own)
 
-    @property
-    def _needs_reference(self) -> bool:
-        return self.args.loss_options.needs_reference or self._reference_freed
+    def _precompute(self, reference: FrozenModel) -> None:
+        def scored(dataset: DPODataset) -> DPODataset:
+            return with_ref_log_probs(dataset, reference, self.args.per_device_eval_batch_size)
 
-    def _datasets(self) -> list[tuple[str, Any]]:
-        return _named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
+        self.train_dataset = _each(self.train_dataset, scored)
+        self.eval_dataset = _each(self.eval_dataset, scored)
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-        options = {name: value for name, value in options.items() if value}
-        if self._gives_mask:
-            options["attention_mask"] = attention_mask(_both(inputs, "mask"))
-        return model(input_ids=_both(inputs, "x"), labels=_both(inputs, "y"), use_cache=False, **options)
-
-    def _check_equal_start(
-        self, model: nn.Module, inputs: dict[str, Tensor], policy: Tensor, ref: Tensor | None
-    ) -> None:
-        """At the first batch: policy and reference have the same weights, so they give the same numbers, to the bit.
-
-        Raises:
-            HeadError: they do not, though each gives the same numbers twice; names the first module that differs.
-        """
-        self._starts_equal = False
-        if self.state.global_step > 0 or ref is None or self.ref_model is None or self.args.torch_compile:
-            return
-        if not anywhere(self, not torch.equal(policy, ref)):  # all processes look for it together, or none
-            return
-        with torch.no_grad(), self.accelerator.autocast():
-            again = self._forward(model, inputs)["log_probs"]
-            given = {"input_ids": _both(inputs, "x"), "labels": _both(inputs, "y")}
-            if self._gives_mask:
-                given["attention_mask"] = attention_mask(_both(inputs, "mask"))
-            own = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-            name = "" if self.is_fsdp_enabled else first_difference(own, self.ref_model, given)
-        difference = (policy - ref).abs().max().item()
-        if anywhere(self, torch.equal(again, policy) or not difference <= 1e-2):
-            raise HeadError(
-                "policy and reference have the same weights, and their log-probs of the first batch differ by up "
-                f"to {difference:.2e}; the first module whose outputs differ is {name or 'the head'!r}. Something in "
-                "it is random, or keeps what no checkpoint holds; nothing was trained"
-            )
-
-    @torch.no_grad()
-    def _reference_log_probs(self, inputs: dict[str, Tensor]) -> Tensor:
-        if "ref_chosen" in inputs:
-            return _both(inputs, "ref")
-        assert self.ref_model is not None
-        with self.accelerator.autocast():
-            return self._forward(self.ref_model, inputs)["log_probs"]
-
-    def _pair_metrics(self, logratios: Sides, policy: Tensor, mask: Tensor) -> Tensor:
+    def _pair_metrics(self, logratios: Sides, policy: Tensor, batch: PairBatch) -> Tensor:
         """(B, len(PAIR_METRICS)) from log ratios and the policy's log-probs: what the log shows the means of."""
-        aggregate = self.args.dpo_aggregate
         chosen, rejected = (self.args.beta * h.detach() for h in logratios)
-        logps_chosen, logps_rejected = aggregate_log_probs(policy, mask, aggregate).chunk(2)
-        mean_chosen, mean_rejected = aggregate_log_probs(policy, mask, "mean").chunk(2)
+        logps = batch.sides(aggregate_log_probs(policy, batch.mask, self.args.dpo_aggregate))
+        means = batch.sides(aggregate_log_probs(policy, batch.mask, "mean"))
         values = {
             "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected, "logps/chosen": logps_chosen, "logps/rejected": logps_rejected,
-            "logps/accuracies": mean_chosen > mean_rejected,
+            "rewards/accuracies": chosen > rejected, "logps/chosen": logps.chosen, "logps/rejected": logps.rejected,
+            "logps/accuracies": means.chosen > means.rejected,
         }  # fmt: skip
         return torch.stack([values[name].float() for name in PAIR_METRICS], 1)
 
-    def _count(self, inputs: dict[str, Tensor], metrics: Tensor, aux_loss: Tensor | None) -> None:
+    def _count(self, batch: PairBatch, metrics: Tensor, aux_loss: Tensor | None) -> None:
         for name, total in zip(PAIR_METRICS, metrics.sum(0), strict=True):
             self._sums[name] += total
         self._sums["pairs"] += len(metrics)  # none of a batch that only keeps step with the other processes
         self._sums["batches"] += min(1, len(metrics))
-        self._sums["tokens"] += attention_mask(_both(inputs, "mask")).sum()
+        self._sums["tokens"] += batch.attention_mask.sum()
         if aux_loss is not None:
             self._sums["aux_loss"] += aux_loss.detach() * min(1, len(metrics))
 
     def _reduce(self, totals: Tensor) -> list[float]:
         return self.accelerator.reduce(totals, reduction="sum").tolist()
 
-    def _freeze(self, ref_model: nn.Module) -> nn.Module:
-        ref_model.requires_grad_(False).eval()
-        self.ref_head = FusedHead(ref_model, self.args.memory_budget_bytes, self.args.impl)
-        self._check_head(self.ref_head, ref_model, deterministic=False)  # it never trains
-        if not self.is_fsdp_enabled:
-            return ref_model.to(self.args.device)
-        if self.accelerator.is_fsdp2:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-            return fsdp2_prepare_model(self.accelerator, ref_model)
-        return self.accelerator.prepare_model(ref_model)
-
-    def _check_head(self, head: FusedHead, model: nn.Module, deterministic: bool = True) -> None:
-        """On the main process, which may be the only one that has loaded the weights; the others take its word."""
-
-        def check() -> Any:
-            head.check(model, deterministic)
-            return head.transform
-
-        head.transform = self._from_main(check)
-
-    def _from_main(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives on the main process, on all of them; a ValueError (a HeadError is one) too."""
-        outcome: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome = [compute()]
-            except ValueError as error:
-                outcome = [error]
-        broadcast_object_list(outcome)
-        if isinstance(outcome[0], ValueError):
-            raise outcome[0]
-        return outcome[0]
-
-
-def _same_weights(model: nn.Module, other: nn.Module | None) -> bool:
-    if other is None or type(model) is not type(other):
-        return False
-    pairs = zip(model.parameters(), other.parameters(), strict=False)
-    return all(a.shape == b.shape and torch.equal(a, b.to(a.device)) for a, b in pairs)
-
 
 def _attention(model: nn.Module) -> Any:
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
-
-
-def _count_pairs(inputs: dict[str, Tensor]) -> int:
-    return 0 if UNCOUNTED in inputs else len(inputs["x_chosen"])
 
 
 def _each(dataset: Any, change: Callable[[Any], Any]) -> Any:
@@ -446,10 +345,6 @@ def _check_dataset(name: str, dataset: Any, model: nn.Module) -> None:
         )
     if isinstance(dataset, DPODataset) and (config := getattr(model, "config", None)) is not None:
         check_positions(config, dataset.max_length)
-
-
-def _both(inputs: dict[str, Tensor], name: str) -> Tensor:
-    return torch.cat([inputs[f"{name}_chosen"], inputs[f"{name}_rejected"]])
 
 
 def _mean_metrics(prediction: EvalPrediction) -> dict[str, float]:

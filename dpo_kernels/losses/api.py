@@ -1,6 +1,6 @@
 """From per-token log-probs to a preference loss, in ordinary PyTorch: no loss ever sees a vocabulary.
 
-`make_pairs` sums what `preference_losses` is made of, `pair_losses` there makes the loss.
+`make_pairs` sums what the losses are made of, `pair_losses` makes the loss of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from dpo_kernels import checks
 from dpo_kernels.call import accumulate_dtype
 from dpo_kernels.functional import hidden_to_log_probs, token_stats
-from dpo_kernels.preference_losses import DIVERGENCES, LossOptions, Pairs, Sides, pair_losses
+from dpo_kernels.losses.options import LossOptions, check_options
+from dpo_kernels.losses.pairs import Pairs, Sides, aggregate_log_probs, beyond_shared_length, pair_weights
+from dpo_kernels.losses.registry import DIVERGENCES
 
 
 class DPOLoss(NamedTuple):
@@ -23,37 +25,6 @@ class DPOLoss(NamedTuple):
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
-
-
-def aggregate_log_probs(
-    log_probs: Tensor,  # (R, S)
-    mask: Tensor,  # (R, S)
-    aggregate: str = "sum",
-) -> Tensor:
-    """The sum or mean of each sequence's log-probs where the mask is not 0.
-
-    Args:
-        log_probs: (R, S), any floating dtype; masked values may be anything, NaN included.
-        mask: (R, S), bool or numbers, 0 where a token does not count.
-        aggregate: "sum" or "mean"; a sequence without any token is 0 either way.
-
-    Returns:
-        (R,), float32, or float64 for float64.
-
-    Raises:
-        ValueError: shapes differ, or an unknown aggregate.
-    """
-    if aggregate not in checks.AGGREGATES:
-        raise ValueError(f"aggregate is {aggregate!r}; expected one of {checks.AGGREGATES}")
-    if log_probs.ndim != 2 or mask.shape != log_probs.shape:
-        raise ValueError(
-            f"log_probs are {tuple(log_probs.shape)}, mask {tuple(mask.shape)}; expected two equal shapes (R, S)"
-        )
-    wide = log_probs.to(accumulate_dtype(log_probs.dtype))
-    counts = mask != 0
-    # where, not a product: NaN * 0 is NaN
-    total = torch.where(counts, wide, 0).sum(1)
-    return total if aggregate == "sum" else total / counts.sum(1).to(wide.dtype).clamp_min(1e-8)
 
 
 def dpo_loss(
@@ -81,7 +52,7 @@ def dpo_loss(
     loss = mean of -log sigmoid(beta * ((pc - pr) - (rc - rr))) for "sigmoid" (Rafailov et al. 2023, arXiv:2305.18290);
     rewards are the means of beta * (pc - rc) and beta * (pr - rr), whatever the loss. Policy and reference are
     subtracted token by token before they are summed, since the small difference of two long sums is what the loss lives
-    on. The other losses, their equations, papers and ranges are in `dpo_kernels.preference_losses`, a small function
+    on. The other losses, their equations, papers and ranges are in `dpo_kernels.losses.formulas`, a small function
     each.
 
     Args:
@@ -90,7 +61,7 @@ def dpo_loss(
         mask: (2B, S), bool or numbers, 0 where a token does not count.
         beta: >= 0; > 0 for ipo, ipo_unnormalized and sppo_hard.
         aggregate: "sum", or "mean" over the tokens that count.
-        loss_type: a key of `dpo_kernels.preference_losses.LOSSES`, or several: the loss is their weighted sum.
+        loss_type: a key of `dpo_kernels.losses.LOSSES`, or several: the loss is their weighted sum.
         loss_weights: one number for each of several; None: 1 each.
         label_smoothing: in [0, 1), the share of preferences that may be flipped: conservative DPO with sigmoid; for
             robust < 0.5, for exo_pair > 0. An error where no loss asked for has it; in a sum it counts in each loss
@@ -122,7 +93,7 @@ def dpo_loss(
         f_divergence_type=f_divergence_type, f_alpha_divergence_coef=f_alpha_divergence_coef, ld_alpha=ld_alpha,
         use_weighting=use_weighting, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma, cpo_alpha=cpo_alpha,
     )  # fmt: skip
-    checks.loss_options(options)
+    check_options(options)
     return _dpo_loss(make_pairs(ref_log_probs, policy_log_probs, mask, options, log_sum_sq_probs), options)
 
 
@@ -178,17 +149,13 @@ def make_pairs(
     )
 
 
-def beyond_shared_length(counts: Tensor) -> Tensor:
-    """Of the tokens that count, (2B, S) bool, those beyond the length of the pair's shorter answer."""
-    shared = torch.minimum(*counts.sum(1).chunk(2)).repeat(2)
-    return counts & (counts.cumsum(1) > shared[:, None])
-
-
-@torch.no_grad()
-def pair_weights(log_probs: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
-    """(B,): exp of the mean of log p - log sum p^2 over an answer's tokens, of the chosen times of the rejected."""
-    chosen, rejected = aggregate_log_probs(log_probs - log_sum_sq_probs, mask, "mean").exp().chunk(2)
-    return chosen * rejected
+def pair_losses(pairs: Pairs, options: LossOptions) -> Tensor:
+    """The weighted sum of the losses that the options name, one number per pair, (B,)."""
+    losses = options.losses
+    factors = options.loss_weights or (1.0,) * len(losses)
+    terms = [factor * loss.function(pairs, options) for loss, factor in zip(losses, factors, strict=True)]
+    total = torch.stack(terms).sum(0)
+    return total if pairs.weights is None else total * pairs.weights
 
 
 class FusedLinearDPOLoss(nn.Module):
@@ -222,7 +189,7 @@ class FusedLinearDPOLoss(nn.Module):
         **loss_options: Any,
     ) -> None:
         super().__init__()
-        self.options = checks.loss_options(LossOptions(beta, aggregate, loss_type, **loss_options))
+        self.options = check_options(LossOptions(beta, aggregate, loss_type, **loss_options))
         self.reference_free, self.ignore_index = reference_free, ignore_index
         self.head_options: dict[str, Any] = {
             "ignore_index": ignore_index, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,

@@ -1,0 +1,104 @@
+"""A batch of pairs: which answers are a pair, and which tokens belong to which answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.losses import Sides
+from dpo_kernels.training.formats import SIDES
+
+IGNORE_INDEX = -100
+UNCOUNTED = "uncounted"  # in a batch: its pair is there for a process that has nothing left to do
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Stacks items and cuts what no sequence of the batch needs: everything after the last token that counts."""
+
+    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        counted = batch["mask_chosen"] | batch["mask_rejected"]
+        length = int(counted.any(0).nonzero().max()) + 1 if counted.any() else 1
+        return {name: tensor[:, :length].contiguous() for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """2B answers, each behind its prompt: first the B chosen ones, then the rejected ones in the same order.
+
+    Nothing else knows how pairs and answers lie in the tensors. Today an answer is a row; a layout that puts several
+    into one row changes this class, and `segments` says which tokens are whose.
+
+    inputs: what `PairCollator` makes, (B, S) each: x, y and mask, and ref where the dataset has it, of both SIDES.
+    """
+
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs count: 0 where the only one is there to keep step with other processes."""
+        return 0 if UNCOUNTED in self.inputs else len(self.inputs["x_chosen"])
+
+    @property
+    def positions(self) -> int:
+        """How many tokens a model is given, padding too."""
+        return sum(self.inputs[f"x_{side}"].numel() for side in SIDES)
+
+    @property
+    def chosen_tokens(self) -> int:
+        """How many tokens of the chosen answers count."""
+        return int(self.inputs["mask_chosen"].count_nonzero())
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(2B, S) bool: which tokens count."""
+        return self._of_both("mask")
+
+    @cached_property
+    def ref_log_probs(self) -> Tensor | None:
+        """(2B, S): the reference's log-probs that the dataset holds; None where it holds none."""
+        return self._of_both("ref") if "ref_chosen" in self.inputs else None
+
+    @cached_property
+    def segments(self) -> Tensor:
+        """(2B, S) int64: the number of the answer, 0 to 2B - 1, that a token belongs to with its prompt, or -1.
+
+        A token behind the last one that counts, padding or not, belongs to none: it changes nothing before it.
+        """
+        inside = self.mask.flip(1).long().cummax(1).values.flip(1).bool()
+        answers = torch.arange(len(inside), device=inside.device)[:, None]
+        return torch.where(inside, answers, -1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(2B, S) int64: 1 for a token of an answer, 0 for one of none."""
+        return (self.segments >= 0).long()
+
+    def model_inputs(self, with_attention_mask: bool) -> dict[str, Any]:
+        """What a fused model is called with; it gives log-probs of the labels, (2B, S)."""
+        given = {"input_ids": self._of_both("x"), "labels": self._of_both("y")}
+        return given | {"attention_mask": self.attention_mask} if with_attention_mask else given
+
+    def sides(self, values: Tensor) -> Sides:
+        """Values of all answers, (2B, ...), as those of the chosen and of the rejected ones."""
+        return Sides(*values.chunk(2))
+
+    def _of_both(self, name: str) -> Tensor:
+        return torch.cat([self.inputs[f"{name}_{side}"] for side in SIDES])
+
+
+def keep_pairs(inputs: dict[str, Tensor], count: int) -> None:
+    """Leaves the first so many pairs in the batch, in place. Of none, one stays to be computed, and counts nowhere."""
+    for name, tensor in inputs.items():
+        inputs[name] = tensor[: max(count, 1)]
+    if count == 0:
+        for side in SIDES:
+            inputs[f"mask_{side}"] = torch.zeros_like(inputs[f"mask_{side}"])
+            inputs[f"y_{side}"] = torch.full_like(inputs[f"y_{side}"], IGNORE_INDEX)
+        inputs[UNCOUNTED] = torch.ones(1)

@@ -1,0 +1,46 @@
+"""What all processes of a run agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from dpo_kernels.training.model import FusedHead
+
+
+def anywhere(accelerator: Accelerator, here: bool) -> bool:
+    """Whether it is so on any process; all of them get the same answer."""
+    if accelerator.num_processes == 1:
+        return here
+    flag = torch.tensor(float(here), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def from_main(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives on the main process, on all of them; a ValueError (a HeadError is one) too."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [compute()]
+        except ValueError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def check_head(accelerator: Accelerator, head: FusedHead, model: nn.Module, deterministic: bool) -> None:
+    """`FusedHead.check` on the main process, which may be the only one that has loaded the weights; the others take its
+    word."""
+
+    def check() -> Any:
+        head.check(model, deterministic)
+        return head.transform
+
+    head.transform = from_main(accelerator, check)

@@ -1,0 +1,167 @@
+"""The reference that a policy is compared with, in its forms: where its log-probs come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dpo_kernels.training.batch import PairBatch
+from dpo_kernels.training.config import DPOConfig
+from dpo_kernels.training.head_check import first_difference
+from dpo_kernels.training.model import FusedHead, HeadError
+from dpo_kernels.training.processes import anywhere, check_head, from_main
+
+
+class Reference:
+    """Log-probs of the reference for a batch: those that its dataset holds, or else what the form computes.
+
+    Forms: `Precomputed` computes nothing, `FrozenModel` asks a second model. A third form, the policy with its adapter
+    switched off, would define `score` and nothing else.
+    """
+
+    model: nn.Module | None = None  # a second model, where the form has one
+
+    @torch.no_grad()
+    def log_probs(self, batch: PairBatch, required: bool = True) -> Tensor | None:
+        """(2B, S); None: there are none, and they are not required."""
+        return self.score(batch, required) if batch.ref_log_probs is None else batch.ref_log_probs
+
+    def score(self, batch: PairBatch, required: bool) -> Tensor | None:
+        """`log_probs` of a batch that brings none; called without gradient."""
+        raise NotImplementedError
+
+    def check_dataset(self, name: str, dataset: Any, required: bool) -> None:
+        """Before training: raises a ValueError for a dataset whose batches will have no log-probs."""
+
+    def check_start(self, policy: nn.Module, batch: PairBatch, log_probs: Tensor, ref: Tensor, is_start: bool) -> None:
+        """In training, for each batch that was scored: may refuse a policy that does not start as it should.
+
+        Args:
+            policy: what is trained, wrapped or not.
+            log_probs: its log-probs of the batch, (2B, S), detached.
+            ref: what `score` gave.
+            is_start: whether no step has been taken.
+        """
+
+
+class Precomputed(Reference):
+    """What the datasets hold, and nothing more.
+
+    Args:
+        freed: there was a model, until its log-probs were in the datasets: then a dataset without them is a mistake,
+            for whatever loss.
+    """
+
+    def __init__(self, freed: bool = False) -> None:
+        self.freed = freed
+
+    def score(self, batch: PairBatch, required: bool) -> Tensor | None:
+        if required or self.freed:
+            raise ValueError(
+                "a dataset that holds no log-probs of the reference, and the reference is not there"
+                + (" any more: precompute_ref_log_probs freed it. Give the dataset as eval_dataset when the trainer is "
+                   "made, by name in a dict if there are several" if self.freed else "; give a ref_model")
+            )  # fmt: skip
+        return None
+
+    def check_dataset(self, name: str, dataset: Any, required: bool) -> None:
+        if (required or self.freed) and "ref_chosen" not in dataset[0]:
+            raise ValueError(f"no ref_model, and {name} holds no log-probs of one; give a ref_model")
+
+
+class FrozenModel(Reference):
+    """A second model; it is frozen, and its head is fused and checked.
+
+    Args:
+        model: an `AutoModelForCausalLM`.
+        policy: what is trained, before it is wrapped.
+        gives_mask: whether the policy is given an attention mask; so is the reference, so that equal weights give equal
+            numbers.
+        is_sharded: whether the run uses FSDP.
+
+    Raises:
+        HeadError: the model's log-probs would be computed wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: nn.Module,
+        accelerator: Accelerator,
+        args: DPOConfig,
+        gives_mask: bool,
+        is_sharded: bool,
+    ) -> None:
+        self.accelerator, self.gives_mask, self.is_sharded = accelerator, gives_mask, is_sharded
+        is_exact = args.disable_dropout and not args.torch_compile  # else equal weights may give other numbers
+        self.starts_equal = is_exact and from_main(accelerator, lambda: _same_weights(policy, model))
+        self.fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
+        if args.precompute_ref_log_probs:
+            self.fingerprint = from_main(accelerator, lambda: model_fingerprint(model))
+        model.requires_grad_(False).eval()
+        self.head = FusedHead(model, args.memory_budget_bytes, args.impl)
+        check_head(accelerator, self.head, model, deterministic=False)  # it never trains
+        self.model: nn.Module = self._prepared(model)
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        if not self.is_sharded:
+            return model.to(self.accelerator.device)
+        if self.accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, model)
+        return self.accelerator.prepare_model(model)
+
+    def score(self, batch: PairBatch, required: bool = True) -> Tensor:
+        return self._run(self.model, batch)
+
+    def check_start(self, policy: nn.Module, batch: PairBatch, log_probs: Tensor, ref: Tensor, is_start: bool) -> None:
+        """At the first batch: policy and reference have the same weights, so they give the same numbers, to the bit.
+
+        Raises:
+            HeadError: they do not, though each gives the same numbers twice; names the first module that differs.
+        """
+        looks, self.starts_equal = self.starts_equal and is_start, False
+        # All processes look for the module together, or none.
+        if not looks or not anywhere(self.accelerator, not torch.equal(log_probs, ref)):
+            return
+        with torch.no_grad(), self.accelerator.autocast():
+            again = self._run(policy, batch)
+            own = self.accelerator.unwrap_model(policy, keep_fp32_wrapper=True)
+            given = batch.model_inputs(self.gives_mask)
+            name = "" if self.is_sharded else first_difference(own, self.model, given)
+        difference = (log_probs - ref).abs().max().item()
+        if anywhere(self.accelerator, torch.equal(again, log_probs) or not difference <= 1e-2):
+            raise HeadError(
+                "policy and reference have the same weights, and their log-probs of the first batch differ by up "
+                f"to {difference:.2e}; the first module whose outputs differ is {name or 'the head'!r}. Something in "
+                "it is random, or keeps what no checkpoint holds; nothing was trained"
+            )
+
+    def _run(self, model: nn.Module, batch: PairBatch) -> Tensor:
+        with self.accelerator.autocast():
+            return model(**batch.model_inputs(self.gives_mask), use_cache=False)["log_probs"]
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of everything that a model computes from: class, config, parameters and buffers."""
+    config = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    facts = [type(model).__name__, None if config is None else config.to_json_string(use_diff=False), attention]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _same_weights(model: nn.Module, other: nn.Module) -> bool:
+    if type(model) is not type(other):
+        return False
+    pairs = zip(model.parameters(), other.parameters(), strict=False)
+    return all(a.shape == b.shape and torch.equal(a, b.to(a.device)) for a, b in pairs)
