@@ -186,7 +186,7 @@ LogitsArgs checked_logits(
   return {logits, index, labels, temperature, logit_scale, softcap};
 }
 
-Tensor logits_forward_op(
+std::vector<Tensor> logits_forward_op(
     const Tensor& logits, const Maybe& index, const Tensor& labels, double temperature, double logit_scale,
     std::optional<double> softcap) {
   return logits_forward(checked_logits(logits, index, labels, temperature, logit_scale, softcap));
@@ -238,7 +238,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       " Tensor? bases) -> ()",
       dpo_kernels::gradient_op);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);
-  m.def("logits_forward(" LOGITS ") -> Tensor", dpo_kernels::logits_forward_op);
+  m.def("logits_forward(" LOGITS ") -> Tensor[]", dpo_kernels::logits_forward_op);
   m.def(
       "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor(a!) out) -> ()",
       dpo_kernels::logits_backward_op);

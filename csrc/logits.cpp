@@ -86,7 +86,7 @@ void each_strip(int64_t begin, int64_t end, const F& work) {
 
 }  // namespace
 
-Tensor logits_forward(const LogitsArgs& args) {
+std::vector<Tensor> logits_forward(const LogitsArgs& args) {
   const int64_t m = args.labels.size(0), v = args.logits.size(1), parts = parts_of(m, v);
   const int64_t* labels = args.labels.const_data_ptr<int64_t>();
   const int64_t* index = args.index.has_value() ? args.index->const_data_ptr<int64_t>() : nullptr;
@@ -101,15 +101,19 @@ Tensor logits_forward(const LogitsArgs& args) {
       });
     });
   });
-  Tensor result = at::empty({3, m}, args.labels.options().dtype(at::kFloat));
-  float* r = result.data_ptr<float>();
+  std::vector<Tensor> result;
+  float* r[3];
+  for (float*& row : r) {
+    result.push_back(at::empty({m}, args.labels.options().dtype(at::kFloat)));
+    row = result.back().data_ptr<float>();
+  }
   for (int64_t row = 0; row < m; ++row) {
     RowState all = states[row * parts];
     for (int64_t part = 1; part < parts; ++part) all.merge(states[row * parts + part]);
     const Joined joined = join(all.base, all.total, all.label_logit);
-    r[row] = static_cast<float>(joined.log_prob);
-    r[m + row] = static_cast<float>(joined.maximum);
-    r[2 * m + row] = static_cast<float>(joined.lse - static_cast<double>(r[m + row]));
+    r[0][row] = static_cast<float>(joined.log_prob);
+    r[1][row] = static_cast<float>(joined.maximum);
+    r[2][row] = static_cast<float>(joined.lse - static_cast<double>(r[1][row]));
   }
   return result;
 }

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 namespace dpo_kernels {
 
@@ -16,8 +17,8 @@ struct LogitsArgs {
   std::optional<double> softcap;
 };
 
-// (3, M) float: log-prob, maximum m, log sum exp(z - m).
-at::Tensor logits_forward(const LogitsArgs& args);
+// (M,) float each: log-prob, maximum m, log sum exp(z - m).
+std::vector<at::Tensor> logits_forward(const LogitsArgs& args);
 
 // Writes d loss / d logits of the rows that count to out, like the logits, which it may be.
 void logits_backward(

@@ -20,11 +20,11 @@ def transform(temperature: float, logit_scale: float, softcap: float | None) -> 
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if not isinstance(value, (int, float)) and not (name == "softcap" and value is None):
             raise TypeError(f"{name} is {value!r}; expected a number")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:  # comparisons, not math.isfinite: torch.compile can trace them on a symbol
         raise ValueError(f"temperature is {temperature}; expected a finite number > 0")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; expected None or a finite number > 0")
     return Transform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
 

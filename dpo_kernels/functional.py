@@ -59,6 +59,7 @@ def logits_to_log_probs(
     options = Options(
         ignore_index=ignore_index,
         transform=checks.transform(temperature, logit_scale, softcap),
+        grads=Grads(),  # written out: torch.compile cannot take a default that is an object
         impl=impl,
         inplace_backward=inplace_backward and not torch.compiler.is_compiling() and not overlaps(logits),
     )

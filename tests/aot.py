@@ -1,11 +1,11 @@
-"""Compiles what `triton_impl` would launch, for chips that are not here, and reads what the compiler made of it.
+"""Compiles what the Triton back end would launch, for chips that are not here, and reads what the compiler made of it.
 
     python tests/aot.py [--targets sm_80 sm_90 sm_100 gfx942] [--dtypes bfloat16 float32] [--json FILE]
-                        [--replace rows=256 columns=256 ...]
+                        [--replace block_m=256 block_n=256 ...]
 
-Calls of every mode and option run on CPU tensors, with the tables of the target and every launch recorded instead of
-made; a launch is compiled as the runtime would specialise it (integers that are 1 or divisible by 16, aligned
-pointers, tensor descriptors). --replace plants other numbers in the tables of products. Must run in a process of its
+Calls of every mode and option run on CPU tensors, with the target's configurations, and every launch is recorded
+instead of made; a launch is compiled as the runtime would specialise it (integers that are 1 or divisible by 16, aligned
+pointers, tensor descriptors). --replace plants other numbers in the blocks of products. Must run in a process of its
 own: the kernels must not be interpreted here.
 """
 
@@ -31,25 +31,27 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_kernels import logits_to_log_probs, token_stats
-from dpo_kernels.statistics import OPTIONAL_OUTPUTS
-from dpo_kernels.impls import triton_impl
+from dpo_kernels.backends.triton import TritonTileOps
 from dpo_kernels.kernels import configs
+from dpo_kernels.kernels.launch import kernels
+from dpo_kernels.overrides import override
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 
 class Target(NamedTuple):
     gpu: GPUTarget
-    arch: tables.Arch
+    arch: configs.Arch
     shared: int  # bytes that a block can have
     product: str  # the tensor cores' instruction
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), tables.Arch("cuda", 8), 163 * 1024, "HMMA"),
-    "sm_89": Target(GPUTarget("cuda", 89, 32), tables.Arch("cuda", 8), 99 * 1024, "HMMA"),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), tables.Arch("cuda", 9), 227 * 1024, "HGMMA"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), tables.Arch("cuda", 10), 227 * 1024, "UTC[A-Z]*MMA"),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), tables.Arch("cuda", 12), 99 * 1024, "[HQ]MMA"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), tables.Arch("hip", 9), 64 * 1024, "v_mfma"),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), configs.Arch("cuda", 8), 163 * 1024, "HMMA"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), configs.Arch("cuda", 8), 99 * 1024, "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), configs.Arch("cuda", 9), 227 * 1024, "HGMMA"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), configs.Arch("cuda", 10), 227 * 1024, "UTC[A-Z]*MMA"),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), configs.Arch("cuda", 12), 99 * 1024, "[HQ]MMA"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), configs.Arch("hip", 9), 64 * 1024, "v_mfma"),
 }
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
 MULTIPLY = ("forward_kernel", "recompute_kernel")
@@ -73,14 +75,14 @@ class Launch(NamedTuple):
     def name(self) -> str:
         """What tells this launch from others of the kernel."""
         known = dict(self.constants)
-        flags = [k.lower() for k in ("BIASED", "CAPPED", "KEEP", "INDEXED", "DESCRIPTORS") if known.get(k)]
-        flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "KEPT") if known.get(k)]
+        flags = [k.lower() for k in ("BIASED", "CAPPED", "SAVE", "INDEXED", "DESCRIPTORS") if known.get(k)]
+        flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]
         types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
         return ",".join([*dict.fromkeys(types), *flags])
 
 
 def specialise(module: str, name: str, warps: int, stages: int | None, arguments: dict[str, Any]) -> Launch:
-    kernel = getattr(triton_impl._kernels(module), name)
+    kernel = getattr(kernels(module), name)
     signature, constants, aligned = [], [], []
     for parameter in kernel.params:
         value = arguments[parameter.name]
@@ -103,34 +105,33 @@ def specialise(module: str, name: str, warps: int, stages: int | None, arguments
 
 
 def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int]) -> list[Launch]:
-    """Every launch of every path, mode and dtype, plain and with all options; each once."""
+    """Every launch of every strategy, mode and dtype, plain and with all options; each once."""
     found: dict[Launch, None] = {}
 
-    def record(module: str, name: str, _programs: int, warps: int, stages: int | None = None, /, **arguments: Any):
+    def record(module: str, name: str, _programs: int, warps: int, stages: int | None, arguments: dict[str, Any]):
         found[specialise(module, name, warps, stages, arguments)] = None
 
-    triton_impl._launch = record
-    triton_impl._arch = lambda device: target.arch
-    triton_impl.TritonFolds.multiply = lambda self, out, a, b, add: out.zero_()
-    triton_impl.cannot_run = lambda device: None
-    tables.PRODUCTS = {key: product._replace(**replace) for key, product in tables.PRODUCTS.items()}
-    paths = tables.PATHS[target.arch.kind]
-    for path in ("fused", "tiles"):  # every device takes the second for features that are no multiple of 16
-        tables.PATHS[target.arch.kind] = (tables.Path(0, 0, path, ""),)
-        for dtype in dtypes:
-            for options, outputs in ((PLAIN, ()), (CAPPED, OPTIONAL_OUTPUTS)):
-                for grads in ("none", "hidden", "hidden,weight"):
-                    for budget in (None, 2**26):
-                        _run(dtype, options, outputs, grads, budget)
-                if options:
-                    _run(dtype, options, (), "hidden", None)
-                    _run(dtype, options, (), "hidden,weight", None)
-                if path == "fused":
-                    _run(dtype, options, outputs, "hidden", None, features=272)
-                    _run(dtype, options, (), "hidden,weight", None, features=272)
-                    _run(dtype, options, outputs, "hidden,weight", 2**26, features=272)
-    tables.PATHS[target.arch.kind] = paths
+    TritonTileOps.multiply = lambda self, out, a, b, add: out.zero_()
+    for strategy in ("fused", "tiles"):  # every device takes the second for features that are no multiple of 16
+        changes = {"strategy": strategy, "product": replace}
+        with override(arch=target.arch, launch=record, kernels=changes):
+            _every_call(strategy, dtypes)
     return list(found)
+
+
+def _every_call(strategy: str, dtypes: list[torch.dtype]) -> None:
+    for dtype in dtypes:
+        for options, outputs in ((PLAIN, ()), (CAPPED, OPTIONAL_OUTPUTS)):
+            for grads in ("none", "hidden", "hidden,weight"):
+                for budget in (None, 2**26):
+                    _run(dtype, options, outputs, grads, budget)
+            if options:
+                _run(dtype, options, (), "hidden", None)
+                _run(dtype, options, (), "hidden,weight", None)
+            if strategy == "fused":
+                _run(dtype, options, outputs, "hidden", None, features=272)
+                _run(dtype, options, (), "hidden,weight", None, features=272)
+                _run(dtype, options, outputs, "hidden,weight", 2**26, features=272)
 
 
 def _run(
@@ -154,7 +155,7 @@ def _run(
 def inspect(target_name: str, launch: Launch) -> dict[str, Any]:
     """Compiles; registers, spills, shared memory, and the instructions that count."""
     target = TARGETS[target_name]
-    kernel = getattr(triton_impl._kernels(launch.module), launch.kernel)
+    kernel = getattr(kernels(launch.module), launch.kernel)
     names = [p.name for p in kernel.params]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     options = {"num_warps": launch.warps} | ({} if launch.stages is None else {"num_stages": launch.stages})
@@ -214,7 +215,7 @@ def fault(row: dict[str, Any]) -> str | None:
     if row["kernel"] in MULTIPLY and not row["products"]:
         return f"no {TARGETS[row['target']].product}"
     if (
-        row["kernel"] in ("fold_kernel", "exps_kernel", "gradient_kernel", "kept_kernel", "rebase_kernel")
+        row["kernel"] in ("accumulate_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
         and not row["wide"]
     ):
         return "no 16-byte loads"

@@ -30,8 +30,8 @@ def compile_ahead(tmp_path: Path, *options: str) -> tuple[int, list[dict], str]:
 def test_every_kernel_of_one_chip(tmp_path):
     code, rows, printed = compile_ahead(tmp_path, "--targets", "sm_90", "--dtypes", "bfloat16")
     assert code == 0, printed
-    kernels = {"forward_kernel", "recompute_kernel", "fold_kernel", "exps_kernel"}
-    kernels |= {"gradient_kernel", "kept_kernel", "rebase_kernel"}
+    kernels = {"forward_kernel", "recompute_kernel", "accumulate_kernel", "exps_kernel"}
+    kernels |= {"gradient_kernel", "saved_kernel", "rebase_kernel"}
     assert {row["kernel"] for row in rows} == kernels | {"merge_kernel"}
     products = [row["products"] for row in rows if row["kernel"] in ("forward_kernel", "recompute_kernel")]
     assert min(products) > 0
@@ -40,7 +40,7 @@ def test_every_kernel_of_one_chip(tmp_path):
 def test_a_block_that_is_too_large_is_found(tmp_path):
     """The planted regression: blocks of 256 x 256 do not fit the registers."""
     options = ("--targets", "sm_90", "--dtypes", "bfloat16", "--kernels", "recompute_kernel")
-    code, rows, printed = compile_ahead(tmp_path, *options, "--replace", "rows=256", "columns=256")
+    code, rows, printed = compile_ahead(tmp_path, *options, "--replace", "block_m=256", "block_n=256")
     assert code == 1
     assert all(row["spills"] for row in rows if "error" not in row)
     assert "spills" in printed.splitlines()[-3]

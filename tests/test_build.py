@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kernels import available_impls, build, hidden_to_log_probs, impls
-from dpo_kernels.impls import cpp_impl
+from dpo_kernels import available_impls, build, dispatch, hidden_to_log_probs
+from dpo_kernels.backends import cpp
+from dpo_kernels.dispatch import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 ANSWER = 'extern "C" int answer() { return 42; }\n'
@@ -36,11 +37,11 @@ def csrc(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(build, "INSTALLED", folder)
     monkeypatch.setenv("DPO_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DPO_KERNELS_CXXFLAGS", raising=False)
-    monkeypatch.setattr(cpp_impl, "_failure", None)
-    monkeypatch.setattr(cpp_impl, "_loaded", lambda: False)
-    impls._warn.cache_clear()
+    monkeypatch.setattr(BACKENDS["cpp"], "failure", None)
+    monkeypatch.setattr(cpp, "_loaded", lambda: False)
+    dispatch._warn.cache_clear()
     yield folder
-    impls._warn.cache_clear()
+    dispatch._warn.cache_clear()
 
 
 def answer(library: Path) -> int:
@@ -226,9 +227,9 @@ def test_what_cannot_be_built_is_said_once_and_torch_goes_on(name, csrc, monkeyp
 
 def test_a_failed_build_is_not_tried_again_in_the_process(csrc, monkeypatch):
     broken_compiler(monkeypatch, csrc)
-    reason = cpp_impl.cannot_run(CPU)
+    reason = BACKENDS["cpp"].cannot_run(CPU)
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("tried again"))
-    assert cpp_impl.cannot_run(CPU) == reason
+    assert BACKENDS["cpp"].cannot_run(CPU) == reason
     assert held(build.cached_library().parent) == [".lock", ".log"]
 
 
@@ -300,7 +301,7 @@ while not Path(sys.argv[1], "go").exists():
     time.sleep(0.01)
 got = hidden_to_log_probs(hidden, weight, labels, impl=None)
 exact = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(1, labels[:, None])[:, 0]
-assert hasattr(torch.ops.dpo_kernels_cpp, "fold"), "not the kernels"
+assert hasattr(torch.ops.dpo_kernels_cpp, "accumulate"), "not the kernels"
 assert (got - exact).abs().max() < 1e-5
 """
 

@@ -18,16 +18,16 @@ from helpers import assert_close, check_against_reference, detached, make_head, 
 
 import dpo_kernels
 from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
-from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 from dpo_kernels.backends import cpp
 from dpo_kernels.dispatch import BACKENDS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def cpp(monkeypatch) -> None:
+def only_cpp(override) -> None:
     assert BACKENDS["cpp"].cannot_run(torch.device("cpu")) is None
     override(backends=("cpp",))
 
@@ -206,7 +206,9 @@ def test_every_size_is_checked_at_the_boundary():
         packed=packed, weight=weight, labels=labels, state=state, row=0, by_token=None, by_vocab=None, bases=None,
         total=None,
     ):  # fmt: skip
-        ops().accumulate(packed, weight, None, labels, 0, 1.0, 1.0, None, state, row, "", by_token, by_vocab, bases, total)
+        ops().accumulate(
+            packed, weight, None, labels, 0, 1.0, 1.0, None, state, row, "", by_token, by_vocab, bases, total
+        )
 
     accumulate()
     for wrong, message in [

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dpo_kernels.plan import FACTS
 
 from benchmarks import gpu, report
 from benchmarks.gpu_cases import Way, contests, tiny_contests
 from benchmarks.peers import PEERS, Peer
-from dpo_kernels.kernels import configs
-from dpo_kernels.plan import FACTS
 
 CPU = torch.device("cpu")
 JUNIT = """<testsuites><testsuite>

@@ -19,7 +19,8 @@ from dpo_kernels import (
     reference,
     token_stats,
 )
-from dpo_kernels.impls import cpp_impl, torch_impl
+from dpo_kernels.backends import cpp, pytorch
+from dpo_kernels.call import Grads, Options, Transform
 
 MIB = 2**20
 
@@ -28,36 +29,36 @@ MIB = 2**20
 @pytest.mark.parametrize("outputs", ["", "entropy,is_top1"])
 def test_opcheck_hidden(grads, outputs):
     head = make_head(20, 8, 50, bias=True, grads=grads)
-    wanted = "" if grads == "none" else grads
+    options = Options(
+        transform=Transform(0.9, 1.1, 20.0), outputs=tuple(filter(None, outputs.split(","))),
+        grads=Grads.of(grads.split(",")),
+    )  # fmt: skip
     torch.library.opcheck(
         ops.token_stats_op,
-        (head.hidden, head.weight, head.bias, head.labels, -100, 0.9, 1.1, 20.0, outputs, wanted, torch.float32,
-         None, None),
-    )  # fmt: skip
+        (head.hidden, head.weight, head.bias, head.labels, *options.encode()),
+    )
 
 
 def test_opcheck_logits():
     logits, labels = torch.randn(5, 30, requires_grad=True), torch.randint(30, (5,))
-    torch.library.opcheck(ops.logits_log_probs_op, (logits, labels, -100, 0.9, 1.1, None, False, None))
+    options = Options(transform=Transform(0.9, 1.1))
+    torch.library.opcheck(ops.logits_log_probs_op, (logits, labels, *options.encode()))
 
 
 def test_opcheck_backwards():
     head = make_head(6, 8, 30)
-    made = ops.token_stats_op(
-        head.hidden, head.weight, None, head.labels, -100, 1.0, 1.0, None, "", "hidden,weight", torch.float32,
-        None, None,
-    )  # fmt: skip
-    log_probs, entropy, _, _, _, *vectors = (t.detach() for t in made)
+    options = Options(grads=Grads(True, True)).encode()
+    inputs = (head.hidden.detach(), head.weight.detach(), None, head.labels)
+    log_probs, entropy, _, _, _, *saved = ops.token_stats_op(*inputs, *options)
     torch.library.opcheck(
         ops.token_stats_backward_op,
-        (torch.randn(6), None, head.hidden.detach(), head.weight.detach(), None, head.labels, log_probs, entropy,
-         *vectors, -100, 1.0, 1.0, None, "", "hidden,weight", "weight", torch.float32, None, None),
-    )  # fmt: skip
+        ([torch.randn(6), None], [log_probs, entropy, *saved], "weight", *inputs, *options),
+    )
     logits = torch.randn(6, 30)
-    made = ops.logits_log_probs_op(logits, head.labels, -100, 1.0, 1.0, None, False, None)
-    rest = (head.labels, *made, -100, 1.0, 1.0, None, None)
-    torch.library.opcheck(ops.logits_log_probs_backward_op, (torch.randn(6), logits, *rest))
-    torch.library.opcheck(ops.logits_log_probs_backward_inplace_op, (torch.randn(6), logits, *rest))
+    made = ops.logits_log_probs_op(logits, head.labels, *Options().encode())
+    arguments = (torch.randn(6), made, logits, head.labels, *Options().encode())
+    torch.library.opcheck(ops.logits_log_probs_backward_op, arguments)
+    torch.library.opcheck(ops.logits_log_probs_backward_inplace_op, arguments)
 
 
 @pytest.mark.parametrize("vocab", [7, 2049])
@@ -174,24 +175,23 @@ def test_autocast_leaves_float64_alone():
 def test_no_grad_takes_one_gemm_and_saves_nothing(monkeypatch, impl):
     head = make_head(9, 8, 30)
     products = []
-    folds = {"cpp": cpp_impl.CppFolds, "torch": torch_impl.TorchFolds}[impl]
-    original = folds.score
+    tile_ops = {"cpp": cpp.CppTileOps, "torch": pytorch.PyTorchTileOps}[impl]
+    original = tile_ops.accumulate
 
-    def score(self, stats, tile):
+    def accumulate(self, state, tile, saved):
         products.append(len(tile.hidden) * len(tile.weight))
-        original(self, stats, tile)
+        original(self, state, tile, saved)
 
-    monkeypatch.setattr(folds, "score", score)
+    monkeypatch.setattr(tile_ops, "accumulate", accumulate)
     for context in (torch.no_grad, torch.inference_mode):
         products.clear()
         with context():
             stats = token_stats(head.hidden, head.weight, head.labels, impl=impl)
         assert not stats.log_probs.requires_grad
         assert sum(products) == int((head.labels != -100).sum()) * 30
-    made = ops.token_stats_op(
-        head.hidden, head.weight, None, head.labels, -100, 1.0, 1.0, None, "", "", torch.float32, None, impl
-    )
-    assert sum(t.numel() for t in made[7:]) == 0  # kept, bases, jacobian
+    made = ops.token_stats_op(head.hidden, head.weight, None, head.labels, *Options(impl=impl).encode())
+    saved = dict(zip(ops.SAVED, made[ops.STATS :], strict=True))
+    assert all(saved[name].numel() == 0 for name in ("exps", "maxima", "jacobian"))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -12,7 +12,6 @@ from helpers import (
     loss_of,
     make_head,
     run,
-    use_impl,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -40,8 +39,8 @@ GRADS = ["hidden,weight,bias", "hidden,weight", "hidden", "weight", "bias", "hid
 
 
 @pytest.fixture(params=("cpp", "torch"), autouse=True)  # "triton" has sizes of its own, in test_triton.py
-def impl(request, monkeypatch) -> str:
-    use_impl(monkeypatch, request.param)
+def impl(request, override) -> str:
+    override(backends=(request.param,))
     return request.param
 
 

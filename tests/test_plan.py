@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dpo_kernels
-from dpo_kernels.plan import DEFAULT_BUDGET, FACTS, plan
+from dpo_kernels.backends import cpp, pytorch, triton
+from dpo_kernels.planner import DEFAULT_BUDGET
+from dpo_kernels.planner import plan as plan_of
 
 MIB = 2**20
-CPP = [facts for name, facts in FACTS.items() if name.startswith("cpp")]
+CAPABILITIES = {
+    **{f"torch, {kind}": value for kind, value in pytorch.CAPABILITIES.items()},
+    **{f"triton, {kind}": value for kind, value in triton.CAPABILITIES.items()},
+    "triton, tiles": replace(triton.CAPABILITIES["cuda"], one_pass=False, saved_multiple=None),
+    "cpp": cpp.CAPABILITIES,
+    "cpp, no bfloat16 products": cpp.WITHOUT_BFLOAT16,
+}
+CPP = [cpp.CAPABILITIES, cpp.WITHOUT_BFLOAT16]
 SIZES = list(itertools.product((0, 1, 511, 8192, 131_072), (1, 64, 4096), (1, 2049, 151_936)))
+
+
+def plan(*sizes, capabilities=CAPABILITIES["torch, cpu"], **options):
+    return plan_of(*sizes, capabilities=capabilities, **options)
+
+
 GRADS = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden", "weight", "bias")]
 
 
-@pytest.mark.parametrize("facts", FACTS)
+@pytest.mark.parametrize("name", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("budget", [None, 8 * MIB, 40 * MIB, 64 * MIB, 256 * MIB, 4096 * MIB, 2**50])
-def test_every_plan_keeps_its_budget_or_says_the_least(facts, dtype, budget):
+def test_every_plan_keeps_its_budget_or_says_the_least(name, dtype, budget):
+    capabilities = CAPABILITIES[name]
     for (tokens, features, vocab), grads, outputs, softcap in itertools.product(
         SIZES, GRADS, [(), ("entropy",)], [None, 30.0]
     ):
         arguments = (tokens, features, vocab, dtype)
-        options = {"grads": grads, "outputs": outputs, "softcap": softcap, "facts": FACTS[facts]}
+        options = {"grads": grads, "outputs": outputs, "softcap": softcap, "capabilities": capabilities}
         try:
             made = plan(*arguments, memory_budget=budget, **options)
         except ValueError as error:
@@ -40,7 +57,7 @@ def test_every_plan_keeps_its_budget_or_says_the_least(facts, dtype, budget):
         assert 1 <= made.tile_tokens <= max(tokens, 1)
         assert 1 <= made.tile_vocab <= vocab
         assert 0 <= made.kept_tokens <= tokens
-        assert made.kept_tokens == tokens or made.kept_tokens % (FACTS[facts].kept_step or made.tile_tokens) == 0
+        assert made.kept_tokens == tokens or made.kept_tokens % (capabilities.saved_multiple or made.tile_tokens) == 0
         assert 1 <= made.gemms <= 5
         assert (made.mode == "score") == (not grads)
         if outputs and grads:
@@ -137,17 +154,21 @@ def test_bad_arguments(arguments, message):
 
 def test_the_public_plan_is_that_of_the_implementation_that_will_run():
     assert dpo_kernels.plan(100, 64, 1000, impl="torch") == plan(100, 64, 1000)
-    assert dpo_kernels.plan(100, 64, 1000, impl="cpp") in [plan(100, 64, 1000, facts=f) for f in CPP]
+    assert dpo_kernels.plan(100, 64, 1000, impl="cpp") in [plan(100, 64, 1000, capabilities=c) for c in CPP]
     assert dpo_kernels.plan(100, 64, 1000) == dpo_kernels.plan(100, 64, 1000, impl="cpp")
     assert dpo_kernels.plan(100, 64, 1000, torch.float64) == plan(100, 64, 1000, torch.float64)
     assert dpo_kernels.plan(100, 64, 1000, device="mps") == plan(100, 64, 1000)
-    assert dpo_kernels.plan(100, 64, 1000, device="cuda") == plan(100, 64, 1000, facts=FACTS["torch, cuda"])
+    assert dpo_kernels.plan(100, 64, 1000, device="cuda") == plan(
+        100, 64, 1000, capabilities=CAPABILITIES["torch, cuda"]
+    )
 
 
-def test_a_fused_tile_holds_its_gradient_only_where_there_is_one():
-    score, full = (plan(4096, 1024, 32_000, grads=g, facts=FACTS["cpp"]) for g in ((), ("hidden", "weight")))
+def test_a_tile_in_cache_holds_its_gradient_only_where_there_is_one():
+    score, full = (
+        plan(4096, 1024, 32_000, grads=g, capabilities=CAPABILITIES["cpp"]) for g in ((), ("hidden", "weight"))
+    )
     assert score.memory["tile and operands"] < full.memory["tile and operands"] / 4
     # A single product over all tokens is its own sum: no accumulator of the weight's gradient.
-    one, more = (plan(n, 1024, 32_000, facts=FACTS["cpp"]) for n in (1024, 1025))
+    one, more = (plan(n, 1024, 32_000, capabilities=CAPABILITIES["cpp"]) for n in (1024, 1025))
     assert one.memory["gradient accumulators"] == 4 * 1024 * 1024
     assert more.memory["gradient accumulators"] == 4 * 1024 * (1025 + 4096)

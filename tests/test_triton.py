@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import triton
@@ -12,12 +10,14 @@ from helpers import assert_close, check_against_reference, detached, loss_of, ma
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, ops, reference, token_stats
-from dpo_kernels.statistics import OPTIONAL_OUTPUTS
-from dpo_kernels.impls import torch_impl, triton_impl
-from dpo_kernels.kernels import configs
+from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, ops, plan, reference, token_stats
+from dpo_kernels.backends import triton as triton_backend
+from dpo_kernels.backends.pytorch import PyTorchBackend
+from dpo_kernels.call import Grads, Options, Tokens, Transform
+from dpo_kernels.kernels import configs, launch
+from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.kernels.softmax_state import expm1, tanh
-from dpo_kernels.plan import FACTS, plan
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,30 +25,29 @@ TRANSFORMS = [
     pytest.param({}, id="plain"),
     pytest.param({"softcap": 6.0, "temperature": 1.5, "logit_scale": 0.7}, id="capped"),
 ]
-ARCH = tables.Arch("interpreted", 0)
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu holds the device to the same")
 pytestmark = needs_interpreter
 
 
 @pytest.fixture(params=["fused", "tiles"])
-def path(request, monkeypatch) -> str:
-    """Everything on one path."""
-    monkeypatch.setitem(tables.PATHS, "interpreted", (tables.Path(0, 0, request.param, "asked for by the test"),))
+def strategy(request, override) -> str:
+    """Everything by one strategy."""
+    override(kernels={"strategy": request.param})
     return request.param
 
 
-def small_tiles(monkeypatch, *tiles: tuple[int, int], scratch: int = 0) -> None:
+@pytest.fixture
+def small_tiles(override):
     """Tiles that a small shape has many of."""
-    facts = FACTS["triton, interpreted"]
-    monkeypatch.setitem(FACTS, "triton, interpreted", replace(facts, tiles=tiles, scratch=scratch))
+    return lambda *tiles: override(capabilities={"tiles": tiles, "scratch": 0})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", TRANSFORMS)
 @pytest.mark.parametrize("grads", ["none", "hidden", "hidden,weight", "weight,bias", "hidden,weight,bias"])
 @pytest.mark.parametrize("outputs", [(), OPTIONAL_OUTPUTS], ids=["log_probs", "all"])
-def test_numbers(path, dtype, options, grads, outputs):
+def test_numbers(strategy, dtype, options, grads, outputs):
     head = make_head(100, 48, 700, dtype, bias="bias" in grads, grads=grads)
     check_against_reference(head, outputs=outputs, impl="triton", **options)
 
@@ -63,7 +62,7 @@ def test_numbers(path, dtype, options, grads, outputs):
         pytest.param(70, 7, 600, id="features-that-fused-kernels-cannot-read"),
     ],
 )
-def test_shapes(path, dtype, tokens, features, vocab):
+def test_shapes(strategy, dtype, tokens, features, vocab):
     check_against_reference(make_head(tokens, features, vocab, dtype, bias=True), outputs=(), impl="triton")
 
 
@@ -80,16 +79,15 @@ MODES = [  # gradients, budget in KiB, mode, outer loops
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", TRANSFORMS)
 @pytest.mark.parametrize(("grads", "budget", "mode", "outer"), MODES)
-def test_modes(path, monkeypatch, grads, budget, mode, outer, options, dtype):
+def test_modes(strategy, small_tiles, grads, budget, mode, outer, options, dtype):
     # Where cuBLAS makes tiles, kept tokens fill whole ones.
-    small_tiles(monkeypatch, (64, 128) if mode == "mixed" else (128, 128))
+    small_tiles((64, 128) if mode == "mixed" else (128, 128))
     head = make_head(200, 64, 500, dtype, grads=grads)
     if dtype == torch.bfloat16:
         wanted = tuple(name for name in grads.split(",") if name != "none")
         counted = int((head.labels != -100).sum())
-        facts = triton_impl.facts(torch.device("cpu"), counted, 64)
         made = plan(
-            counted, 64, 500, dtype, grads=wanted, memory_budget=budget * 1024, facts=facts, labels=200
+            counted, 64, 500, dtype, grads=wanted, memory_budget=budget * 1024, impl="triton", labels=200
         )  # fmt: skip
         assert (made.mode, ",".join(sweep.outer for sweep in made.sweeps)) == (mode, outer)
     check_against_reference(head, outputs=(), impl="triton", memory_budget=budget * 1024, **options)
@@ -97,11 +95,10 @@ def test_modes(path, monkeypatch, grads, budget, mode, outer, options, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", TRANSFORMS)
-def test_every_mode_gives_the_same_log_probs_to_the_last_bit(path, monkeypatch, options, dtype):
+def test_every_mode_gives_the_same_log_probs_to_the_last_bit(strategy, small_tiles, override, options, dtype):
     """Also in part kept, in tiles wider than what a program folds at once, which end in shorter ones."""
-    small_tiles(monkeypatch, (128, 256))
-    monkeypatch.setitem(tables.ROWS, "interpreted", tables.Rows(32, 64, 4))
-    monkeypatch.setattr(tables, "PROGRAMS", 2)
+    small_tiles((128, 256))
+    override(kernels={"rows": {"block_m": 32, "block_n": 64}, "programs": 2})
     results = []
     for grads, budget in (
         ("none", 900),
@@ -122,9 +119,9 @@ def test_every_mode_gives_the_same_log_probs_to_the_last_bit(path, monkeypatch, 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("spread", [4.0, 200.0])
-def test_the_frozen_heads_sum_follows_the_maximum(path, monkeypatch, order, spread):
+def test_the_frozen_heads_sum_follows_the_maximum(strategy, small_tiles, order, spread):
     """Logits that grow from tile to tile rescale the sum; falling ones never do."""
-    small_tiles(monkeypatch, (64, 64))
+    small_tiles((64, 64))
     head = make_head(40, 16, 320, grads="hidden", ignored=0)
     ramp = torch.linspace(0, spread, 320, dtype=torch.float32)
     bias = ramp if order == "rising" else ramp.flip(0)
@@ -156,33 +153,31 @@ def test_logits(dtype, options, inplace, rows, vocab, ignored):
     )
 
 
-def test_logits_are_split_over_programs_where_rows_are_few(monkeypatch):
+def test_logits_are_split_over_programs_where_rows_are_few(override):
     labels, logits = torch.randint(5000, (3,)), torch.randn(3, 5000)
     launched = []
-    launch = triton_impl._launch
-    monkeypatch.setattr(triton_impl, "_launch", lambda *a, **k: (launched.append(a[:3]), launch(*a, **k)))
+    override(launch=lambda *a: (launched.append(a[:3]), launch.run_kernel(*a)))
     assert_close(
         logits_to_log_probs(logits, labels, impl="triton"), reference.logits_to_log_probs(logits, labels), 1e-5
     )
-    assert launched[0] == ("rows", "fold_kernel", 10)
+    assert launched[0] == ("logits", "accumulate_kernel", 10)
 
 
-@pytest.mark.parametrize("strips", [1, 3])
-def test_strips_do_not_change_the_answer(monkeypatch, strips):
+@pytest.mark.parametrize("programs", [1, 3])
+def test_splits_do_not_change_the_answer(override, programs):
     head = make_head(20, 32, 640, bias=True)
-    monkeypatch.setattr(tables, "strip", lambda *_: 640 if strips == 1 else 256)
+    override(kernels={"programs": programs})
     check_against_reference(head, outputs=OPTIONAL_OUTPUTS, impl="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("grads", ["hidden", "hidden,weight"])
-def test_operands_in_half_precision(path, monkeypatch, dtype, grads):
+def test_operands_in_half_precision(strategy, override, monkeypatch, dtype, grads):
     """As on a GPU: shares, kept exponentials and gradients of logits are rounded, and logits rise from tile to tile."""
-    facts = FACTS["triton, interpreted"]
-    monkeypatch.setitem(FACTS, "triton, interpreted", replace(facts, tiles=((64, 64),), scratch=0, widens=()))
+    override(capabilities={"tiles": ((64, 64),), "scratch": 0, "widens": ()})
     monkeypatch.setattr(
-        torch_impl.TorchFolds, "multiply",
-        lambda self, out, a, b, add: out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=float(add)),
+        triton_backend, "library_multiply",
+        lambda out, a, b, add: out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=float(add)),
     )  # fmt: skip
     head = make_head(100, 32, 300, dtype, grads=grads)
     rising = head._replace(bias=torch.linspace(0, 40, 300, dtype=torch.float64).to(dtype))
@@ -191,7 +186,7 @@ def test_operands_in_half_precision(path, monkeypatch, dtype, grads):
 
 
 @pytest.mark.parametrize("grads", ["hidden", "hidden,weight"])
-def test_saved_tensors_may_come_back_with_other_strides(path, grads):
+def test_saved_tensors_may_come_back_with_other_strides(strategy, grads):
     """Hooks that offload them do: forward's choices must not be made again from what backward sees."""
     head = make_head((4, 15), 32, 300, ignored=0, grads=grads)
 
@@ -207,25 +202,25 @@ def test_saved_tensors_may_come_back_with_other_strides(path, grads):
         assert_close(value, same, 1e-6)
 
 
-def test_buffers_are_those_of_a_tile(monkeypatch):
+def test_buffers_are_those_of_a_tile(small_tiles, monkeypatch):
     """A first tile that is shorter than the next (fewer tokens are kept than a tile has) allocates no second buffer."""
-    small_tiles(monkeypatch, (128, 128))
+    small_tiles((128, 128))
     sizes = []
-    scratch = triton_impl.TritonFolds._scratch
+    scratch = triton_backend.TritonTileOps._scratch
 
     def record(self, *arguments):
         made = scratch(self, *arguments)
         sizes.append((arguments[0], made.untyped_storage().nbytes()))
         return made
 
-    monkeypatch.setattr(triton_impl.TritonFolds, "_scratch", record)
+    monkeypatch.setattr(triton_backend.TritonTileOps, "_scratch", record)
     head = make_head(200, 64, 500, torch.bfloat16, grads="hidden,weight", ignored=0)
     loss_of(token_stats(*head[:3], outputs=(), impl="triton", memory_budget=400 * 1024)).backward()
-    assert {name for name, _ in sizes} <= {"product", "dz", "bases"}
+    assert {name for name, _ in sizes} <= {"product", "dz", "maxima"}
     assert all(size <= 128 * 128 * 4 for _, size in sizes)
 
 
-def test_layouts(path):
+def test_layouts(strategy):
     """Operands of any strides and an expanded gradient: without descriptors, with the same blocks."""
     head = make_head((4, 15), 32, 300, ignored=0)
     exact = run(reference.token_stats, detached(head, torch.float64), outputs=())[0].log_probs
@@ -242,7 +237,7 @@ def test_layouts(path):
 
 
 @pytest.mark.parametrize("grads", ["hidden,weight", "hidden"])
-def test_autocast(path, grads):
+def test_autocast(strategy, grads):
     head = make_head(50, 32, 300, grads=grads)
     with torch.autocast("cpu", torch.bfloat16):
         got = hidden_to_log_probs(head.hidden, head.weight, head.labels, impl="triton")
@@ -253,7 +248,7 @@ def test_autocast(path, grads):
     assert head.hidden.grad.dtype == torch.float32
 
 
-def test_sure_models_keep_their_digits(path):
+def test_sure_models_keep_their_digits(strategy):
     """log p = -69 exp(-20): 1 - p and 1 + p are of no use."""
     weight = torch.zeros(70, 16)
     weight[3, 0] = 20.0
@@ -269,7 +264,7 @@ def test_sure_models_keep_their_digits(path):
     assert ((gradient - truth) / truth)[:, 0].abs().max() < 1e-4
 
 
-def test_rows_of_very_negative_logits_do_not_underflow(path):
+def test_rows_of_very_negative_logits_do_not_underflow(strategy):
     head = make_head(20, 16, 300, ignored=0)
     shifted = head._replace(bias=torch.full((300,), -9000.0))
     exact = run(reference.token_stats, detached(shifted, torch.float64), outputs=())[0]
@@ -283,7 +278,7 @@ def test_rows_of_very_negative_logits_do_not_underflow(path):
     dtype=st.sampled_from(DTYPES), grads=st.sampled_from(["hidden", "hidden,weight", "weight,bias"]),
     options=st.sampled_from([{}, {"softcap": 5.0}, {"temperature": 0.5}]), outputs=st.sampled_from([(), ("entropy",)]),
 )  # fmt: skip
-def test_random_calls(path, tokens, features, vocab, seed, dtype, grads, options, outputs):
+def test_random_calls(strategy, tokens, features, vocab, seed, dtype, grads, options, outputs):
     torch.manual_seed(seed)
     head = make_head(tokens, features, vocab, dtype, bias="bias" in grads, grads=grads)
     check_against_reference(head, 3e-4, outputs=outputs, impl="triton", **options)
@@ -295,7 +290,11 @@ class TestCapture:
     @pytest.fixture(autouse=True)
     def capturing(self, monkeypatch):
         self.now = False
-        monkeypatch.setattr(ops, "_capturing", lambda tensor: self.now)
+        of = Tokens.of
+        monkeypatch.setattr(
+            Tokens, "of",
+            staticmethod(lambda labels, ignore: (Tokens.all_masked if self.now else of)(labels, ignore)),
+        )  # fmt: skip
 
     @pytest.mark.parametrize("grads", ["hidden", "hidden,weight,bias"])
     @pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")], ids=["log_probs", "entropy"])
@@ -325,12 +324,18 @@ class TestCapture:
         for value, same in zip(*results, strict=True):
             assert_close(value, same, 1e-6)
 
-    def test_half_a_capture_is_refused(self):
-        head = make_head(20, 16, 90)
-        stats = token_stats(head.hidden, head.weight, head.labels, impl="triton")
-        self.now = True
-        with pytest.raises(RuntimeError, match=r"backward has 20 rows, forward had \d+: capture both"):
+    def test_backward_takes_the_tokens_that_forward_took(self):
+        """Whether or not backward is captured with forward."""
+        results = []
+        for forward, backward in ((False, False), (False, True), (True, True), (True, False)):
+            torch.manual_seed(0)
+            head, self.now = make_head(20, 16, 90), forward
+            stats = token_stats(head.hidden, head.weight, head.labels, impl="triton")
+            self.now = backward
             loss_of(stats).backward()
+            results.append(head.hidden.grad)
+        for other in results[1:]:
+            assert_close(other, results[0], 1e-6)
 
     def test_the_copy_counts_in_the_budget(self):
         head = make_head(20, 16, 90)
@@ -340,8 +345,8 @@ class TestCapture:
 
 
 @pytest.mark.parametrize("budget", [900, 392])
-def test_backward_runs_again(path, monkeypatch, budget):
-    small_tiles(monkeypatch, (128, 128))
+def test_backward_runs_again(strategy, small_tiles, budget):
+    small_tiles((128, 128))
     head = make_head(200, 64, 500, torch.bfloat16, grads="hidden,weight")
     loss = loss_of(token_stats(*head[:3], outputs=(), impl="triton", memory_budget=budget * 1024))
     first, second = (torch.autograd.grad(loss, head[:2], retain_graph=True) for _ in range(2))
@@ -352,34 +357,32 @@ def test_backward_runs_again(path, monkeypatch, budget):
 @pytest.mark.parametrize("outputs", ["", "entropy,is_top1"])
 def test_opcheck_hidden(grads, outputs):
     head = make_head(20, 16, 50, bias=True, grads=grads)
-    wanted = "" if grads == "none" else grads
-    torch.library.opcheck(
-        ops.token_stats_op,
-        (head.hidden, head.weight, head.bias, head.labels, -100, 0.9, 1.1, 20.0, outputs, wanted, torch.float32,
-         None, "triton"),
+    options = Options(
+        transform=Transform(0.9, 1.1, 20.0), outputs=tuple(filter(None, outputs.split(","))),
+        grads=Grads.of(grads.split(",")), impl="triton",
     )  # fmt: skip
+    torch.library.opcheck(ops.token_stats_op, (head.hidden, head.weight, head.bias, head.labels, *options.encode()))
 
 
 def test_opcheck_backward():
     head = make_head(20, 16, 50, ignored=0, grads="none")
-    options = (-100, 1.0, 1.0, None)
-    made = ops.token_stats_op(
-        head.hidden, head.weight, None, head.labels, *options, "", "hidden,weight", torch.float32, None, "triton"
-    )
+    options = Options(grads=Grads(True, True), impl="triton").encode()
+    inputs = (head.hidden, head.weight, None, head.labels)
+    log_probs, entropy, _, _, _, *saved = ops.token_stats_op(*inputs, *options)
     torch.library.opcheck(
         ops.token_stats_backward_op,
-        (torch.ones(20), None, head.hidden, head.weight, None, head.labels, made[0], made[1], *made[5:], *options, "",
-         "hidden,weight", "hidden,weight", torch.float32, None, "triton"),
+        ([torch.ones(20), None], [log_probs, entropy, *saved], "hidden,weight", *inputs, *options),
         test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    )
 
 
 def test_opcheck_logits():
     logits, labels = torch.randn(5, 30, requires_grad=True), torch.randint(30, (5,))
-    torch.library.opcheck(ops.logits_log_probs_op, (logits, labels, -100, 1.0, 1.0, None, False, "triton"))
-    made = [t.detach() for t in ops.logits_log_probs_op(logits, labels, -100, 1.0, 1.0, None, False, "triton")]
+    options = Options(impl="triton").encode()
+    torch.library.opcheck(ops.logits_log_probs_op, (logits, labels, *options))
+    made = [t.detach() for t in ops.logits_log_probs_op(logits, labels, *options)]
     for op in (ops.logits_log_probs_backward_op, ops.logits_log_probs_backward_inplace_op):
-        arguments = (torch.ones(5), logits.detach().clone(), labels, *made, -100, 1.0, 1.0, None, "triton")
+        arguments = (torch.ones(5), made, logits.detach().clone(), labels, *options)
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -421,51 +424,61 @@ def test_functions_of_the_kernels():
         assert ((got.double() - truth).abs() <= bound * truth.abs()).all()
 
 
-class TestTables:
+class TestConfigs:
     def test_later_devices_take_the_last_row_of_their_kind(self):
-        newest = tables.product(tables.Arch("cuda", 12), torch.bfloat16, options=False)
-        assert tables.product(tables.Arch("cuda", 13), torch.bfloat16, options=False) == newest
-        assert newest != tables.product(tables.Arch("cuda", 11), torch.bfloat16, options=False)
-        assert tables.product(tables.Arch("cuda", 9), torch.float16, options=True).columns == 128
+        newest = configs.product_blocks(Arch("cuda", 12), torch.bfloat16, options=False)
+        assert configs.product_blocks(Arch("cuda", 13), torch.bfloat16, options=False) == newest
+        assert newest != configs.product_blocks(Arch("cuda", 11), torch.bfloat16, options=False)
+        assert configs.product_blocks(Arch("cuda", 9), torch.float16, options=True).block_n == 128
 
-    def test_strips_are_wide_only_where_programs_are_enough(self):
-        assert tables.strip(128, 256, 8192, 151936, 2**30) == 8192
-        assert tables.strip(128, 256, 1, 151936, 2**30) == 256
-        assert tables.strip(128, 256, 8192, 151936, 1024) == 1024
+    def test_splits_are_wide_only_where_programs_are_enough(self):
+        config = configs.resolve(Arch("cuda", 9), 4096, torch.bfloat16, options=False)
+        block = config.product
+        assert block.block_n == 256
+        assert config.split(block, 8192, 151936, 2**30) == 8192
+        assert config.split(block, 1, 151936, 2**30) == 256
+        assert config.split(block, 8192, 151936, 1024) == 1024
         for tokens in (1, 100, 1000, 8192):
-            width = tables.strip(128, 256, tokens, 151936, 2**30)
-            assert width % 256 == 0
+            assert config.split(block, tokens, 151936, 2**30) % 256 == 0
 
-    def test_paths(self):
-        assert tables.path(tables.Arch("cuda", 9), 8192, 4096) == "fused"
-        assert tables.path(tables.Arch("cuda", 9), 8192, 4090) == "tiles"
-        assert tables.path(tables.Arch("hip", 9), 8192, 4096) == "fused"
-        assert tables.path(tables.Arch("hip", 9), 8192, 4095) == "tiles"
+    @pytest.mark.parametrize("kind", ["cuda", "hip"])
+    def test_strategies(self, kind):
+        assert configs.resolve(Arch(kind, 9), 4096, torch.bfloat16, False).strategy == "fused"
+        assert configs.resolve(Arch(kind, 9), 4090, torch.bfloat16, False).strategy == "tiles"
+        asked = configs.resolve(Arch(kind, 9), 4096, torch.bfloat16, False, {"strategy": "tiles"})
+        assert asked.strategy == "tiles"
 
-    def test_parts_hold_whole_bases(self):
-        """A block covers whole slots of kept probabilities' bases, and tiles whole blocks."""
-        for (arch, _, _), product in tables.PRODUCTS.items():
-            facts = FACTS[f"triton, {arch.kind}"]
-            assert product.columns % facts.base_columns == 0
-            assert all(vocab % product.columns == 0 for _, vocab in facts.tiles if vocab >= product.columns)
+    def test_changes_replace_fields_of_a_row(self):
+        changes = {"product": {"block_n": 64}, "rows": {"warps": 2}, "programs": 7}
+        made = configs.resolve(Arch("cuda", 9), 64, torch.bfloat16, False, changes)
+        assert (made.product.block_n, made.rows.warps, made.programs) == (64, 2, 7)
+        with pytest.raises(TypeError, match="no_such_field"):
+            configs.resolve(Arch("cuda", 9), 64, torch.bfloat16, False, {"no_such_field": 1})
+
+    def test_blocks_hold_whole_slots_of_block_maxima(self):
+        """And tiles hold whole blocks."""
+        for (arch, _, _), product in configs.PRODUCTS.items():
+            capable = triton_backend.CAPABILITIES[arch.kind]
+            assert product.block_n % capable.maxima_columns == 0
+            assert all(vocab % product.block_n == 0 for _, vocab in capable.tiles if vocab >= product.block_n)
 
 
-def test_float64_and_vast_vocabularies_go_to_torch(monkeypatch):
+def test_float64_and_vast_vocabularies_go_to_pytorch(monkeypatch):
     head = make_head(9, 16, 40, torch.float64)
     assert_close(
         hidden_to_log_probs(*head[:3], impl="triton"), hidden_to_log_probs(*head[:3], impl="torch"), 0
     )  # fmt: skip
-    monkeypatch.setattr(triton_impl, "LARGEST_VOCABULARY", 40)
+    monkeypatch.setattr(triton_backend, "LARGEST_VOCABULARY", 40)
     called = []
-    monkeypatch.setattr(torch_impl, "hidden_forward", lambda *a: called.append("hidden") or _torch_forward(*a))
-    monkeypatch.setattr(torch_impl, "logits_forward", lambda *a: called.append("logits") or _torch_logits(*a))
+    for name in ("tile_ops", "logits_forward"):
+        original = getattr(PyTorchBackend, name)
+        monkeypatch.setattr(
+            PyTorchBackend, name, lambda *a, name=name, original=original: called.append(name) or original(*a)
+        )
     single = [t.detach().float().requires_grad_() for t in head[:2]]
     hidden_to_log_probs(*single, head.labels, impl="triton").sum().backward()
     logits_to_log_probs(torch.randn(2, 40), torch.tensor([1, 2]), impl="triton")
-    assert called == ["hidden", "logits"]
-
-
-_torch_forward, _torch_logits = torch_impl.hidden_forward, torch_impl.logits_forward
+    assert called == ["tile_ops", "tile_ops", "logits_forward"]  # forward, backward; logits
 
 
 def test_logits_that_are_no_matrix_go_to_torch():
@@ -485,10 +498,10 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability (7, 5) is older than (8, 0)" in available_impls("cuda")["triton"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    triton_impl._no_triton.cache_clear()
+    launch._no_triton.cache_clear()
     monkeypatch.setattr("triton.__version__", "3.4.0")
     assert "triton is 3.4.0, and 3.5 or later is needed" in available_impls("cuda")["triton"]
-    triton_impl._no_triton.cache_clear()
+    launch._no_triton.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "triton", None)
     assert "triton cannot be imported" in available_impls("cuda")["triton"]
-    triton_impl._no_triton.cache_clear()
+    launch._no_triton.cache_clear()

@@ -6,12 +6,11 @@ import fcntl
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from gpu_helpers import take_path
 
 # Every test runs with deterministic algorithms, which cuBLAS has with a workspace of this kind alone.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,7 +48,7 @@ def room(cuda: torch.device) -> Iterator[torch.device]:
 
 
 @pytest.fixture(params=["fused", "tiles"])
-def path(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two paths every shape takes."""
-    take_path(monkeypatch, device, request.param)
+def strategy(request: pytest.FixtureRequest, override: Callable[..., None]) -> str:
+    """Which of the two strategies every shape takes."""
+    override(kernels={"strategy": request.param})
     return request.param

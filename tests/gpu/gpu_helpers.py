@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import pytest
 import torch
 from helpers import Head, make_head
 from torch import Tensor
 
 from dpo_kernels import hidden_to_log_probs, plan, reference
-from dpo_kernels.impls import triton_impl
-from dpo_kernels.kernels import configs
-from dpo_kernels.plan import Plan
+from dpo_kernels.planner import Plan
 
 # The gradients that lead to a mode, given the budget of `planned`.
 MODES = {
@@ -24,11 +21,6 @@ MODES = {
 }
 PLAIN: dict = {}
 ALL = {"softcap": 9.0, "temperature": 1.5, "logit_scale": 0.7}
-
-
-def take_path(monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str) -> None:
-    path = tables.Path(0, 0, name, "asked for by a test")
-    monkeypatch.setitem(tables.PATHS, triton_impl._arch(device).kind, (path,))
 
 
 def head_on(device: torch.device, *shape, **options) -> Head:

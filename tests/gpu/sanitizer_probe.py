@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import sys
 
-import pytest
 import torch
-from gpu_helpers import ALL, MODES, PLAIN, head_on, planned, take_path
+from gpu_helpers import ALL, MODES, PLAIN, head_on, planned
 
 from dpo_kernels import logits_to_log_probs, token_stats
+from dpo_kernels.overrides import override
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 SHAPE = {"cuda": (530, 272, 1100), "cpu": (70, 48, 300)}
@@ -20,9 +20,8 @@ def main() -> None:
     modes = ("score", "frozen", "keep", "recompute")
     dtypes = (torch.bfloat16, torch.float32)
     kinds = ((torch.bfloat16, PLAIN), (torch.bfloat16, ALL), (torch.float32, ALL))
-    for path, mode, (dtype, options) in itertools.product(("fused", "tiles"), modes, kinds):
-        with pytest.MonkeyPatch.context() as patch:
-            take_path(patch, device, path)
+    for strategy, mode, (dtype, options) in itertools.product(("fused", "tiles"), modes, kinds):
+        with override(kernels={"strategy": strategy}):
             head = head_on(device, *SHAPE[device.type], dtype, grads=MODES[mode], bias=bool(options))
             made = token_stats(
                 *head, outputs=(), memory_budget=planned(head, mode).bytes + 2**22, impl="triton", **options
@@ -30,9 +29,8 @@ def main() -> None:
             if mode != "score":
                 made.log_probs.sum().backward()
             calls += 1
-    for path, dtype, grads in itertools.product(("fused", "tiles"), dtypes, ("none", "hidden,weight,bias")):
-        with pytest.MonkeyPatch.context() as patch:
-            take_path(patch, device, path)
+    for strategy, dtype, grads in itertools.product(("fused", "tiles"), dtypes, ("none", "hidden,weight,bias")):
+        with override(kernels={"strategy": strategy}):
             head = head_on(device, *SHAPE[device.type], dtype, grads=grads, bias=True)
             made = token_stats(*head, outputs=OPTIONAL_OUTPUTS, impl="triton", **ALL)
             if grads != "none":

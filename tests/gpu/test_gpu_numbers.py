@@ -26,7 +26,7 @@ RAGGED = [
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_modes(device, path, dtype, options, mode):
+def test_modes(device, strategy, dtype, options, mode):
     head = head_on(device, *SIZE[device.type], dtype, grads=MODES[mode])
     check_against_reference(head, outputs=(), memory_budget=planned(head, mode).bytes, impl="triton", **options)
 
@@ -34,14 +34,14 @@ def test_modes(device, path, dtype, options, mode):
 @pytest.mark.parametrize("grads", ["none", "hidden,weight,bias"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics(device, path, dtype, options, grads):
+def test_statistics(device, strategy, dtype, options, grads):
     tokens, features, vocab = SIZE[device.type]
     head = head_on(device, tokens // 2, features, vocab, dtype, bias=True, grads=grads)
     check_against_reference(head, outputs=OPTIONAL_OUTPUTS, impl="triton", **options)
 
 
 @pytest.mark.parametrize("grads", ["bias", "hidden", "weight", "hidden,bias", "hidden,weight,bias"])
-def test_wanted_gradients_with_a_bias(device, path, grads):
+def test_wanted_gradients_with_a_bias(device, strategy, grads):
     tokens, features, vocab = SIZE[device.type]
     head = head_on(device, tokens // 2, features, vocab, torch.bfloat16, bias=True, grads=grads)
     check_against_reference(head, outputs=(), impl="triton", **ALL)
@@ -49,11 +49,11 @@ def test_wanted_gradients_with_a_bias(device, path, grads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tokens", "features", "vocab"), RAGGED)
-def test_ragged_shapes(device, path, tokens, features, vocab, dtype):
+def test_ragged_shapes(device, strategy, tokens, features, vocab, dtype):
     check_against_reference(head_on(device, tokens, features, vocab, dtype), outputs=(), impl="triton")
 
 
-def test_float32_is_exact_at_default_settings(device, path):
+def test_float32_is_exact_at_default_settings(device, strategy):
     """1e-5 at the size of a real head, with TF32 neither asked for nor forbidden."""
     head = head_on(device, *((256, 2048, 32_000) if device.type == "cuda" else (40, 96, 500)), grads="none")
     truth = reference.hidden_to_log_probs(head.hidden.double(), head.weight.double(), head.labels)
@@ -63,7 +63,7 @@ def test_float32_is_exact_at_default_settings(device, path):
 @pytest.mark.parametrize("mode", ["keep", "mixed", "recompute"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_policy_and_reference_get_the_same_log_probs_to_the_last_bit(device, path, dtype, options, mode):
+def test_policy_and_reference_get_the_same_log_probs_to_the_last_bit(device, strategy, dtype, options, mode):
     """Under one budget, whatever gradients either wants: the first loss is exactly log 2."""
     results, budget = {}, None
     for grads in ("hidden,weight", "none", "hidden", "weight"):
@@ -78,7 +78,7 @@ def test_policy_and_reference_get_the_same_log_probs_to_the_last_bit(device, pat
 
 
 @pytest.mark.parametrize("grads", ["hidden", "hidden,weight"])
-def test_the_first_loss_is_log_two(device, path, grads):
+def test_the_first_loss_is_log_two(device, strategy, grads):
     head = head_on(device, (4, SIZE[device.type][0] // 4), *SIZE[device.type][1:], torch.bfloat16, grads=grads)
     loss, chosen, rejected = FusedLinearDPOLoss(0.1, impl="triton")(
         head.hidden, head.weight, head.labels, ref_hidden=head.hidden.detach(), ref_weight=head.weight.detach()
@@ -88,7 +88,7 @@ def test_the_first_loss_is_log_two(device, path, grads):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_label_out_of_range_is_nan_in_its_row_alone(device, path, mode, monkeypatch):
+def test_a_label_out_of_range_is_nan_in_its_row_alone(device, strategy, mode, monkeypatch):
     if device.type == "cpu":
         monkeypatch.setattr("dpo_kernels.checks.labels_in_range", lambda *_: None)
     tokens, features, vocab = SIZE[device.type]

@@ -21,7 +21,7 @@ LARGE = [
 
 @pytest.mark.parametrize("mode", ["score", "frozen", "keep", "recompute"])
 @pytest.mark.parametrize(("tokens", "vocab"), LARGE)
-def test_large(room, path, tokens, vocab, mode):
+def test_large(room, strategy, tokens, vocab, mode):
     assert tokens * vocab > 2**31
     head = head_on(room, tokens, 64, vocab, torch.bfloat16, grads=MODES[mode], ignored=0)
     cotangent = torch.randn(tokens).to(room)
@@ -58,7 +58,7 @@ def test_large_logits(room, inplace, ignored):
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_call_holds_no_more_than_planned(cuda, path, dtype, mode, ignored, record_property):
+def test_a_call_holds_no_more_than_planned(cuda, strategy, dtype, mode, ignored, record_property):
     """The library's workspace, which a process' first product takes, is part of what the plan promises."""
     head = head_on(cuda, 4096, 1024, 50_000, dtype, grads=MODES[mode], ignored=ignored)
     cotangent = torch.randn(4096).to(cuda)

@@ -40,7 +40,7 @@ def captured(run):
 
 @pytest.mark.parametrize("warm", ["every-label-counts", "some-labels-are-ignored"])
 @pytest.mark.parametrize("mode", ["score", "frozen", "keep", "recompute"])
-def test_a_captured_graph_follows_its_inputs(cuda, path, mode, warm):
+def test_a_captured_graph_follows_its_inputs(cuda, strategy, mode, warm):
     head = head_on(cuda, *SHAPE, torch.bfloat16, grads=MODES[mode], ignored=0.0)
     budget = planned(head, mode).bytes + 2**24
     if warm != "every-label-counts":
@@ -82,7 +82,7 @@ def test_a_captured_graph_at_the_logits_level(cuda):
 
 
 @pytest.mark.parametrize("mode", ["score", "frozen", "keep", "recompute"])
-def test_two_streams_at_once(cuda, path, mode):
+def test_two_streams_at_once(cuda, strategy, mode):
     heads = [head_on(cuda, *SHAPE, torch.bfloat16, grads=MODES[mode]) for _ in range(2)]
     cotangents = [torch.randn(SHAPE[0]).to(cuda) for _ in heads]
     budget = planned(heads[0], mode).bytes + 2**26
@@ -104,7 +104,7 @@ def test_two_streams_at_once(cuda, path, mode):
 
 
 @pytest.mark.parametrize("mode", ["score", "frozen", "keep", "recompute"])
-def test_a_device_that_is_not_the_current_one(cuda, path, mode):
+def test_a_device_that_is_not_the_current_one(cuda, strategy, mode):
     if torch.cuda.device_count() < 2:
         pytest.skip("one device alone: torch.cuda.device_count() is 1")
     here = head_on(torch.device("cuda", 0), *SHAPE, torch.bfloat16, grads=MODES[mode])
