@@ -82,7 +82,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
 
 
 def capabilities(backend: Backend, device: torch.device, configuration: object) -> Capabilities:
-    return replace(backend.capabilities(device, configuration), **overrides.current().capabilities)
+    known, changes = backend.capabilities(device, configuration), overrides.current().capabilities
+    return replace(known, **changes) if changes else known
 
 
 def forward(call: Call) -> tuple[Execution, Saved]:

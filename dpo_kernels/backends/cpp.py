@@ -99,7 +99,7 @@ class CppState:
 
     def __init__(self, call: Call, labels: Tensor) -> None:
         self.outputs, self.labels, self.vocab_size = call.outputs, labels, call.vocab_size
-        self.names = _ops().state_fields()
+        self.names = _state_fields()
         start = torch.tensor([START.get(name, 0.0) for name in self.names], dtype=torch.float32, device="cpu")
         self.fields = start.repeat_interleave(len(labels)).view(len(start), len(labels))
 
@@ -211,6 +211,11 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
 
 def _ops() -> Any:
     return torch.ops.dpo_kernels_cpp
+
+
+@functools.cache
+def _state_fields() -> tuple[str, ...]:
+    return tuple(_ops().state_fields())
 
 
 def _loaded() -> bool:
