@@ -33,7 +33,7 @@ from torch import Tensor
 from dpo_kernels import dpo_loss, reference
 from dpo_kernels.training import FusedHead, HeadError
 from dpo_kernels.training.loading import load_model
-from dpo_kernels.training.model import accepted, find_head
+from dpo_kernels.training.output_head import accepted, find_head
 from dpo_kernels.training.randomness import disable_dropout
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
-from dpo_kernels.training.model import find_head
+from dpo_kernels.training.output_head import find_head
 
 VOCABULARY = 256
 # The first pattern that matches a field's whole name gives its value; None: as the config has it. Only fields that are

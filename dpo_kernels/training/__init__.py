@@ -8,7 +8,8 @@ from dpo_kernels.training.data_report import DataReport
 from dpo_kernels.training.formats import ReadOptions
 from dpo_kernels.training.loading import LoadError
 from dpo_kernels.training.messages import DataError
-from dpo_kernels.training.model import FusedHead, HeadError
+from dpo_kernels.training.model import FusedHead
+from dpo_kernels.training.output_head import HeadError
 from dpo_kernels.training.trainer import DPOTrainer
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dpo_kernels.training.head_check import logits_of, probe_ids
 from dpo_kernels.training.loading import is_of_its_own_kind
-from dpo_kernels.training.model import accepted, find_head, plain_forward
+from dpo_kernels.training.output_head import accepted, find_head, plain_forward
 
 # Where configs keep the coefficient.
 NAMES = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import reference
 from dpo_kernels.call import Transform
-from dpo_kernels.training.model import FusedHead, HeadError, _OutputHead, _Request, accepted, find_head
+from dpo_kernels.training.output_head import Fused, HeadError, OutputHead, Request, accepted, find_head
 
 TOKENS = 8
 JITTER = re.compile(r"jitter")  # what configs call noise of routers
@@ -30,7 +30,7 @@ PROBE = (1e-4, -1e-4, 0.5, -0.5, 3.0, -3.0, 20.0, -20.0, 200.0, -200.0, 1e9, -1e
 ROUNDINGS = 3.0
 
 
-def check_head(fused: FusedHead, model: nn.Module, deterministic: bool = True) -> None:
+def check_head(fused: Fused, model: nn.Module, deterministic: bool = True) -> None:
     """Measures what stands behind the head into `fused.transform`, then compares.
 
     Runs the model four times forward on two sequences of 8 tokens; on every process alike, where there are several.
@@ -61,23 +61,23 @@ def check_head(fused: FusedHead, model: nn.Module, deterministic: bool = True) -
             module.training = mode
 
 
-def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
+def _check(fused: Fused, model: Any, deterministic: bool) -> None:
     device = next(model.parameters()).device
-    ids = probe_ids(fused._vocab_size, device).repeat(2, 1)
+    ids = probe_ids(fused.vocab_size, device).repeat(2, 1)
     labels = ids.roll(-1, 1)
-    ids[1, -1] = (ids[0, -1] + 1) % fused._vocab_size  # the same but for its last token
+    ids[1, -1] = (ids[0, -1] + 1) % fused.vocab_size  # the same but for its last token
     name = type(model).__name__
     model.eval()
     with torch.no_grad():
         fused.transform = Transform()
         fused.transform = measure_transform(fused, model, ids[:1])
         log_probs = model(input_ids=ids, labels=labels, use_cache=False)["log_probs"]
-        with fused.asking(_Request(keeps_hidden=True)) as request:
+        with fused.asking(Request(keeps_hidden=True)) as request:
             logits = logits_of(model(input_ids=ids, **accepted(model, {"use_cache": False})))
         hidden = request.hidden
-        if logits.shape[-1] != fused._vocab_size:
+        if logits.shape[-1] != fused.vocab_size:
             raise HeadError(
-                f"the model's logits are {tuple(logits.shape)}, its head's weight has {fused._vocab_size} rows"
+                f"the model's logits are {tuple(logits.shape)}, its head's weight has {fused.vocab_size} rows"
             )
         own = reference.logits_to_log_probs(logits.float(), labels)
         allowed = _allowed(model, logits)
@@ -102,7 +102,7 @@ def _check(fused: FusedHead, model: Any, deterministic: bool) -> None:
                     "and reference would not start equal; set it to 0 in its config where evaluation does without it"
                 )
             if _has_experts(model):  # what is random in a router shows where scores are near one another
-                ids = probe_ids(fused._vocab_size, device, ROUTED).repeat(2, 1)
+                ids = probe_ids(fused.vocab_size, device, ROUTED).repeat(2, 1)
                 labels = ids.roll(-1, 1)
                 log_probs = model(input_ids=ids, labels=labels, use_cache=False)["log_probs"]
             model.train()
@@ -138,20 +138,20 @@ def _has_experts(model: Any) -> bool:
     return any("expert" in name and isinstance(value, int | list) and value not in (0, 1) for name, value in numbers)
 
 
-def _check_gradients(fused: FusedHead, model: Any, hidden: Tensor) -> None:
+def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
     """The head's own class, asked what it computes, against what the fused head takes it for: h W^T + b.
 
     Of the first rows of the weight, so that a large vocabulary costs no more than a small one.
     """
     head: Any = find_head(model)
-    assert isinstance(head, _OutputHead)
+    assert isinstance(head, OutputHead)
     weights = {name: p[:ROWS] for name, p in head.named_parameters() if name in ("weight", "bias")}
     labels = torch.arange(hidden[..., 0].numel(), device=hidden.device).view(hidden.shape[:-1]) % len(weights["weight"])
     upstream = torch.linspace(-1.0, 1.0, labels.numel(), device=hidden.device).view_as(labels)
     t = fused.transform
 
     def own(x: Tensor, given: dict[str, Tensor]) -> Tensor:
-        with fused.asking(_Request()):
+        with fused.asking(Request()):
             z = torch.func.functional_call(head.train(), given, (x,)).float() * t.logit_scale
         z = z if t.softcap is None else t.softcap * torch.tanh(z / t.softcap)
         return reference.logits_to_log_probs(z / t.temperature, labels)
@@ -178,7 +178,7 @@ def _check_gradients(fused: FusedHead, model: Any, hidden: Tensor) -> None:
             )
 
 
-def measure_transform(fused: FusedHead, model: Any, ids: Tensor) -> Transform:
+def measure_transform(fused: Fused, model: Any, ids: Tensor) -> Transform:
     """logit_scale and softcap from what the model's forward makes of known numbers in place of its logits.
 
     Raises:
@@ -186,7 +186,7 @@ def measure_transform(fused: FusedHead, model: Any, ids: Tensor) -> Transform:
     """
     name = type(model).__name__
     probe = torch.tensor(PROBE, dtype=torch.float64 if ids.device.type in ("cpu", "cuda") else torch.float32)
-    with fused.asking(_Request(probe=probe)), torch.enable_grad():
+    with fused.asking(Request(probe=probe)), torch.enable_grad():
         seen = logits_of(model(input_ids=ids[:, :1], **accepted(model, {"use_cache": False})))
     if seen.requires_grad:
         raise HeadError(f"{name} has parameters behind its output head, which would not be trained")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dpo_kernels.training.head_check import JITTER, logits_of, numbers_named, probe_ids
-from dpo_kernels.training.model import accepted, find_head
+from dpo_kernels.training.output_head import accepted, find_head
 
 DROPOUT = re.compile(r"dropout|_pdrop$|layerdrop")
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.head_check import first_difference
-from dpo_kernels.training.model import FusedHead, HeadError
+from dpo_kernels.training.model import FusedHead
+from dpo_kernels.training.output_head import HeadError
 from dpo_kernels.training.processes import anywhere, check_head, from_main
 
 

@@ -1,0 +1,202 @@
+"""A model's output head and its forward: found, and made into ones that can give log-probs instead of logits."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dpo_kernels.call import Transform
+from dpo_kernels.statistics import TokenStats
+
+# What a model without get_output_embeddings calls its head.
+HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")
+# What the trainer gives a model that takes it.
+DISPENSABLE = ("attention_mask", "output_router_logits", "use_cache")
+
+
+class HeadError(ValueError):
+    """The model has no output head that log-probs can be computed from, or one that would be computed wrong."""
+
+
+@dataclass
+class Request:
+    """What the head shall do in the forward that is running."""
+
+    labels: Tensor | None = None  # (R, S): compute log-probs
+    probe: Tensor | None = None  # (K,): return these instead of logits
+    output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
+    keeps_hidden: bool = False  # what reaches the head in a call without labels
+    hidden: Tensor | None = None
+    stats: TokenStats | None = None  # of the same call; the fields besides log_probs have no gradient
+
+
+class Fused(Protocol):
+    """What an output head asks of the `FusedHead` that made it.
+
+    transform: from the head's product to the logit. vocab_size: rows of the head's weight.
+    request: what the head shall do in the forward that is running.
+    """
+
+    transform: Transform
+    vocab_size: int
+    request: Request
+
+    def token_stats(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> TokenStats:
+        """Log-probs, and what else was asked for."""
+
+    def asking(self, request: Request) -> AbstractContextManager[Request]:
+        """The request holds within the block."""
+
+    def unfuse(self, model: Any) -> None:
+        """Gives the model back as it was."""
+
+
+class FusedForward:
+    """A model's forward that takes labels, and looks like the model's own to whoever asks for its signature."""
+
+    def __init__(self, model: Any, replaced: Any) -> None:
+        self.model, self.replaced = model, replaced  # replaced: by another wrapper, before us
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(own_forward(self.model, self.replaced))
+
+    @property
+    def __func__(self) -> Any:
+        """As of a method: accelerate wraps the function, and binds it to the model again."""
+
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            return FusedForward(this, self.replaced)(*args, **kwargs)
+
+        named = self.__signature__
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        marked: Any = forward
+        marked.__signature__ = inspect.Signature([this, *named.parameters.values()])
+        marked.fused = self
+        return forward
+
+    def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        model = self.model
+        forward = own_forward(model, self.replaced)
+        if labels is None:
+            return forward(*args, **kwargs)
+        head = find_head(model)
+        if not isinstance(head, OutputHead):
+            raise HeadError(f"{type(model).__name__} got another output head since; make a FusedHead of it again")
+        with head.fused.asking(Request(labels=labels)) as request:
+            output = forward(*args, **accepted(model, kwargs))
+        if request.output is None:
+            raise HeadError(f"{type(model).__name__} did not call its output head {type(head).__name__} in forward")
+        result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
+        if request.stats is not None and request.stats.log_sum_sq_probs is not None:
+            result["log_sum_sq_probs"] = request.stats.log_sum_sq_probs.squeeze(-1)
+        if getattr(output, "aux_loss", None) is not None:
+            result["aux_loss"] = output.aux_loss
+        return result
+
+
+class OutputHead(nn.Module):
+    """What the model's output head becomes: a subclass of its own class, so that it stays what others take it for."""
+
+    plain: type[nn.Module]
+    fused: Fused
+    weight: Tensor
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        request = self.fused.request
+        if request.probe is not None:
+            return request.probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
+        if request.labels is None:
+            if request.keeps_hidden:
+                request.hidden = hidden
+            return type(self).plain.forward(self, hidden, *args, **kwargs)
+        bias = getattr(self, "bias", None)
+        request.stats = self.fused.token_stats(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
+        return request.stats.log_probs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the output as the hooks of FSDP and DeepSpeed leave it: their backward hooks hang on it."""
+        output = super().__call__(*args, **kwargs)
+        if self.fused.request.labels is None:
+            return output
+        self.fused.request.output = output
+        return output.detach().clone()  # what the model makes of it, in place perhaps, is not used
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_head, (type(self).plain,), vars(self)
+
+
+def fused_class(plain: Any) -> Any:
+    if plain not in _FUSED:
+        _FUSED[plain] = type(f"Fused{plain.__name__}", (OutputHead, plain), {"plain": plain})
+    return _FUSED[plain]
+
+
+_FUSED: dict[Any, Any] = {}
+
+
+def _new_head(plain: type[nn.Module]) -> Any:
+    """An empty head of a class that pickle cannot find by its name."""
+    fused = fused_class(plain)
+    return fused.__new__(fused)
+
+
+def find_head(model: Any) -> nn.Module:
+    """The output head of a model: what the model says it is, or the one layer that makes logits.
+
+    Raises:
+        HeadError: there is none, or more than one.
+    """
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    if isinstance(head, nn.Module):
+        return head
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    found = [
+        module for name, module in (model.named_modules() if isinstance(model, nn.Module) else ())
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in HEAD_NAMES and module.out_features == size
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise HeadError(
+            f"{type(model).__name__} has no output head that it names itself, and {len(found)} of its linear layers "
+            f"are called {', '.join(HEAD_NAMES)} and make {size} logits; load a model for causal language modelling"
+        )
+    return found[0]
+
+
+def own_forward(model: Any, replaced: Any = None) -> Any:
+    """The forward that a model had before it was fused."""
+    if replaced is not None:
+        return replaced
+    return types.MethodType(type(model).forward, model)
+
+
+def plain_forward(model: Any) -> Any:
+    """The forward of a model as if it had not been fused."""
+    fused = fused_forward_of(model)
+    return own_forward(model, vars(model).get("forward") if fused is None else fused.replaced)
+
+
+def fused_forward_of(model: Any) -> FusedForward | None:
+    """What fused a model, also where accelerate has wrapped it since, and keeps it beside or inside its wrapper."""
+    for name in ("_original_forward", "forward"):
+        found = vars(model).get(name)
+        found = getattr(getattr(found, "__func__", None), "fused", found)
+        if isinstance(found, FusedForward):
+            return found
+    return None
+
+
+def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the model's own forward takes, of those that it may do without."""
+    parameters = inspect.signature(plain_forward(model)).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return options
+    return {name: value for name, value in options.items() if name in parameters or name not in DISPENSABLE}
