@@ -1,1 +1,1 @@
-"""The Triton kernels. All but `tables` import triton; `dpo_kernels.impls.triton_impl` imports them when needed."""
+"""The Triton kernels. All but `configs` and `launch` import triton; `launch.py` imports them when needed."""
