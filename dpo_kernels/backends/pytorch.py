@@ -91,7 +91,7 @@ class PyTorchBackend:
             label_logit = take_label(z, labels)
             maximum = z.amax(1)
             total = z.sub_(finite(maximum)[:, None]).exp_().sum(1)
-            state = SoftmaxState(maximum, total, label_logit, *(total[:0],) * 4)
+            state = SoftmaxState(maximum, total, label_logit, *(total[:0],) * (len(SoftmaxState._fields) - 3))
             done = finish(state, labels, logits.shape[-1], ())
             for result, value in zip(results, (done.stats.log_probs, done.maximum, done.log_sum), strict=True):
                 result[rows] = value
