@@ -329,5 +329,7 @@ def test_a_second_training_saves_the_dropout_of_before_the_first(tmp_path):
 
 def test_a_dense_model_is_not_looked_at_as_a_mixture():
     assert not _has_experts(make_model("Qwen3"))
-    assert _has_experts(make_model("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}))
+    assert _has_experts(
+        make_model("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16})
+    )
     assert _has_experts(make_model("Mixtral", {"num_local_experts": 4}))
