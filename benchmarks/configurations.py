@@ -1,7 +1,7 @@
-"""Ways to run the Triton kernels that are measured beside the one that the package chooses.
+"""Other paths, tiles and budgets of the Triton kernels than those that the package chooses, to be measured beside.
 
 All that the benchmarks override in dpo_kernels is in this file: `Configuration.applied` for measurements,
-`facts_of_path` for predictions. Nothing else differs while a configuration is applied, so a row's number is that of a
+`plan_of_path` for predictions. Nothing else differs while a configuration is applied, so a row's number is that of a
 package whose tables say the same.
 """
 
@@ -17,7 +17,8 @@ import torch
 from dpo_kernels import plan
 from dpo_kernels.impls import triton_impl
 from dpo_kernels.kernels import tables
-from dpo_kernels.plan import FACTS, Facts, Plan
+from dpo_kernels.plan import FACTS, Plan
+from dpo_kernels.plan import plan as plan_by_facts
 
 if TYPE_CHECKING:
     from benchmarks.cases import Case
@@ -87,9 +88,12 @@ def plan_of(case: Case, device: torch.device, impl: str | None, configuration: C
         return under(most.bytes - (0 if configuration.keeps else sum(most.memory[name] for name in kept)))
 
 
-def facts_of_path(path: str) -> Facts:
-    """What the plan knows of a path on a CUDA device."""
-    return replace(FACTS["triton, cuda"], streams=path == "fused")
+def plan_of_path(path: str, tokens: int, features: int, vocab: int, grads: tuple[str, ...], budget: int) -> Plan:
+    """Of a bfloat16 call on a CUDA device, which need not be there."""
+    facts = replace(FACTS["triton, cuda"], streams=path == "fused")
+    return plan_by_facts(
+        tokens, features, vocab, torch.bfloat16, grads=grads, memory_budget=budget, facts=facts
+    )  # fmt: skip
 
 
 def chosen_path(tokens: int, features: int) -> str:

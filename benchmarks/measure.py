@@ -1,7 +1,7 @@
 """Verify, then time: every peer of a case on the same inputs, in interleaved rounds. A wrong result is never timed.
 
-A CPU and a GPU take the same way. What differs is the timer, and that memory is measured in processes of their own on a
-CPU, and in this one on a GPU.
+The same for a CPU and a GPU. What differs is how `timed` reads the time, and where memory is measured: in a process of
+its own on a CPU, in this one on a GPU.
 """
 
 from __future__ import annotations

@@ -259,98 +259,47 @@ def _quack_cross_entropy(inputs: Inputs) -> Tensor:
 
 _ALL_ROWS = {"masked": "computes masked rows too"}
 _SKIPS = "skips small gradients"
+_TRL, _LIGER = "trl.trainer.utils", "liger_kernel.transformers.functional"
+_LIGER_SCALED = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 
 PEERS: tuple[Peer, ...] = (
     ours("dpo_kernels"),
     ours("dpo_kernels torch", "torch"),
     Peer("dpo_kernels DPOTrainer", {"train": training.ours}, ("dpo_kernels.training",)),
-    Peer(
-        "plain PyTorch",
-        _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
-        marks=_ALL_ROWS,
-    ),
-    Peer(
-        "torch.compile",
-        _levels(
-            lambda i: _shaped(i, _compiled(_gather_hidden)(*_flat(i))),
-            lambda i: _compiled(_gather)(_logits(i), i.labels),
-        ),
-        marks=_ALL_ROWS,
-    ),
+    Peer("plain PyTorch",
+         _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
+         marks=_ALL_ROWS),
+    Peer("torch.compile",
+         _levels(lambda i: _shaped(i, _compiled(_gather_hidden)(*_flat(i))),
+                 lambda i: _compiled(_gather)(_logits(i), i.labels)),
+         marks=_ALL_ROWS),
     Peer("torch F.cross_entropy", {"logits": _torch_cross_entropy}, marks=_ALL_ROWS),
     Peer("torch F.linear_cross_entropy", _levels(partial(_torch_linear_cross_entropy, False)), marks=_ALL_ROWS),
     Peer("torch F.linear_cross_entropy, chunked", _levels(partial(_torch_linear_cross_entropy, True)), marks=_ALL_ROWS),
-    Peer(
-        "TRL ChunkedLogProbFunction",
-        _levels(_trl_chunked),
-        ("trl.kernels", "trl.trainer.utils"),
-        {"masked": "computes masked rows too on a CPU"},
-    ),
-    Peer(
-        "TRL selective_log_softmax",
-        _levels(lambda i: _trl_selective(i, F.linear(i.hidden, i.weight)), lambda i: _trl_selective(i, _logits(i))),
-        ("trl.trainer.utils",),
-        _ALL_ROWS,
-    ),
-    Peer(
-        "Liger fused linear cross entropy",
-        _levels(_liger_fused_linear_cross_entropy),
-        ("liger_kernel.transformers.functional",),
-        _ALL_ROWS,
-        needs_cuda=True,
-    ),
-    Peer(
-        "Liger cross entropy",
-        {"logits": _liger_cross_entropy},
-        ("liger_kernel.transformers.functional",),
-        {**_ALL_ROWS, "always": "overwrites its logits; a copy is included"},
-        needs_cuda=True,
-    ),
-    Peer(
-        "Liger scaled cross entropy",
-        {"hidden": _liger_scaled_cross_entropy},
-        ("liger_kernel.ops.fused_linear_scaled_cross_entropy",),
-        {**_ALL_ROWS, "always": "computes the entropy too on a CPU", "frozen": "and the frozen weight's gradient"},
-    ),
+    Peer("TRL ChunkedLogProbFunction", _levels(_trl_chunked), ("trl.kernels", _TRL),
+         {"masked": "computes masked rows too on a CPU"}),
+    Peer("TRL selective_log_softmax",
+         _levels(lambda i: _trl_selective(i, F.linear(i.hidden, i.weight)), lambda i: _trl_selective(i, _logits(i))),
+         (_TRL,), _ALL_ROWS),
+    Peer("Liger fused linear cross entropy", _levels(_liger_fused_linear_cross_entropy), (_LIGER,), _ALL_ROWS,
+         needs_cuda=True),
+    Peer("Liger cross entropy", {"logits": _liger_cross_entropy}, (_LIGER,),
+         {**_ALL_ROWS, "always": "overwrites its logits; a copy is included"}, needs_cuda=True),
+    Peer("Liger scaled cross entropy", {"hidden": _liger_scaled_cross_entropy}, (_LIGER_SCALED,),
+         {**_ALL_ROWS, "always": "computes the entropy too on a CPU", "frozen": "and the frozen weight's gradient"}),
     Peer("Liger FusedLinearDPOLoss", {"dpo": _liger_dpo}, ("liger_kernel.chunked_loss",), _ALL_ROWS),
-    Peer(
-        "CCE torch_compile",
-        _levels(partial(_cce, impl="torch_compile", filter_eps=None)),
-        ("cut_cross_entropy",),
-    ),
+    Peer("CCE torch_compile", _levels(partial(_cce, impl="torch_compile", filter_eps=None)), ("cut_cross_entropy",)),
     Peer("CCE exact", _levels(partial(_cce, impl="cce", filter_eps=None)), ("cut_cross_entropy",), needs_cuda=True),
-    Peer(
-        "CCE default",
-        _levels(partial(_cce, impl="cce")),
-        ("cut_cross_entropy",),
-        {"full": _SKIPS, "frozen": _SKIPS},
-        needs_cuda=True,
-    ),
-    Peer(
-        "quack linear cross entropy",
-        _levels(_quack_linear_cross_entropy),
-        ("quack.linear_cross_entropy",),
-        {**_ALL_ROWS, "always": "unfused form; the chunked one offers mean and sum only"},
-        needs_cuda=True,
-    ),
-    Peer(
-        "quack cross entropy",
-        {"logits": _quack_cross_entropy},
-        ("quack.cross_entropy",),
-        _ALL_ROWS,
-        needs_cuda=True,
-    ),
+    Peer("CCE default", _levels(partial(_cce, impl="cce")), ("cut_cross_entropy",),
+         {"full": _SKIPS, "frozen": _SKIPS}, needs_cuda=True),
+    Peer("quack linear cross entropy", _levels(_quack_linear_cross_entropy), ("quack.linear_cross_entropy",),
+         {**_ALL_ROWS, "always": "unfused form; the chunked one offers mean and sum only"}, needs_cuda=True),
+    Peer("quack cross entropy", {"logits": _quack_cross_entropy}, ("quack.cross_entropy",), _ALL_ROWS, needs_cuda=True),
     Peer("transformers with logits", {"train": training.with_logits}, ("transformers",), _ALL_ROWS),
-    Peer(
-        "TRL DPOTrainer",
-        {"train": training.trl},
-        ("trl",),
-        {
-            "always": "computes entropy, mean logits and top-1 for its log too",
-            "masked": "masked rows too on a CPU",
-        },
-    ),
-)
+    Peer("TRL DPOTrainer", {"train": training.trl}, ("trl",),
+         {"always": "computes entropy, mean logits and top-1 for its log too",
+          "masked": "masked rows too on a CPU"}),
+)  # fmt: skip
 # Ours as a case asks for it by name.
 CONFIGURED = tuple(ours(name, "triton", configuration) for name, configuration in CONFIGURATIONS.items())
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import torch
-
-from dpo_kernels.kernels import tables
-from dpo_kernels.plan import FACTS, MIB, Plan, plan, replace
+from benchmarks.cases import GPU
+from benchmarks.configurations import UNLIMITED, chosen_path, plan_of_path
+from dpo_kernels.plan import Plan
 
 FLOPS, BYTES = 780e12, 4.3e12
-SHAPES = ((8192, 4096, 151936), (4096, 4096, 128256), (16384, 2048, 248320), (131072, 4096, 128256))
+# Of the cases that compare paths, and not other tiles.
+SHAPES = tuple(
+    dict.fromkeys((c.tokens, c.hidden_size, c.vocab_size) for c in GPU if c.level == "hidden" and c.peers is None)
+)
 MODES = {"score": (), "frozen": ("hidden",), "keep": ("hidden", "weight"), "recompute": ("hidden", "weight")}
-AMPLE = 1024 * 1024 * MIB
 
 
 class Prediction(NamedTuple):
@@ -38,11 +39,10 @@ class Prediction(NamedTuple):
 
 
 def predict(tokens: int, features: int, vocab: int, mode: str, path: str) -> Prediction:
-    facts = replace(FACTS["triton, cuda"], streams=path == "fused")
-    call = partial(plan, tokens, features, vocab, torch.bfloat16, grads=MODES[mode], facts=facts)
-    made = call(memory_budget=AMPLE)
+    call = partial(plan_of_path, path, tokens, features, vocab, MODES[mode])
+    made = call(UNLIMITED)
     if mode == "recompute":  # all that the same tiles need, and nothing for what could be kept
-        made = call(memory_budget=made.bytes - made.memory["kept probabilities"])
+        made = call(made.bytes - made.memory["kept probabilities"])
     logits = tokens * vocab
     tile = 0 if path == "fused" else 8 * logits  # float32, written and read
     sums, tiles = 0.0, float(tile)
@@ -66,7 +66,7 @@ def table() -> str:
         "|---|---|---|---:|---:|---:|---:|---|",
     ]
     for tokens, features, vocab in SHAPES:
-        chosen = tables.path(tables.Arch("cuda", 9), tokens, features)
+        chosen = chosen_path(tokens, features)
         for mode in MODES:
             for path in ("tiles", "fused"):
                 made = predict(tokens, features, vocab, mode, path)
