@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from benchmarks import gpu, report
-from benchmarks.cases import GPU, TINY
+from benchmarks.cases import GPU, TINY, Case
 from benchmarks.configurations import Configuration
-from benchmarks.measure import Effort, measure
+from benchmarks.measure import Effort, HeadProblem, measure
 from benchmarks.peers import PEERS, Peer
+from benchmarks.verify import Truth
 from dpo_kernels.kernels import tables
 from dpo_kernels.plan import FACTS
 
@@ -111,6 +112,24 @@ def test_when_time_is_up_the_rest_is_named(tmp_path):
     assert list(told["left_out"]) == ["tiny-score", "tiny-frozen"]
     late = measure(FULL, peers=[PLAIN], effort=over)
     assert {(row.status, row.reason) for row in late} == {("unavailable", "left out: time was up")}
+
+
+@pytest.mark.parametrize("level", ["logits", "hidden"])
+def test_a_part_of_the_tokens_is_verified(level):
+    """The truth about a part is that about all, cut; what is wrong there alone is seen."""
+    whole = Case("whole", level, "full", 24, 16, 97, "float32", sequences=4)
+    problem = HeadProblem(replace(whole, verified=8), CPU)
+    outcome, all_of_it = problem.run(problem.step(PLAIN)), Truth.of(whole, problem.inputs).exact
+    rows = problem.truth.rows
+    assert rows.tolist() == list(range(0, 24, 3))
+    torch.testing.assert_close(problem.truth.exact["log_probs"][0], all_of_it["log_probs"].flatten()[rows])
+    assert problem.truth.check(outcome, ours=False)[1] == ""
+    outcome["log_probs"].view(-1)[rows[3]] += 1
+    assert "error of log_probs" in problem.truth.check(outcome, ours=False)[1]
+    problem.forget()
+    problem.change()
+    assert problem.truth.rows.tolist() == list(range(1, 24, 3))
+    assert problem.truth.check(problem.run(problem.step(PLAIN)), ours=False)[1] == ""
 
 
 def test_what_is_right_but_comes_too_late_has_no_time():
