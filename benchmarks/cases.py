@@ -1,4 +1,4 @@
-"""What is measured: one named row per case, and the inputs that each row runs on.
+"""What is measured: one named row per case.
 
 Levels: "logits" (log-probs from logits), "hidden" (log-probs from hidden states and the head's weight), "dpo" (the DPO
 loss from hidden states, reference included) and "train" (a training step of a whole model). Modes: "score" (no
@@ -7,16 +7,26 @@ gradient), "full" (all gradients) and "frozen" (the weight needs none).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+
+from benchmarks.configurations import (
+    KEEPING_PRODUCTS,
+    MODES,
+    PRODUCTS,
+    ROWS,
+    STRATEGIES,
+    TILES,
+    TINY_KEEPING_PRODUCTS,
+    TINY_PRODUCTS,
+    TINY_ROWS,
+    TINY_TILES,
+    TRITON,
+    Configuration,
+)  # fmt: skip
 
 MIB = 2**20
-IGNORE = -100
-# Float64 numbers that one block of rows may take while inputs and exact answers are made.
-BLOCK_NUMBERS = 2**26
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,13 @@ class Case:
     sequences: the leading dimension; the first half is chosen, the second rejected.
     memory_budget: bytes, ours only; None is the default.
     curve: the picture that the row is a point of, "tokens", "vocabulary" or "budget"; None for the table.
-    peers: the names that run; empty for all of the level. without: names that do not.
-    weighed: the names whose peak memory is measured; None for all.
+    peers: the names that run; None for all of the level. without: names that do not.
+    configurations: names of those of ours that run besides.
+    memory_of: the names whose peak memory is measured; None for all.
     timed: False for a shape that is too large to verify and time here: its memory alone is measured, of one step.
+    verified: so many tokens, spread over all of them, are compared with the exact answer; 0 for all.
+    copied: bytes of a copy that is timed beside, which shows what the memory's bandwidth is.
+    needs: seconds that must be left to start it, where time is limited.
     """
 
     name: str
@@ -44,10 +58,15 @@ class Case:
     sequences: int = 8
     memory_budget: int | None = None
     curve: str | None = None
-    peers: tuple[str, ...] = ()
+    peers: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
-    weighed: tuple[str, ...] | None = None
+    configurations: tuple[str, ...] = ()
+    memory_of: tuple[str, ...] | None = None
     timed: bool = True
+    min_rounds: int = 5
+    verified: int = 0
+    copied: int = 0
+    needs: float = 0.0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -65,7 +84,7 @@ class Case:
     @property
     def needed_gemms(self) -> int:
         """Products that nobody can do without: 1 forward, 1 for each gradient, 1 for DPO's reference."""
-        return 0 if self.level == "logits" else 1 + len(self.wanted) + (self.level == "dpo")
+        return 1 + len(self.wanted) + (self.level == "dpo") if self.level in ("hidden", "dpo") else 0
 
     @property
     def gemm_flop(self) -> float:
@@ -81,109 +100,19 @@ class Case:
             return ("logits",)
         return ("hidden",) if self.mode == "frozen" else ("hidden", "weight")
 
+    @property
+    def floors(self) -> tuple[str, ...]:
+        """What is timed beside the peers; ratios are to the first."""
+        if self.level == "train" or not self.timed:
+            return ()
+        return ("bare copy" if self.level == "logits" else "bare GEMMs", *(("a large copy",) if self.copied else ()))
 
-@dataclass
-class Inputs:
-    """The tensors of a case. logits are made at the logits level alone, where they stand for hidden and weight.
-
-    hidden (R, S, D), weight (V, D), logits (R, S, V), labels (R, S) with -100 where masked.
-    cotangent (R, S) float32: the gradient that comes into the log-probs, as DPO's does: one number a sequence, positive
-    for rejected ones, 0 where masked. ref_hidden (R, S, D), ref_weight (V, D): the reference model's, for DPO alone.
-    """
-
-    labels: Tensor
-    cotangent: Tensor
-    hidden: Tensor
-    weight: Tensor
-    ref_hidden: Tensor | None = None
-    ref_weight: Tensor | None = None
-    logits: Tensor | None = None
-    memory_budget: int | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
-
-    def copy(self, memory_budget: int | None) -> Inputs:
-        copies = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in self.tensors().items()}
-        return Inputs(**copies, memory_budget=memory_budget)
-
-    def change(self) -> None:
-        """In place: the pairs in another order, and half the gradient. `judge.Judge.changed` knows the new answer."""
-        per_token = (self.labels, self.cotangent, self.hidden, self.ref_hidden, self.logits)
-        for t in (t.detach() for t in per_token if t is not None):
-            t.copy_(other_order(t))
-        self.cotangent.mul_(0.5)
-
-    def leaves(self) -> dict[str, Tensor]:
-        """What may want a gradient."""
-        return {name: t for name, t in self.tensors().items() if name in ("hidden", "weight", "logits")}
-
-    def reference(self) -> Inputs:
-        """The same call on the reference model."""
-        assert self.ref_hidden is not None
-        assert self.ref_weight is not None
-        return replace(self, hidden=self.ref_hidden, weight=self.ref_weight)
-
-
-def other_order(t: Tensor) -> Tensor:  # (R, ...)
-    """Chosen and rejected sequences each turned by one, so that pairs stay pairs."""
-    return torch.cat([half.roll(1, 0) for half in t.chunk(2)])
-
-
-def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Inputs of a case. Peaked ones: each hidden state points at one row of the weight, by 8 to 30, over noise of 2.5.
-
-    That makes the median probability of a label about 0.9 and the mean entropy about 2 nats, with logits up to 40. The
-    reference has a hidden state and a weight of its own, apart from the policy's by so much that beta (0.1) times the
-    difference of log-ratios within a pair is about 1 to 2 either way, whatever the number of tokens.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    rows, length, d, v = case.sequences, case.length, case.hidden_size, case.vocab_size
-    weight = normal(v, d) / d**0.5
-    if case.inputs == "peaked":
-        sharpness = 8 + 22 * torch.rand(rows, length, 1, generator=generator, device=device)
-        at = torch.randint(v, (rows, length), generator=generator, device=device)
-        hidden = sharpness * weight[at] + 2.5 * normal(rows, length, d)
-        labels = _draw_labels(hidden, weight, generator)
-    else:
-        hidden = normal(rows, length, d)
-        labels = torch.randint(v, (rows, length), generator=generator, device=device)
-    labels[:, : round(case.masked * length)] = IGNORE
-    strength = 0.5 + torch.rand(rows, 1, generator=generator, device=device)
-    strength[: rows // 2] *= -1
-    dtype = case.torch_dtype
-    inputs = Inputs(
-        labels, torch.where(labels == IGNORE, 0, strength), hidden.to(dtype), weight.to(dtype),
-        memory_budget=case.memory_budget,
-    )  # fmt: skip
-    if case.level == "dpo":
-        apart = 2.3 * (case.counted_tokens / rows) ** (-1 / 3)
-        inputs.ref_hidden = (hidden + apart * normal(rows, length, d)).to(dtype)
-        inputs.ref_weight = (weight + apart * normal(v, d) / d**0.5).to(dtype)
-    if case.level == "logits":
-        inputs.logits = hidden.to(dtype) @ weight.to(dtype).T
-    for name in case.wanted:
-        inputs.leaves()[name].requires_grad_()
-    return inputs
-
-
-def _draw_labels(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    flat = hidden.flatten(0, 1)
-    labels = torch.empty(len(flat), dtype=torch.int64, device=hidden.device)
-    for block in row_blocks(len(flat), len(weight)):
-        p = torch.softmax(flat[block] @ weight.T, dim=1)
-        labels[block] = torch.multinomial(p, 1, generator=generator).squeeze(1)
-    return labels.view(hidden.shape[:2])
-
-
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows of which each block of rows x columns stays within BLOCK_NUMBERS."""
-    step = max(1, BLOCK_NUMBERS // columns)
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+    @property
+    def shape(self) -> str:
+        """(N, D, V), in words where they matter."""
+        sizes = [self.tokens, *([] if self.level == "logits" else [self.hidden_size]), self.vocab_size]
+        masked = f", {self.counted_tokens:,} count" if self.masked else ""
+        return " x ".join(f"{size:,}" for size in sizes) + f", {self.dtype}{masked}"
 
 
 def _curve(base: Case, axis: str, field: str, values: tuple[int, ...]) -> list[Case]:
@@ -202,38 +131,31 @@ _MAIN = ("dpo_kernels", "plain PyTorch", "CCE torch_compile", "TRL ChunkedLogPro
 # Takes seconds a call on two cores: measured in the case hidden-full-f32 alone.
 _SLOW = "torch F.linear_cross_entropy, chunked"
 
-_LOGITS = Case("", "logits", "full", 512, 64, 32_000, "bfloat16", weighed=())
+_LOGITS = Case("", "logits", "full", 512, 64, 32_000, "bfloat16", memory_of=())
 _HIDDEN = Case("", "hidden", "full", 256, 512, 32_000, "bfloat16", without=(_SLOW,))
-_DPO = Case("", "dpo", "full", 512, 512, 32_000, "bfloat16", without=(_SLOW,), weighed=())
+_DPO = Case("", "dpo", "full", 512, 512, 32_000, "bfloat16", without=(_SLOW,), memory_of=())
 _LARGE = Case(
-    "large-full-256MiB",
-    "hidden",
-    "full",
-    8192,
-    512,
-    151_936,
-    "bfloat16",
-    memory_budget=256 * MIB,
-    peers=("dpo_kernels",),
-    timed=False,
-)
+    "large-full-256MiB", "hidden", "full", 8192, 512, 151_936, "bfloat16", memory_budget=256 * MIB,
+    peers=("dpo_kernels",), timed=False,
+)  # fmt: skip
 _UNDER_A_BUDGET = [_LARGE, replace(_LARGE, name="large-frozen-64MiB", mode="frozen", memory_budget=64 * MIB)]
+# The model has two layers of the given size.
 _TRAIN = Case("train-step", "train", "full", 512, 256, 32_000, "float32", masked=0.6, sequences=4)
 
 SMALL = [
     replace(_LOGITS, name="logits-forward-f32", mode="score", dtype="float32"),
     replace(_LOGITS, name="logits-forward-bf16", mode="score"),
     replace(_LOGITS, name="logits-full-f32", dtype="float32"),
-    replace(_LOGITS, name="logits-full-bf16", weighed=None),
+    replace(_LOGITS, name="logits-full-bf16", memory_of=None),
     replace(_HIDDEN, name="hidden-forward-bf16", mode="score"),
-    replace(_HIDDEN, name="hidden-full-f32", dtype="float32", without=(), weighed=_MAIN),
+    replace(_HIDDEN, name="hidden-full-f32", dtype="float32", without=(), memory_of=_MAIN),
     replace(_HIDDEN, name="hidden-full-bf16"),
-    replace(_HIDDEN, name="hidden-full-bf16-noise", inputs="noise", weighed=()),
+    replace(_HIDDEN, name="hidden-full-bf16-noise", inputs="noise", memory_of=()),
     replace(_HIDDEN, name="hidden-frozen-bf16", mode="frozen"),
     replace(_DPO, name="dpo-30%-masked", masked=0.3),
-    replace(_DPO, name="dpo-60%-masked", masked=0.6, weighed=None),
+    replace(_DPO, name="dpo-60%-masked", masked=0.6, memory_of=None),
     replace(_DPO, name="dpo-90%-masked", masked=0.9),
-    replace(_DPO, name="dpo-60%-masked-frozen", masked=0.6, mode="frozen", weighed=_MAIN),
+    replace(_DPO, name="dpo-60%-masked-frozen", masked=0.6, mode="frozen", memory_of=_MAIN),
     *_UNDER_A_BUDGET,
     *_curve(
         Case("", "hidden", "full", 0, 256, 32_000, "bfloat16", peers=_ON_CURVES), "tokens", "tokens",
@@ -247,39 +169,36 @@ SMALL = [
         Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=("dpo_kernels",)), "budget", "memory_budget",
         tuple(size * MIB for size in (28, 36, 48, 72)),
     ),
+    _TRAIN,
 ]  # fmt: skip
 
+_REAL_LOGITS = Case("", "logits", "full", 8192, 64, 151_936, "bfloat16")
+_REAL = replace(_REAL_LOGITS, level="hidden", hidden_size=4096)
+_REAL_CURVE = replace(_REAL, hidden_size=2048, peers=_ON_CURVES)
 REAL = [
-    Case("logits-forward-bf16", "logits", "score", 8192, 64, 151_936, "bfloat16"),
-    Case("logits-full-f32", "logits", "full", 4096, 64, 151_936, "float32"),
-    Case("logits-full-bf16", "logits", "full", 8192, 64, 151_936, "bfloat16"),
-    Case("hidden-forward-bf16", "hidden", "score", 8192, 4096, 151_936, "bfloat16"),
-    Case("hidden-full-f32", "hidden", "full", 4096, 2048, 128_256, "float32"),
-    Case("hidden-full-bf16", "hidden", "full", 8192, 4096, 151_936, "bfloat16"),
-    Case("hidden-full-bf16-noise", "hidden", "full", 8192, 4096, 151_936, "bfloat16", inputs="noise"),
-    Case("hidden-full-bf16-128k", "hidden", "full", 8192, 4096, 128_256, "bfloat16"),
-    Case("hidden-frozen-bf16", "hidden", "frozen", 8192, 4096, 151_936, "bfloat16"),
-    Case("dpo-30%-masked", "dpo", "full", 8192, 4096, 151_936, "bfloat16", masked=0.3),
-    Case("dpo-60%-masked", "dpo", "full", 8192, 4096, 151_936, "bfloat16", masked=0.6),
-    Case("dpo-90%-masked", "dpo", "full", 8192, 4096, 151_936, "bfloat16", masked=0.9),
-    Case("dpo-60%-masked-frozen", "dpo", "frozen", 8192, 4096, 151_936, "bfloat16", masked=0.6),
+    replace(_REAL_LOGITS, name="logits-forward-bf16", mode="score"),
+    replace(_REAL_LOGITS, name="logits-full-f32", tokens=4096, dtype="float32"),
+    replace(_REAL_LOGITS, name="logits-full-bf16"),
+    replace(_REAL, name="hidden-forward-bf16", mode="score"),
+    replace(_REAL, name="hidden-full-f32", tokens=4096, hidden_size=2048, vocab_size=128_256, dtype="float32"),
+    replace(_REAL, name="hidden-full-bf16"),
+    replace(_REAL, name="hidden-full-bf16-noise", inputs="noise"),
+    replace(_REAL, name="hidden-full-bf16-128k", vocab_size=128_256),
+    replace(_REAL, name="hidden-frozen-bf16", mode="frozen"),
+    *(replace(_REAL, name=f"dpo-{share}%-masked", level="dpo", masked=share / 100) for share in (30, 60, 90)),
+    replace(_REAL, name="dpo-60%-masked-frozen", level="dpo", mode="frozen", masked=0.6),
+    *_curve(_REAL_CURVE, "tokens", "tokens", tuple(2**n for n in range(10, 18))),
+    *_curve(_REAL_CURVE, "vocabulary", "vocab_size", (32_000, 64_000, 128_256, 151_936, 262_144)),
     *_curve(
-        Case("", "hidden", "full", 0, 2048, 151_936, "bfloat16", peers=_ON_CURVES), "tokens", "tokens",
-        (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072),
-    ),
-    *_curve(
-        Case("", "hidden", "full", 8192, 2048, 0, "bfloat16", peers=_ON_CURVES), "vocabulary", "vocab_size",
-        (32_000, 64_000, 128_256, 151_936, 262_144),
-    ),
-    *_curve(
-        Case("", "hidden", "full", 8192, 2048, 151_936, "bfloat16", peers=("dpo_kernels",)), "budget", "memory_budget",
+        replace(_REAL_CURVE, peers=("dpo_kernels",)), "budget", "memory_budget",
         tuple(size * MIB for size in (256, 512, 1024, 1536, 2048, 2560, 3072, 4096)),
     ),
+    replace(_TRAIN, tokens=8192, hidden_size=1024, vocab_size=151_936, sequences=8),
 ]  # fmt: skip
 
 # What the C++ kernels are for: the shapes of docs/cpp.md, on a machine of a few cores.
 _STEP = Case(
-    "", "hidden", "full", 1024, 1024, 32_000, "bfloat16", without=(_SLOW, "TRL ChunkedLogProbFunction"), weighed=()
+    "", "hidden", "full", 1024, 1024, 32_000, "bfloat16", without=(_SLOW, "TRL ChunkedLogProbFunction"), memory_of=()
 )
 _TYPES = (("bf16", "bfloat16"), ("f32", "float32"))
 CPU = [
@@ -289,13 +208,60 @@ CPU = [
     *(replace(_STEP, name=f"frozen-{short}", mode="frozen", dtype=dtype) for short, dtype in _TYPES),
     replace(_STEP, name="full-151936-bf16", tokens=512, vocab_size=151_936),
     *_UNDER_A_BUDGET,
+    _TRAIN,
 ]
 
-SIZES = {"small": SMALL, "cpu": CPU, "real": REAL}
+# On one GPU in minutes: every configuration of ours beside the peers. What compiles for a minute a shape, or says
+# nothing new there, is left to the size "real".
+_GPU = Case(
+    "", "hidden", "full", 8192, 4096, 151_936, "bfloat16", verified=512, copied=2**30, needs=10.0,
+    without=("dpo_kernels", "dpo_kernels torch", "torch.compile", "TRL selective_log_softmax", "CCE torch_compile"),
+)  # fmt: skip
+_GPU_LOGITS = replace(
+    _GPU, level="logits", hidden_size=64, copied=0, without=("dpo_kernels", "dpo_kernels torch", "torch.compile")
+)
 
-# Tokens are those of all sequences, prompts included; the model has two layers of the given size.
-TRAINING = {
-    "small": _TRAIN,
-    "cpu": _TRAIN,
-    "real": Case("train-step", "train", "full", 8192, 1024, 151_936, "float32", masked=0.6, sequences=8),
-}
+
+def _with(base: Case, name: str, tried: dict[str, dict[str, Configuration]]) -> list[Case]:
+    """A case a mode. tried: by mode, the configurations of ours."""
+    return [
+        replace(base, name=f"{name}-{mode}", mode=mode, configurations=tuple(names)) for mode, names in tried.items()
+    ]
+
+
+_EVERY_STRATEGY = {"score": STRATEGIES, "frozen": STRATEGIES, "full": MODES}
+_AS_IT_IS = {"score": TRITON, "full": TRITON}
+# Other tiles than those of the tables, among themselves.
+_ALONE, _LOGITS_ALONE = (replace(base, peers=(), min_rounds=3) for base in (_GPU, _GPU_LOGITS))
+
+# The most telling first: what time leaves out are the last ones.
+GPU = [
+    *_with(replace(_GPU, needs=20.0), "8k-152k", _EVERY_STRATEGY),
+    *_with(_GPU_LOGITS, "logits", _AS_IT_IS),
+    *_with(replace(_GPU, tokens=4096, vocab_size=128_256), "4k-128k", _EVERY_STRATEGY),
+    *_with(_ALONE, "products", {"score": PRODUCTS, "full": KEEPING_PRODUCTS}),
+    *_with(_ALONE, "tiles", {"score": TILES}),
+    *_with(_LOGITS_ALONE, "rows", {"score": ROWS, "full": ROWS}),
+    *_with(replace(_GPU, tokens=16_384, hidden_size=2048, vocab_size=248_320, needs=20.0), "16k-248k", _EVERY_STRATEGY),
+    *_with(replace(_GPU, tokens=131_072, vocab_size=128_256, needs=30.0, min_rounds=2), "131k-128k", _EVERY_STRATEGY),
+]
+
+# The same kinds of case for Triton's interpreter: they prove the code and time nothing.
+_TINY = replace(
+    _GPU, tokens=64, hidden_size=32, vocab_size=320, verified=16, copied=MIB, needs=0.0, min_rounds=1, memory_of=(),
+    peers=("plain PyTorch", "quack linear cross entropy"), without=(),
+)  # fmt: skip
+_TINY_LOGITS = replace(_TINY, level="logits", copied=0, peers=("plain PyTorch",))
+TINY = [
+    *_with(_TINY, "tiny", _EVERY_STRATEGY),
+    *_with(_TINY_LOGITS, "logits", _AS_IT_IS),
+    *_with(
+        replace(_TINY, peers=()),
+        "products",
+        {"score": TINY_PRODUCTS, "full": TINY_KEEPING_PRODUCTS},
+    ),
+    *_with(replace(_TINY, peers=()), "tiles", {"score": TINY_TILES}),
+    *_with(replace(_TINY_LOGITS, peers=()), "rows", {"score": TINY_ROWS, "full": TINY_ROWS}),
+]
+
+SIZES = {"small": SMALL, "cpu": CPU, "real": REAL, "gpu": GPU, "tiny": TINY}

@@ -13,10 +13,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import results
 from benchmarks.cases import SIZES, Case
 from benchmarks.clock import CLOCK
-from benchmarks.measure import Row, measure
-from benchmarks.peers import is_ours, peers_of
+from benchmarks.measure import Effort, measure
+from benchmarks.peers import peers_of
+from benchmarks.results import Row, is_ours
 
-SECONDS = {"small": 0.6, "cpu": 4.0, "real": 10.0}  # of timing a case
+SECONDS = {"small": 0.6, "cpu": 4.0, "real": 10.0, "gpu": 5.0, "tiny": 0.0}  # of timing a case
 # Rows by the name of the case; where a case could not be measured at all, what it raised.
 KNOWN = pytest.StashKey[dict[str, "list[Row] | Exception"]]()
 
@@ -24,7 +25,8 @@ KNOWN = pytest.StashKey[dict[str, "list[Row] | Exception"]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--size", choices=sorted(SIZES), default="small",
-        help="benchmarks: shapes for two cores (small; cpu: larger, the head alone), for a GPU or a server (real)",
+        help="benchmarks: shapes for two cores (small; cpu: larger, the head alone), for a server or a GPU (real; gpu: "
+        "those of benchmarks/gpu.sh; tiny: the same for Triton's interpreter)",
     )  # fmt: skip
 
 
@@ -61,14 +63,10 @@ def _selected(session: pytest.Session, case: Case) -> set[str]:
 
 def _measured(case: Case, names: Collection[str], size: str) -> list[Row] | Exception:
     """Those that are asked for, and ours, which every peer's ratio is to."""
+    seconds = SECONDS[size] * (3 if case.level == "train" else 1)
     try:
-        if case.level == "train":
-            from benchmarks.training import TRAINERS, measure_training
-
-            trainers = [name for name in TRAINERS if name in names or is_ours(name)]
-            return measure_training(case, device(), 3 * SECONDS[size], trainers)
         peers = [p for p in peers_of(case) if p.name in names or is_ours(p.name)]
-        return measure(case, peers=peers, device=device(), seconds=SECONDS[size])
+        return measure(case, peers=peers, device=device(), effort=Effort(seconds, 5 * seconds))
     except Exception as error:  # once is enough: every other benchmark of the case would meet it again
         return error
 
@@ -82,9 +80,9 @@ def _register(benchmark: BenchmarkFixture, row: Row) -> None:
         pytest.xfail(message)
     if row.status in ("failed", "unavailable"):
         pytest.skip(message)
-    if row.status == "weighed":
+    if row.status == "memory":
         return
-    benchmark.group = row.case["name"]
+    benchmark.group = row.case.name
     benchmark.extra_info.update(
         to_floor=row.to_floor, to_ours=row.to_ours, bytes=row.bytes, predicted_bytes=row.predicted_bytes,
         errors=row.errors,

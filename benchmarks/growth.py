@@ -4,36 +4,38 @@ python -m benchmarks.growth --out docs/growth
 
 Writes growth.json, growth.md and growth.png. The bare products are `torch.mm` into tensors that exist: 1 for a forward,
 3 for a full step. A round times each once, and the number shown is the median; small sizes get many rounds, and those
-of many seconds 2 or 1, so that all takes about four minutes.
+of many seconds 2 or 1, so that all takes some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import results
-from dpo_kernels import hidden_to_log_probs
+from benchmarks.cases import Case
+from benchmarks.measure import Effort, HeadProblem, interleave
+from benchmarks.peers import ours
 
-FEATURES, DTYPE = 1024, torch.bfloat16
+FEATURES = 1024
 THREADS = (1, 2)
 TOKENS, VOCAB = 512, 32_000  # what stays while the other grows
 GROWING = {
     "tokens": (1, 4, 16, 64, 256, 1024, 4096, 16_384),
     "vocabulary": (1000, 4000, 16_000, 32_000, 64_000, 128_000, 260_000),
 }
-SECONDS, MOST = 0.4, 31  # as many rounds as fit in the seconds of a point, at most 31 and at least 3
 PRODUCTS = {"forward": 1, "full step": 3}
+MODES = {"forward": "score", "full step": "full"}
+VERIFIED = 8  # tokens
+SHORT = 1.0  # seconds of a round up to which the first one is not counted
+EFFORT = Effort(seconds=0.8, patience=10.0, max_rounds=32)
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--impl", default="cpp")
     options = parser.parse_args(argv)
     before = torch.get_num_threads()
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": results.machine(torch.device("cpu")),
-        "threads": results.threads(),
-        "versions": results.versions(),
-        "commit": results.commit(),
-        "impl": options.impl,
-    }
+    facts = results.of_this_run([], "", torch.device("cpu")).to_json() | {"impl": options.impl}
+    del facts["rows"], facts["size"]
     try:
         points = list(measured(options.largest, options.impl))
     finally:
@@ -92,83 +88,31 @@ def measured(largest: int, impl: str) -> Iterable[Point]:
             tokens, vocab = (size, VOCAB) if curve == "tokens" else (TOKENS, size)
             if largest and tokens * vocab > largest:
                 continue
-            problem = Problem(tokens, vocab, impl)
-            for threads in THREADS:
-                torch.set_num_threads(threads)
-                for what in PRODUCTS:
-                    rounds, ours, bare = medians(*problem.runs(what))
-                    yield Point(curve, what, threads, tokens, vocab, rounds, ours, bare)
+            for what, mode in MODES.items():
+                case = Case(curve, "hidden", mode, tokens, FEATURES, vocab, "bfloat16", inputs="noise", sequences=1,
+                            verified=VERIFIED)  # fmt: skip
+                for threads, rounds in rounds_of(case, impl):
+                    medians = [statistics.median(times[name] for times in rounds) for name in ("ours", "bare")]
+                    yield Point(curve, what, threads, tokens, vocab, len(rounds), *medians)
 
 
-class Problem:
-    """One size's tensors; what ours computes is checked once."""
-
-    def __init__(self, tokens: int, vocab: int, impl: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.impl = impl
-        self.hidden = torch.randn(tokens, FEATURES, generator=generator).to(DTYPE)
-        self.weight = (torch.randn(vocab, FEATURES, generator=generator) / FEATURES**0.5).to(DTYPE)
-        self.labels = torch.randint(vocab, (tokens,), generator=generator)
-        self.leaves = [t.detach().clone().requires_grad_() for t in (self.hidden, self.weight)]
-        # Written once, so that no page is new when it is timed.
-        self.logits = torch.zeros(tokens, vocab, dtype=DTYPE).fill_(0)
-        self.grads = [torch.zeros_like(t).fill_(0) for t in (self.hidden, self.weight)]
-        self.check()
-
-    def check(self) -> None:
-        """Some rows against float64: no timing without agreement."""
-        rows = slice(0, 8)
-        with torch.no_grad():
-            got = self.log_probs(self.hidden, self.weight)[rows]
-        part = self.hidden[rows].double()
-        logits = torch.cat([part @ weight.double().T for weight in self.weight.split(16_384)], 1)
-        exact = logits.log_softmax(-1).gather(1, self.labels[rows, None])[:, 0]
-        if not (got - exact).abs().max() <= 1e-4:
-            raise AssertionError(f"log-probs are wrong by {(got - exact).abs().max():.1e}")
-
-    def log_probs(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return hidden_to_log_probs(hidden, weight, self.labels, impl=self.impl)
-
-    def runs(self, what: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        return (self.forward, self.bare_forward) if what == "forward" else (self.step, self.bare_step)
-
-    def forward(self) -> None:
-        with torch.no_grad():
-            self.log_probs(self.hidden, self.weight)
-
-    def step(self) -> None:
-        for leaf in self.leaves:
-            leaf.grad = None
-        self.log_probs(*self.leaves).sum().backward()
-
-    def bare_forward(self) -> None:
-        torch.mm(self.hidden, self.weight.T, out=self.logits)
-
-    def bare_step(self) -> None:
-        self.bare_forward()
-        torch.mm(self.logits, self.weight, out=self.grads[0])
-        torch.mm(self.logits.T, self.hidden, out=self.grads[1])
-
-
-def medians(ours: Callable[[], Any], bare: Callable[[], Any]) -> tuple[int, float, float]:
-    """Rounds, and median seconds of both, which take turns to be first. A short run's first round does not count."""
-    runs = (ours, bare)
-    times = ([clocked(ours)], [clocked(bare)])
-    once = times[0][0] + times[1][0]
-    least = 3 if once < 5 else 2 if once < 20 else 1
-    if once < 1:
-        times = ([], [])
-    rounds = min(max(int(SECONDS / once), least), MOST)
-    for i in range(len(times[0]), rounds):
-        for which in (i % 2, 1 - i % 2):
-            times[which].append(clocked(runs[which]))
-    return rounds, statistics.median(times[0]), statistics.median(times[1])
-
-
-def clocked(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def rounds_of(case: Case, impl: str) -> Iterable[tuple[int, list[dict[str, float]]]]:
+    """By the number of threads. Some tokens are verified first: no timing without agreement."""
+    cpu = torch.device("cpu")
+    problem = HeadProblem(case, cpu)
+    runs = {"ours": problem.step(ours("dpo_kernels", impl)), "bare": problem.floor("bare GEMMs")}
+    _, wrong = problem.truth.check(problem.run(runs["ours"]), ours=True)
+    if wrong:
+        raise AssertionError(wrong)
+    problem.forget()
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        rounds, failures = interleave(runs, EFFORT, cpu, min_rounds=4)
+        if failures:
+            raise RuntimeError(f"{failures}")
+        if len(rounds) > 1 and sum(rounds[0].values()) < SHORT:
+            del rounds[0]
+        yield threads, rounds
 
 
 def markdown(points: list[Point], facts: dict[str, Any], picture: str) -> str:

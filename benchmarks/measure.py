@@ -1,95 +1,108 @@
-"""Verify, then time: every peer of a case on the same inputs, in interleaved rounds. A wrong result is never timed."""
+"""Verify, then time: every peer of a case on the same inputs, in interleaved rounds. A wrong result is never timed.
+
+The same for a CPU and a GPU. What differs is how `timed` reads the time, and where memory is measured: in a process of
+its own on a CPU, in this one on a GPU.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import MIB, Case, Inputs, make_inputs
-from benchmarks.judge import Judge, Outcome
-from benchmarks.peak_memory import Prepared, peak_bytes
-from benchmarks.peers import PEERS, Adapter, Peer, default_impl, first_line, floor_name, is_ours, make_floor, peers_of
-from dpo_kernels import plan
+from benchmarks.cases import MIB, Case
+from benchmarks.floors import make_floor
+from benchmarks.inputs import make_inputs
+from benchmarks.memory import Prepared, in_a_process, on_device
+from benchmarks.peers import Peer, default_impl, find, first_line, peers_of
+from benchmarks.results import Row, is_ours
+from benchmarks.training import TrainingProblem, clear
+from benchmarks.verify import Outcome, Problem, Step, Truth
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 15
+TIME_IS_UP = "left out: time was up"
 
 
-@dataclass
-class Row:
-    """What is known of one peer in one case.
+@dataclass(frozen=True)
+class Effort:
+    """How long a case may take.
 
-    status: "timed"; "floor"; "weighed" (memory alone); "wrong"; "failed" (it was tried, and raised); "unavailable" (it
-    cannot be tried here). The last three have a reason, and no time.
-    seconds: median over `rounds` interleaved rounds, `quartiles` their first and third quartile; `samples` all of them.
-    to_floor, to_ours: medians of the ratios within the same round, this peer's time over the other's.
-    bytes: held at the second step's peak beyond the inputs, gradients included; first_bytes: at the first step's, with
-    what libraries take once; a reason where they could not be measured. returned_bytes: outputs and gradients.
-    predicted_bytes: what dpo_kernels plans to hold beyond inputs and those; library_bytes: the part of it that is an
-    allowance for libraries and threads.
-    mode, gemms: the plan's, for ours; for all others gemms is what the case needs.
-    errors, allowed: against float64; log_probs and loss absolute (the largest), gradients relative (Frobenius norm).
+    seconds: of timing, about, beyond the case's least number of rounds. patience: seconds after which a peer sits out.
+    end: of `time.monotonic`, after which nothing is started.
     """
 
-    case: dict[str, Any]
-    peer: str
-    status: str
-    reason: str = ""
-    marks: list[str] = field(default_factory=list)
-    seconds: float | None = None
-    quartiles: list[float] = field(default_factory=list)
-    rounds: int = 0
-    to_floor: float | None = None
-    to_ours: float | None = None
-    bytes: int | None = None
-    first_bytes: int | None = None
-    bytes_reason: str = ""
-    returned_bytes: int | None = None
-    predicted_bytes: int | None = None
-    library_bytes: int | None = None
-    mode: str = ""
-    gemms: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    allowed: dict[str, float] = field(default_factory=dict)
-    samples: list[float] = field(default_factory=list)
+    seconds: float = 5.0
+    patience: float = 25.0
+    max_rounds: int = 15
+    end: float = math.inf
 
-    def fail(self, status: str, reason: str) -> None:
-        """It has a reason now, and no time."""
-        self.status, self.reason = status, reason
-        self.seconds = self.to_floor = self.to_ours = None
-        self.quartiles, self.samples, self.rounds = [], [], 0
+    def left(self) -> float:
+        return self.end - time.monotonic()
 
 
-# What `contest` runs of a peer, once to verify and then to time; what it verifies is returned.
-Step = Callable[[], Outcome]
+class HeadProblem(Problem):
+    """The inputs of a case, which its peers share. Nothing is computed before it is asked for."""
 
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.inputs = make_inputs(case, device)
 
-class Ring:
-    """Where peers meet: the inputs of a case, watched. Peers without common inputs meet in this one."""
+    @cached_property
+    def truth(self) -> Truth:  # type: ignore[override]
+        return Truth.of(self.case, self.inputs)
 
-    def restore(self) -> bool:
-        """Puts the inputs back as they were; whether they had been changed."""
-        return False
+    @cached_property
+    def saved(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self.inputs.tensors().items()}
 
-    def change(self) -> Judge:
-        """Changes values in place, so that a result that was kept is wrong, and returns the judge of the new ones."""
-        raise NotImplementedError
+    def step(self, peer: Peer) -> Step:
+        """One forward, and a backward where the case wants gradients."""
+        case, inputs, leaves = self.case, self.inputs, self.inputs.leaves()
+        planned = peer.plan(case, self.device) if peer.configuration else None
+        given = inputs if planned is None else replace(inputs, memory_budget=planned.memory_budget)
 
+        def run() -> Outcome:
+            self.clear()
+            applied = peer.configuration and peer.configuration.applied(self.device)
+            with applied or contextlib.nullcontext():
+                with torch.set_grad_enabled(bool(case.wanted)):
+                    out = peer.adapters[case.level](given)
+                if case.wanted:
+                    out.backward(None if case.level == "dpo" else inputs.cotangent.to(out.dtype))
+            grads = {name: leaves[name].grad for name in case.wanted}
+            value = {"loss" if case.level == "dpo" else "log_probs": out.detach()}
+            return value | {name: g for name, g in grads.items() if g is not None}
 
-class InputsRing(Ring):
-    def __init__(self, case: Case, inputs: Inputs, judge: Judge) -> None:
-        self.case, self.inputs, self.judge = case, inputs, judge
-        self._save()
+        return run
 
-    def _save(self) -> None:
-        self.saved = self.inputs.copy(None).tensors()
+    def floor(self, name: str) -> Step:
+        """Its tensors are made when it runs for the first time."""
+        made: list[Callable[[], None]] = []
+
+        def run() -> Outcome:
+            if not made:
+                made.append(make_floor(name, self.case, self.inputs))
+            made[0]()
+            return {}
+
+        return run
+
+    def run(self, step: Step) -> Outcome:
+        assert self.saved  # before a step can change anything
+        own = self.inputs.cotangent
+        self.inputs.cotangent = own if self.truth.cotangent is None else self.truth.cotangent
+        try:
+            return step()
+        finally:
+            self.inputs.cotangent = own
 
     def restore(self) -> bool:
         tensors = self.inputs.tensors()
@@ -98,66 +111,156 @@ class InputsRing(Ring):
             tensors[name].detach().copy_(self.saved[name])
         return bool(changed)
 
-    def change(self) -> Judge:
-        self.restore()  # whoever may have changed them while it was timed
-        self.inputs.change()
-        self._save()
-        return self.judge.changed(self.case)
+    def change(self) -> None:
+        """Where a part of the tokens is verified, another part is from now on."""
+        if self.case.verified:
+            self.inputs.change()
+            self.truth = Truth.of(self.case, self.inputs, first=1 if self.case.tokens > self.case.verified else 0)
+        else:
+            self.restore()  # whoever may have changed them while it was timed
+            self.inputs.change()
+            self.truth = self.truth.changed(self.case)
+        self.__dict__.pop("saved", None)
+
+    def forget(self) -> None:
+        if self.case.verified:
+            for name in ("truth", "saved"):
+                self.__dict__.pop(name, None)
+
+    def clear(self) -> None:
+        clear(self.inputs.leaves().values())
 
 
-def contest(
-    rows: Sequence[Row], steps: Mapping[str, Step], judge: Judge, ring: Ring, seconds: float, device: torch.device
+def problem_of(case: Case, device: torch.device) -> Problem:
+    return TrainingProblem(case, device) if case.level == "train" else HeadProblem(case, device)
+
+
+def measure(
+    case: Case,
+    *,
+    peers: Sequence[Peer] | None = None,
+    device: torch.device | str = "cpu",
+    effort: Effort = Effort(),
+) -> list[Row]:
+    """All rows of a case: the floors, then each peer, verified against float64 and, where right, timed; their memory.
+
+    Args:
+        peers: those of the case, unless given.
+    """
+    device = torch.device(device)
+    peers = peers_of(case) if peers is None else peers
+    rows = [new_row(case, peer, device) for peer in peers]
+    problem, steps = None, {}
+    if case.floors or (case.timed and not all(row.reason for row in rows)):
+        problem = problem_of(case, device)
+        steps = {name: problem.floor(name) for name in case.floors}
+        for peer, row in zip(peers, rows, strict=True):
+            if not row.reason:
+                try:
+                    steps[peer.name] = problem.step(peer)
+                except Exception as error:
+                    row.fail("failed", first_line(error))
+        rows = [*(Row(case, name, "floor", gemms=case.needed_gemms) for name in case.floors), *rows]
+        compare(rows, steps, problem, effort, device)
+        problem.forget()
+    measure_memory(rows, case, device, effort, problem, steps)
+    return rows
+
+
+def new_row(case: Case, peer: Peer, device: torch.device) -> Row:
+    """What is known before it runs."""
+    row = Row(case, peer.name, "unavailable", peer.unavailable(device) or "", peer.notes(case))
+    row.gemms = case.needed_gemms
+    if is_ours(peer.name) and not row.reason:
+        row.marks.insert(0, f"impl {peer.impl or default_impl(device)}")
+        describe_plan(row, peer, device)
+    if not row.reason and not case.timed:
+        row.status = "memory"
+        row.marks.append("memory alone: not verified, not timed")
+    return row
+
+
+def describe_plan(row: Row, peer: Peer, device: torch.device) -> None:
+    """What dpo_kernels plans; its bytes where the case is one call."""
+    try:
+        planned = peer.plan(row.case, device)
+    except Exception as error:
+        row.fail("failed", first_line(error))
+        return
+    if planned is None:
+        return
+    row.mode, row.gemms = planned.mode, planned.gemms + (row.case.level == "dpo")
+    if row.case.level == "hidden":
+        row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
+    if peer.configuration is not None:
+        row.marks.append(f"tiles of {planned.tile_tokens:,} x {planned.tile_vocab:,}")
+
+
+def compare(
+    rows: Sequence[Row], steps: Mapping[str, Step], problem: Problem, effort: Effort, device: torch.device
 ) -> None:
     """Verifies the rows that have no reason yet, times those that are right, and verifies those again on other values.
 
     Args:
-        rows: to be filled in; one of status "floor" is timed without being verified.
+        rows: to be filled in; those of status "floor" are timed without being verified.
         steps: by the row's peer.
-        seconds: about how long the timing takes together, beyond its first MIN_ROUNDS rounds.
     """
-    for row in rows:
-        if not row.reason:
-            verify(row, steps[row.peer], judge, ring)
+    for row in [row for row in rows if not row.reason]:
+        if effort.left() < 0:
+            row.fail("unavailable", TIME_IS_UP)
+        else:
+            verify(row, steps[row.peer], problem, device)
     right = {row.peer: row for row in rows if row.status in ("timed", "floor")}
-    rounds, failures = interleave({name: steps[name] for name in right}, seconds, device)
-    for name, reason in failures.items():
-        right[name].fail("failed", f"while it was timed: {reason}")
-    again = ring.change()
+    if not right:
+        return
+    problem.forget()
+    least = rows[0].case.min_rounds
+    rounds, failures = interleave({name: steps[name] for name in right}, effort, device, least)
+    for name, row in right.items():
+        if name in failures:
+            row.fail("failed", f"while it was timed: {failures[name]}")
+        elif not any(name in times for times in rounds):
+            row.fail("unavailable", TIME_IS_UP)
+    problem.change()
     for row in right.values():
         if row.status == "timed":
-            verify(row, steps[row.peer], again, ring, "after it was timed, on other values: ")
-    fill_times(rows, rounds)
+            verify(row, steps[row.peer], problem, device, "after it was timed, on other values: ")
+    fill_times([row for row in right.values() if row.status in ("timed", "floor")], rounds)
 
 
-def verify(row: Row, step: Step, judge: Judge, ring: Ring, when: str = "") -> None:
+def verify(row: Row, step: Step, problem: Problem, device: torch.device, when: str = "") -> None:
     """Runs a step once and fills in errors and status, and the reason unless it is right."""
+    ours, truth, start = is_ours(row.peer), problem.truth, time.monotonic()
     try:
-        outcome = step()
+        outcome = problem.run(step)
+        if device.type == "cuda" and not when and row.status != "floor":
+            torch.cuda.synchronize(device)
+            row.marks.append(f"first call {time.monotonic() - start:.1f} s, compiling included")
+        changed = problem.restore()
+        errors, wrong = ({}, "") if changed or row.status == "floor" else truth.check(outcome, ours)
     except Exception as error:  # a peer may fail in any way; the row says how
         row.fail("failed", when + first_line(error))
         return
-    if ring.restore():
+    finally:
+        free(device)
+    if changed:
         row.fail("wrong", when + "it changes its inputs")
-        return
-    if row.status == "floor":
-        return
-    errors, wrong = judge.verdict(outcome, is_ours(row.peer))
-    row.errors = row.errors or errors
-    row.allowed = judge.allowed_ours if is_ours(row.peer) else judge.allowed
-    row.returned_bytes = sum(t.nbytes for t in outcome.values())
-    if wrong:
-        row.fail("wrong", when + wrong)
-    else:
+    elif row.status != "floor":
+        row.errors = row.errors or errors
+        row.allowed = truth.allowed_ours if ours else truth.allowed
+        row.returned_bytes = sum(t.nbytes for t in outcome.values())
         row.status = "timed"
+        if wrong:
+            row.fail("wrong", when + wrong)
 
 
 def interleave(
-    runs: dict[str, Callable[[], object]], seconds: float, device: torch.device
+    runs: Mapping[str, Callable[[], object]], effort: Effort, device: torch.device, min_rounds: int = 5
 ) -> tuple[list[dict[str, float]], dict[str, str]]:
     """Times every function once a round, each round starting with another one.
 
-    All play until `seconds` are used up, and MIN_ROUNDS rounds at least; whoever took 5 x `seconds` alone sits out. A
-    function that raises plays no more.
+    All play until the seconds are used up, and min_rounds rounds at least, unless they take too long alone or time is
+    up. A function that raises plays no more.
 
     Returns:
         A dict of seconds a round, and why functions raised.
@@ -165,30 +268,48 @@ def interleave(
     spent = dict.fromkeys(runs, 0.0)
     failures: dict[str, str] = {}
     rounds: list[dict[str, float]] = []
-    while len(rounds) < MAX_ROUNDS and (len(rounds) < MIN_ROUNDS or sum(spent.values()) < seconds):
-        part = [name for name in runs if spent[name] < 5 * seconds and name not in failures]
-        if not part:
+    while len(rounds) < effort.max_rounds and (len(rounds) < min_rounds or sum(spent.values()) < effort.seconds):
+        part = [name for name in runs if (not rounds or spent[name] < effort.patience) and name not in failures]
+        if not part or effort.left() < 0:
             break
         first = len(rounds) % len(part)
         times: dict[str, float] = {}
         for name in part[first:] + part[:first]:
+            if effort.left() < 0:
+                break
+            start = time.perf_counter()
             try:
-                synchronize(device)
-                start = time.perf_counter()
-                runs[name]()
-                synchronize(device)
+                times[name] = timed(runs[name], device)
             except Exception as error:
                 failures[name] = first_line(error)
-                continue
-            times[name] = time.perf_counter() - start
-            spent[name] += times[name]
+                free(device)
+            spent[name] += time.perf_counter() - start
         rounds.append(times)
     return rounds, failures
 
 
-def synchronize(device: torch.device) -> None:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run. On a GPU by its events, after a run that is not timed: memory that others left in the
+    allocator's cache is sorted out there."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    run()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+def free(device: torch.device) -> None:
+    """Of a GPU, for whoever runs next."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # of a kernel that broke the device: who runs next will meet it
+            torch.cuda.empty_cache()
 
 
 def ratio(rounds: Sequence[dict[str, float]], name: str, other: str) -> float | None:
@@ -198,11 +319,10 @@ def ratio(rounds: Sequence[dict[str, float]], name: str, other: str) -> float | 
 
 
 def fill_times(rows: Sequence[Row], rounds: list[dict[str, float]]) -> None:
-    """Times and ratios of the rows that are still right."""
-    right = [row for row in rows if row.status in ("timed", "floor")]
-    floor = next((row.peer for row in right if row.status == "floor"), "")
-    ours = next((row.peer for row in right if is_ours(row.peer)), "")
-    for row in right:
+    """Times and ratios of rows that were timed and are right."""
+    floor = next((row.peer for row in rows if row.status == "floor"), "")
+    ours = next((row.peer for row in rows if is_ours(row.peer)), "")
+    for row in rows:
         row.samples = [times[row.peer] for times in rounds if row.peer in times]
         row.rounds = len(row.samples)
         row.seconds = statistics.median(row.samples)
@@ -212,133 +332,46 @@ def fill_times(rows: Sequence[Row], rounds: list[dict[str, float]]) -> None:
         row.to_floor, row.to_ours = ratio(rounds, row.peer, floor), ratio(rounds, row.peer, ours)
 
 
-def measure(
-    case: Case,
-    *,
-    peers: Sequence[Peer] | None = None,
-    device: torch.device | str = "cpu",
-    seconds: float = 5.0,
-) -> list[Row]:
-    """All rows of a case: the floor, then each peer, verified against float64 and, where right, timed and weighed.
-
-    Args:
-        peers: those of the case, unless given.
-        seconds: about how long the timing takes together, beyond its first MIN_ROUNDS rounds.
-    """
-    device = torch.device(device)
-    peers = peers_of(case) if peers is None else peers
-    rows = [new_row(case, peer, device) for peer in peers]
-    if case.timed:
-        made, judge = problem(replace(case, name="", memory_budget=None), device)
-        inputs = made.copy(case.memory_budget)
-        floor = Row(asdict(case), floor_name(case), "floor", gemms=case.needed_gemms)
-        rows = [floor, *rows]
-        steps = {peer.name: partial(step, peer.adapters[case.level], case, inputs) for peer in peers}
-        contest(rows, {**steps, floor.peer: floor_step(case, inputs)}, judge, InputsRing(case, inputs, judge),
-                seconds, device)  # fmt: skip
-    weigh(rows, case, device, 2 if case.timed else 1, prepare)
-    return rows
+def prepare(case: Case, name: str, device: torch.device) -> Prepared:
+    """A peer's step of a case, and what frees the gradients that it left."""
+    peer = find(name)
+    problem = problem_of(replace(case, inputs="noise"), device)  # quicker to make, and the bytes are the same
+    return problem.step(peer), problem.clear
 
 
-def new_row(case: Case, peer: Peer, device: torch.device) -> Row:
-    """What is known before it runs."""
-    row = Row(asdict(case), peer.name, "unavailable", peer.unavailable(device) or "", peer.notes(case))
-    row.gemms = case.needed_gemms
-    if is_ours(peer.name) and not row.reason:
-        row.marks.insert(0, f"impl {peer.impl or default_impl(device)}")
-        if case.level != "logits":
-            describe_plan(row, case, device)
-    if not row.reason and not case.timed:
-        row.status = "weighed"
-        row.marks.append("memory alone: not verified, not timed")
-    return row
-
-
-def describe_plan(row: Row, case: Case, device: torch.device) -> None:
-    """What dpo_kernels plans; its bytes where the case is one call."""
-    try:
-        planned = plan(
-            case.counted_tokens, case.hidden_size, case.vocab_size, case.torch_dtype, grads=case.wanted,
-            memory_budget=case.memory_budget, device=device.type, labels=case.tokens,
-        )  # fmt: skip
-    except ValueError as error:
-        row.fail("failed", first_line(error))
-        return
-    row.mode, row.gemms = planned.mode, planned.gemms + (case.level == "dpo")
-    if case.level == "hidden":
-        row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
-
-
-@lru_cache(maxsize=1)  # the points of the budget curve share one
-def problem(case: Case, device: torch.device) -> tuple[Inputs, Judge]:
-    inputs = make_inputs(case, device)
-    return inputs, Judge.of(case, inputs)
-
-
-def step(run: Adapter, case: Case, inputs: Inputs) -> Outcome:
-    """One forward, and a backward where the case wants gradients."""
-    leaves = inputs.leaves()
-    clear(leaves.values())
-    with torch.set_grad_enabled(bool(case.wanted)):
-        out = run(inputs)
-    if case.wanted:
-        out.backward(None if case.level == "dpo" else inputs.cotangent.to(out.dtype))
-    grads = {name: leaves[name].grad for name in case.wanted}
-    return {"loss" if case.level == "dpo" else "log_probs": out.detach()} | {
-        k: g for k, g in grads.items() if g is not None
-    }
-
-
-def floor_step(case: Case, inputs: Inputs) -> Step:
-    """The floor as a step: its tensors are made when it runs for the first time."""
-    made: list[Callable[[], None]] = []
-
-    def run() -> Outcome:
-        if not made:
-            made.append(make_floor(case, inputs))
-        made[0]()
-        return {}
-
-    return run
-
-
-def clear(leaves: Iterable[Tensor]) -> None:
-    for leaf in leaves:
-        leaf.grad = None
-
-
-def prepare(device: torch.device, case: Case, name: str) -> Prepared:
-    """A peer's step of a case, and what frees the gradients that it left: for `peak_bytes`."""
-    peer = next((p for p in PEERS if p.name == name), None)
-    if peer is None:
-        raise LookupError(f"{name} is none of PEERS, where a process of its own looks for it")
-    inputs = make_inputs(replace(case, inputs="noise"), device)  # quicker to make, and the bytes are the same
-    return partial(step, peer.adapters[case.level], case, inputs), lambda: clear(inputs.leaves().values())
-
-
-def is_weighed(row: Row, case: Case) -> bool:
-    return case.weighed is None or row.peer in case.weighed
-
-
-def weigh(
-    rows: Sequence[Row], case: Case, device: torch.device, steps: int, prepare: Callable[..., Prepared], *more: Any
-) -> None:
-    """Peak memory of what was timed and of what is only weighed. prepare is called with device, case, peer, *more.
+def measure_memory(
+    rows: Sequence[Row], case: Case, device: torch.device, effort: Effort, problem: Problem | None,
+    made: Mapping[str, Step],
+) -> None:  # fmt: skip
+    """Peak memory of what was timed, and of what is not timed at all.
 
     Ours fails if its first step, which has the library's share in it, holds more than its budget.
     """
+    rows = [row for row in rows if row.status in ("timed", "memory")]
+    wanted = [row for row in rows if case.memory_of is None or row.peer in case.memory_of]
     for row in rows:
-        if row.status == "timed" and not is_weighed(row, case):
-            row.bytes_reason = "not weighed in this case"
-    rows = [row for row in rows if row.status in ("timed", "weighed") and is_weighed(row, case)]
+        row.bytes_reason = "not measured in this case"
+    steps = 2 if case.timed else 1
+
+    def held(row: Row) -> tuple[list, str]:
+        if device.type != "cuda":
+            return in_a_process(steps, prepare, case, row.peer, device)
+        if effort.left() < 0:
+            return [], TIME_IS_UP
+        free(device)
+        if problem is None:
+            return on_device(device, steps, partial(prepare, case, row.peer, device))
+        return on_device(device, steps, lambda: (made[row.peer], problem.clear))
+
     # Processes of their own hold what they hold whatever runs beside them; on a GPU there is only this one.
     with ThreadPoolExecutor(1 if device.type == "cuda" else 2) as pool:
-        weighed = list(pool.map(lambda row: peak_bytes(device, steps, prepare, case, row.peer, *more), rows))
-    for row, (held, row.bytes_reason) in zip(rows, weighed, strict=True):
-        if not held:
-            continue
-        row.returned_bytes, row.first_bytes = held[0].returned, held[0].peak
-        row.bytes = held[1].peak if steps > 1 else None
-        budget, beyond = case.memory_budget, row.first_bytes - row.returned_bytes
-        if is_ours(row.peer) and budget is not None and beyond > budget:
-            row.fail("wrong", f"its first step holds {beyond / MIB:.1f} MiB, its budget is {budget / MIB:.1f} MiB")
+        for row, (found, row.bytes_reason) in zip(wanted, list(pool.map(held, wanted)), strict=True):
+            if not found:
+                continue
+            row.returned_bytes, row.first_bytes = found[0].returned, found[0].peak
+            row.bytes = found[1].peak if steps > 1 else None
+            budget, beyond = case.memory_budget, row.beyond(row.first_bytes) or 0
+            if row.predicted_bytes is not None and beyond > row.predicted_bytes:
+                row.marks.append(f"HOLDS MORE THAN PLANNED: {beyond:,} of {row.predicted_bytes:,} bytes")
+            if is_ours(row.peer) and budget is not None and beyond > budget:
+                row.fail("wrong", f"its first step holds {beyond / MIB:.1f} MiB, its budget is {budget / MIB:.1f} MiB")

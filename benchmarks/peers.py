@@ -1,7 +1,7 @@
 """Everything that is compared, each once: how to call it, at which levels, and what one should know of it.
 
 An adapter takes `Inputs` and returns, differentiable, the labels' log-probs (R, S) ("logits" and "hidden") or the loss
-("dpo"); its values where the label is masked are not looked at.
+("dpo"); its values where the label is masked are not looked at. A trainer's adapter ("train") makes its step.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_kernels
-from benchmarks.cases import IGNORE, Case, Inputs
-from benchmarks.judge import BETA
+from benchmarks import training
+from benchmarks.cases import Case
+from benchmarks.configurations import CONFIGURATIONS, Configuration, plan_of
+from benchmarks.inputs import IGNORE, Inputs
+from benchmarks.verify import BETA
+from dpo_kernels.planner import Plan
 
 Adapter = Callable[[Inputs], Tensor]
 
@@ -30,15 +34,16 @@ class Peer:
 
     adapters: level -> function. modules: what must be importable. needs_cuda: its kernels are Triton's or CuTe's.
     marks: what a reader of its numbers has to know, by when it holds: "always", a level, a mode or "masked".
-    impl: of ours, the implementation where it is not the default.
+    impl, configuration: of ours, where they are not the defaults.
     """
 
     name: str
-    adapters: dict[str, Adapter]
+    adapters: dict[str, Callable[..., Any]]
     modules: tuple[str, ...] = ()
     marks: dict[str, str] = field(default_factory=dict)
     needs_cuda: bool = False
     impl: str | None = None
+    configuration: Configuration | None = None
 
     def notes(self, case: Case) -> list[str]:
         """The marks that hold in a case."""
@@ -50,13 +55,14 @@ class Peer:
         if self.needs_cuda and device.type != "cuda":
             return "needs a GPU (its kernels are Triton's or CuTe's)"
         if self.impl is not None:
-            same = default_impl(device) == self.impl
-            return "it is what dpo_kernels takes here" if same else dpo_kernels.available_impls(device)[self.impl]
+            if self.configuration is None and default_impl(device) == self.impl:
+                return "it is what dpo_kernels takes here"
+            return dpo_kernels.available_impls(device)[self.impl]
         return next(filter(None, map(import_failure, self.modules)), None)
 
-
-def is_ours(peer: str) -> bool:
-    return peer.startswith("dpo_kernels")
+    def plan(self, case: Case, device: torch.device) -> Plan | None:
+        """Of ours: what it will do, where that is planned."""
+        return plan_of(case, device, self.impl, self.configuration)
 
 
 def default_impl(device: torch.device) -> str:
@@ -116,7 +122,7 @@ def _shaped(inputs: Inputs, log_probs: Tensor) -> Tensor:
 # Ours ----------------------------------------------------------------------------------------------------------------
 
 
-def ours(name: str, impl: str | None) -> Peer:
+def ours(name: str, impl: str | None = None, configuration: Configuration | None = None) -> Peer:
     def logits(inputs: Inputs) -> Tensor:
         assert inputs.logits is not None
         return dpo_kernels.logits_to_log_probs(inputs.logits, inputs.labels, impl=impl)
@@ -136,7 +142,7 @@ def ours(name: str, impl: str | None) -> Peer:
     adapters = _levels(hidden, logits, dpo)
     if impl is not None:
         del adapters["dpo"]  # the primitive tells implementations apart; the loss on top is the same
-    return Peer(name, adapters, impl=impl)
+    return Peer(name, adapters, impl=impl, configuration=configuration)
 
 
 # PyTorch -------------------------------------------------------------------------------------------------------------
@@ -253,131 +259,64 @@ def _quack_cross_entropy(inputs: Inputs) -> Tensor:
 
 _ALL_ROWS = {"masked": "computes masked rows too"}
 _SKIPS = "skips small gradients"
+_TRL, _LIGER = "trl.trainer.utils", "liger_kernel.transformers.functional"
+_LIGER_SCALED = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 
 PEERS: tuple[Peer, ...] = (
-    ours("dpo_kernels", None),
+    ours("dpo_kernels"),
     ours("dpo_kernels torch", "torch"),
-    Peer(
-        "plain PyTorch",
-        _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
-        marks=_ALL_ROWS,
-    ),
-    Peer(
-        "torch.compile",
-        _levels(
-            lambda i: _shaped(i, _compiled(_gather_hidden)(*_flat(i))),
-            lambda i: _compiled(_gather)(_logits(i), i.labels),
-        ),
-        marks=_ALL_ROWS,
-    ),
+    Peer("dpo_kernels DPOTrainer", {"train": training.ours}, ("dpo_kernels.training",)),
+    Peer("plain PyTorch",
+         _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
+         marks=_ALL_ROWS),
+    Peer("torch.compile",
+         _levels(lambda i: _shaped(i, _compiled(_gather_hidden)(*_flat(i))),
+                 lambda i: _compiled(_gather)(_logits(i), i.labels)),
+         marks=_ALL_ROWS),
     Peer("torch F.cross_entropy", {"logits": _torch_cross_entropy}, marks=_ALL_ROWS),
     Peer("torch F.linear_cross_entropy", _levels(partial(_torch_linear_cross_entropy, False)), marks=_ALL_ROWS),
     Peer("torch F.linear_cross_entropy, chunked", _levels(partial(_torch_linear_cross_entropy, True)), marks=_ALL_ROWS),
-    Peer(
-        "TRL ChunkedLogProbFunction",
-        _levels(_trl_chunked),
-        ("trl.kernels", "trl.trainer.utils"),
-        {"masked": "computes masked rows too on a CPU"},
-    ),
-    Peer(
-        "TRL selective_log_softmax",
-        _levels(lambda i: _trl_selective(i, F.linear(i.hidden, i.weight)), lambda i: _trl_selective(i, _logits(i))),
-        ("trl.trainer.utils",),
-        _ALL_ROWS,
-    ),
-    Peer(
-        "Liger fused linear cross entropy",
-        _levels(_liger_fused_linear_cross_entropy),
-        ("liger_kernel.transformers.functional",),
-        _ALL_ROWS,
-        needs_cuda=True,
-    ),
-    Peer(
-        "Liger cross entropy",
-        {"logits": _liger_cross_entropy},
-        ("liger_kernel.transformers.functional",),
-        {**_ALL_ROWS, "always": "overwrites its logits; a copy is included"},
-        needs_cuda=True,
-    ),
-    Peer(
-        "Liger scaled cross entropy",
-        {"hidden": _liger_scaled_cross_entropy},
-        ("liger_kernel.ops.fused_linear_scaled_cross_entropy",),
-        {**_ALL_ROWS, "always": "computes the entropy too on a CPU", "frozen": "and the frozen weight's gradient"},
-    ),
+    Peer("TRL ChunkedLogProbFunction", _levels(_trl_chunked), ("trl.kernels", _TRL),
+         {"masked": "computes masked rows too on a CPU"}),
+    Peer("TRL selective_log_softmax",
+         _levels(lambda i: _trl_selective(i, F.linear(i.hidden, i.weight)), lambda i: _trl_selective(i, _logits(i))),
+         (_TRL,), _ALL_ROWS),
+    Peer("Liger fused linear cross entropy", _levels(_liger_fused_linear_cross_entropy), (_LIGER,), _ALL_ROWS,
+         needs_cuda=True),
+    Peer("Liger cross entropy", {"logits": _liger_cross_entropy}, (_LIGER,),
+         {**_ALL_ROWS, "always": "overwrites its logits; a copy is included"}, needs_cuda=True),
+    Peer("Liger scaled cross entropy", {"hidden": _liger_scaled_cross_entropy}, (_LIGER_SCALED,),
+         {**_ALL_ROWS, "always": "computes the entropy too on a CPU", "frozen": "and the frozen weight's gradient"}),
     Peer("Liger FusedLinearDPOLoss", {"dpo": _liger_dpo}, ("liger_kernel.chunked_loss",), _ALL_ROWS),
-    Peer(
-        "CCE torch_compile",
-        _levels(partial(_cce, impl="torch_compile", filter_eps=None)),
-        ("cut_cross_entropy",),
-    ),
+    Peer("CCE torch_compile", _levels(partial(_cce, impl="torch_compile", filter_eps=None)), ("cut_cross_entropy",)),
     Peer("CCE exact", _levels(partial(_cce, impl="cce", filter_eps=None)), ("cut_cross_entropy",), needs_cuda=True),
-    Peer(
-        "CCE default",
-        _levels(partial(_cce, impl="cce")),
-        ("cut_cross_entropy",),
-        {"full": _SKIPS, "frozen": _SKIPS},
-        needs_cuda=True,
-    ),
-    Peer(
-        "quack linear cross entropy",
-        _levels(_quack_linear_cross_entropy),
-        ("quack.linear_cross_entropy",),
-        {**_ALL_ROWS, "always": "unfused form; the chunked one offers mean and sum only"},
-        needs_cuda=True,
-    ),
-    Peer(
-        "quack cross entropy",
-        {"logits": _quack_cross_entropy},
-        ("quack.cross_entropy",),
-        _ALL_ROWS,
-        needs_cuda=True,
-    ),
-)
+    Peer("CCE default", _levels(partial(_cce, impl="cce")), ("cut_cross_entropy",),
+         {"full": _SKIPS, "frozen": _SKIPS}, needs_cuda=True),
+    Peer("quack linear cross entropy", _levels(_quack_linear_cross_entropy), ("quack.linear_cross_entropy",),
+         {**_ALL_ROWS, "always": "unfused form; the chunked one offers mean and sum only"}, needs_cuda=True),
+    Peer("quack cross entropy", {"logits": _quack_cross_entropy}, ("quack.cross_entropy",), _ALL_ROWS, needs_cuda=True),
+    Peer("transformers with logits", {"train": training.with_logits}, ("transformers",), _ALL_ROWS),
+    Peer("TRL DPOTrainer", {"train": training.trl}, ("trl",),
+         {"always": "computes entropy, mean logits and top-1 for its log too",
+          "masked": "masked rows too on a CPU"}),
+)  # fmt: skip
+# Ours as a case asks for it by name.
+CONFIGURED = tuple(ours(name, "triton", configuration) for name, configuration in CONFIGURATIONS.items())
 
 
 def peers_of(case: Case) -> list[Peer]:
     """The peers that a case compares, ours first."""
-    names = set(case.peers or (p.name for p in PEERS)) - set(case.without)
-    return [p for p in PEERS if case.level in p.adapters and p.name in names]
+    names = set(case.peers if case.peers is not None else (p.name for p in PEERS)) - set(case.without)
+    configured = [p for p in CONFIGURED if p.name in case.configurations]
+    return configured + [p for p in PEERS if case.level in p.adapters and p.name in names]
 
 
-# The floor -----------------------------------------------------------------------------------------------------------
-
-FLOOR_ROWS = 8192  # tokens whose logits the floor holds at once
-
-
-def floor_name(case: Case) -> str:
-    return "bare copy" if case.level == "logits" else "bare GEMMs"
-
-
-def make_floor(case: Case, inputs: Inputs) -> Callable[[], None]:
-    """What no peer can be expected to undercut: the products of rows that count, or copies of the logits.
-
-    GEMMs, in the inputs' dtype into tensors made beforehand: `Case.needed_gemms` of them, in blocks of rows that share
-    one buffer. Logits: one copy forward, two with the gradient.
+def find(name: str) -> Peer:
     """
-    if inputs.logits is not None:
-        source, target = inputs.logits.detach(), torch.empty_like(inputs.logits)
-
-        def copy() -> None:
-            for _ in range(1 if case.mode == "score" else 2):
-                target.copy_(source)
-
-        return copy
-    weight, hidden = inputs.weight.detach(), inputs.hidden.detach().flatten(0, 1)[: case.counted_tokens]
-    blocks = [slice(i, min(i + FLOOR_ROWS, len(hidden))) for i in range(0, len(hidden), FLOOR_ROWS)]
-    logits = hidden.new_empty(min(FLOOR_ROWS, len(hidden)), len(weight))
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def multiply() -> None:
-        for rows in blocks:
-            z = logits[: rows.stop - rows.start]
-            for _ in range(2 if case.level == "dpo" else 1):
-                torch.mm(hidden[rows], weight.T, out=z)
-            if "hidden" in case.wanted:
-                torch.mm(z, weight, out=grad_hidden[rows])
-            if "weight" in case.wanted:
-                grad_weight.addmm_(z.T, hidden[rows], beta=float(rows.start > 0))
-
-    return multiply
+    Raises:
+        LookupError: it is in no table, so that a process of its own cannot know it.
+    """
+    peer = next((p for p in (*PEERS, *CONFIGURED) if p.name == name), None)
+    if peer is None:
+        raise LookupError(f"{name} is none of PEERS, where a process of its own looks for it")
+    return peer

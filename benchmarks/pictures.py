@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
 from benchmarks.cases import MIB
-from benchmarks.measure import Row
-from benchmarks.peers import is_ours
-from benchmarks.report import case_names, case_of, held_bytes, milliseconds, shape
-from benchmarks.results import Results
+from benchmarks.results import Results, Row, case_names, is_ours, milliseconds
 
 # One look a name, the same in every picture.
 LOOKS: dict[str, dict[str, Any]] = {
@@ -32,9 +30,11 @@ def draw(run: Results, out: Path) -> list[str]:
     """Writes the pictures of a run and returns their file names; those without data are left out."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
     names = []
-    for kind, make in {
-        "cases": _cases, "tokens": _tokens, "vocabulary": _vocabulary, "budget": _budget,
-    }.items():  # fmt: skip
+    makers: dict[str, Callable[[Results], plt.Figure | None]] = {
+        "cases": _cases, "tokens": partial(_curve, "tokens"), "vocabulary": partial(_curve, "vocabulary"),
+        "budget": _budget,
+    }  # fmt: skip
+    for kind, make in makers.items():
         figure = make(run)
         if figure is not None:
             figure.suptitle(f"{run.machine}, {run.date}", fontsize=9, color="0.3", y=0.995)
@@ -47,7 +47,7 @@ def draw(run: Results, out: Path) -> list[str]:
 
 def _cases(run: Results) -> plt.Figure | None:
     """A panel a case: bars of time, the floor as a line, and the peak memory beside each bar."""
-    timed = [r for r in run.rows if r.case["curve"] is None and r.status == "timed" and r.seconds]
+    timed = [r for r in run.rows if r.case.curve is None and r.status == "timed" and r.seconds]
     names = case_names(timed)
     if not names:
         return None
@@ -57,10 +57,10 @@ def _cases(run: Results) -> plt.Figure | None:
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     for axes, name in zip(grid.flat, names, strict=False):
-        rows = sorted((r for r in timed if r.case["name"] == name), key=lambda r: r.seconds or 0, reverse=True)
-        floor = next((r for r in run.rows if r.case["name"] == name and r.status == "floor"), None)
+        rows = sorted((r for r in timed if r.case.name == name), key=lambda r: r.seconds or 0, reverse=True)
+        floor = next((r for r in run.rows if r.case.name == name and r.status == "floor"), None)
         _bars(axes, rows, floor)
-        axes.set_title(f"{name}\n{shape(case_of(rows[0]))}", fontsize=9, loc="left")
+        axes.set_title(f"{name}\n{rows[0].case.shape}", fontsize=9, loc="left")
     marks: dict[str, dict[str, None]] = {}
     for r in timed:
         if r.marks and not is_ours(r.peer):
@@ -95,30 +95,30 @@ def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
     axes.set_xlabel(f"time, ms{dotted}")
 
 
-def _tokens(run: Results) -> plt.Figure | None:
-    return _curve(run, "tokens", "tokens", lambda case: case["tokens"])
+# By curve: a field of the case, and the axis' label.
+_AXES = {"tokens": ("tokens", "tokens"), "vocabulary": ("vocab_size", "vocabulary, entries")}
+_SIZES = {"tokens": "tokens", "features": "hidden_size", "vocabulary": "vocab_size"}
 
 
-def _vocabulary(run: Results) -> plt.Figure | None:
-    return _curve(run, "vocabulary", "vocabulary, entries", lambda case: case["vocab_size"])
-
-
-def _curve(run: Results, name: str, label: str, x_of: Callable[[dict], int]) -> plt.Figure | None:
-    rows = [r for r in run.rows if r.case["curve"] == name and r.seconds]
+def _curve(name: str, run: Results) -> plt.Figure | None:
+    field, label = _AXES[name]
+    rows = [r for r in run.rows if r.case.curve == name and r.seconds]
     if not rows:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
     for peer in dict.fromkeys(r.peer for r in rows):
         mine = [r for r in rows if r.peer == peer]
         look = LOOKS.get(peer, {})
-        times.plot([x_of(r.case) for r in mine], [1e3 * (r.seconds or 0) for r in mine], label=peer, **look)
-        weighed = [r for r in mine if r.bytes is not None]
-        if weighed:
-            bytes_.plot([x_of(r.case) for r in weighed], [(r.bytes or 0) / MIB for r in weighed], label=peer, **look)
+        times.plot([getattr(r.case, field) for r in mine], [1e3 * (r.seconds or 0) for r in mine], label=peer, **look)
+        measured = [r for r in mine if r.bytes is not None]
+        if measured:
+            bytes_.plot(
+                [getattr(r.case, field) for r in measured], [(r.bytes or 0) / MIB for r in measured], label=peer, **look
+            )
     for axes, unit in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        points = sorted({x_of(r.case) for r in rows})
+        points = sorted({getattr(r.case, field) for r in rows})
         axes.set_xticks(points, [f"{x:,}" for x in points], rotation=30)
         axes.minorticks_off()
         _plain_ticks(axes)
@@ -126,7 +126,8 @@ def _curve(run: Results, name: str, label: str, x_of: Callable[[dict], int]) -> 
         axes.set_ylabel(unit)
         axes.grid(True, color="0.9")
         axes.legend(fontsize=8, frameon=False)
-    times.set_title(shape_without(rows[0].case, name), fontsize=9, loc="left")
+    fixed = [f"{getattr(rows[0].case, size):,} {axis}" for axis, size in _SIZES.items() if axis != name]
+    times.set_title(", ".join([*fixed, rows[0].case.dtype]), fontsize=9, loc="left")
     return figure
 
 
@@ -137,14 +138,9 @@ def _plain_ticks(axes: Axes) -> None:
     axes.set_yticks(ticks, [f"{t:,.10g}" for t in ticks])
 
 
-def shape_without(case: dict, axis: str) -> str:
-    sizes = {"tokens": "tokens", "features": "hidden_size", "vocabulary": "vocab_size"}
-    return ", ".join(f"{case[field]:,} {name}" for name, field in sizes.items() if name != axis) + f", {case['dtype']}"
-
-
 def _budget(run: Results) -> plt.Figure | None:
     """The dial: time against the budget beside the GEMMs that the plan counts, and planned beside measured bytes."""
-    rows = [r for r in run.rows if r.case["curve"] == "budget" and r.predicted_bytes and r.seconds]
+    rows = [r for r in run.rows if r.case.curve == "budget" and r.predicted_bytes and r.seconds]
     if not rows:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
@@ -153,13 +149,13 @@ def _budget(run: Results) -> plt.Figure | None:
     label = f"measured: {floors[-1]:.2f} x bare GEMMs at the largest"
     times.plot(budgets, [f / floors[-1] for f in floors], label=label, **look)
     times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {rows[-1].gemms:.3g} at the largest")
-    weighed = [r for r in rows if r.bytes is not None]
+    measured = [r for r in rows if r.bytes is not None]
     for label, white, peaks in (
-        ("first step", {}, [r.first_bytes for r in weighed]),
-        ("second step", {"markerfacecolor": "white"}, [r.bytes for r in weighed]),
+        ("first step", {}, [r.first_bytes for r in measured]),
+        ("second step", {"markerfacecolor": "white"}, [r.bytes for r in measured]),
     ):
-        held = [(held_bytes(r, peak) or 0) / MIB for r, peak in zip(weighed, peaks, strict=True)]
-        bytes_.plot(_budgets(weighed), held, label=f"measured, {label}", **look, **white)
+        held = [(r.beyond(peak) or 0) / MIB for r, peak in zip(measured, peaks, strict=True)]
+        bytes_.plot(_budgets(measured), held, label=f"measured, {label}", **look, **white)
     for row, budget in zip(rows, budgets, strict=True):
         times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
     driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
@@ -171,7 +167,7 @@ def _budget(run: Results) -> plt.Figure | None:
     times.set_ylabel("time of a step, relative to the largest budget")
     bytes_.set_ylim(bottom=0)
     bytes_.set_ylabel("held beyond inputs, outputs, gradients, MiB")
-    times.set_title(shape(case_of(rows[0])), fontsize=9, loc="left")
+    times.set_title(rows[0].case.shape, fontsize=9, loc="left")
     for axes in (times, bytes_):
         axes.set_xlabel("memory budget, MiB")
         axes.grid(True, color="0.9")
@@ -180,4 +176,4 @@ def _budget(run: Results) -> plt.Figure | None:
 
 
 def _budgets(rows: list[Row]) -> list[float]:
-    return [r.case["memory_budget"] / MIB for r in rows]
+    return [(r.case.memory_budget or 0) / MIB for r in rows]

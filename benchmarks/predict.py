@@ -1,6 +1,6 @@
 """What a step should cost on an H200 by its products and its traffic: predictions, not measurements.
 
-    python -m benchmarks.predict        a Markdown table of every mode and path at the sizes of benchmarks/gpu.sh
+    python -m benchmarks.predict        a Markdown table of every mode and strategy at the sizes of benchmarks/gpu.sh
 
 Products run at 780 TFLOP/s and bytes at 4.3 TB/s, what cuBLAS and a copy sustain there. Two bounds: tiles of logits and
 of their gradients stay in the L2 cache and cost nothing, or all of them go through memory.
@@ -11,15 +11,16 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import torch
-
-from dpo_kernels.kernels import tables
-from dpo_kernels.plan import FACTS, MIB, Plan, plan, replace
+from benchmarks.cases import GPU
+from benchmarks.configurations import UNLIMITED, chosen_strategy, plan_of_strategy
+from dpo_kernels.planner import Plan
 
 FLOPS, BYTES = 780e12, 4.3e12
-SHAPES = ((8192, 4096, 151936), (4096, 4096, 128256), (16384, 2048, 248320), (131072, 4096, 128256))
+# Of the cases that compare strategies, and not other tiles.
+SHAPES = tuple(
+    dict.fromkeys((c.tokens, c.hidden_size, c.vocab_size) for c in GPU if c.level == "hidden" and c.peers is None)
+)
 MODES = {"score": (), "frozen": ("hidden",), "keep": ("hidden", "weight"), "recompute": ("hidden", "weight")}
-AMPLE = 1024 * 1024 * MIB
 
 
 class Prediction(NamedTuple):
@@ -37,17 +38,16 @@ class Prediction(NamedTuple):
         return 1 + self.sums / self.products, 1 + (self.sums + self.tiles) / self.products
 
 
-def predict(tokens: int, features: int, vocab: int, mode: str, path: str) -> Prediction:
-    facts = replace(FACTS["triton, cuda"], streams=path == "fused")
-    call = partial(plan, tokens, features, vocab, torch.bfloat16, grads=MODES[mode], facts=facts)
-    made = call(memory_budget=AMPLE)
+def predict(tokens: int, features: int, vocab: int, mode: str, strategy: str) -> Prediction:
+    call = partial(plan_of_strategy, strategy, tokens, features, vocab, MODES[mode])
+    made = call(UNLIMITED)
     if mode == "recompute":  # all that the same tiles need, and nothing for what could be kept
-        made = call(memory_budget=made.bytes - made.memory["kept probabilities"])
+        made = call(made.bytes - made.memory["kept probabilities"])
     logits = tokens * vocab
-    tile = 0 if path == "fused" else 8 * logits  # float32, written and read
+    tile = 0 if strategy == "fused" else 8 * logits  # float32, written and read
     sums, tiles = 0.0, float(tile)
     if mode == "frozen":  # the operand: written, read; again where forward kept it relative to other bases
-        tiles += (4 + 4 * (path == "fused")) * logits
+        tiles += (4 + 4 * (strategy == "fused")) * logits
         sums += 8 * tokens * features * made.vocab_tiles
     if mode in ("keep", "recompute"):
         token_tiles = len(made.token_spans)
@@ -62,16 +62,16 @@ def predict(tokens: int, features: int, vocab: int, mode: str, path: str) -> Pre
 
 def table() -> str:
     lines = [
-        "| tokens x features x vocabulary | mode | path | GEMMs | bare GEMMs, ms | sums, ms | tiles, ms | ratio |",
+        "| tokens x features x vocabulary | mode | strategy | GEMMs | bare GEMMs, ms | sums, ms | tiles, ms | ratio |",
         "|---|---|---|---:|---:|---:|---:|---|",
     ]
     for tokens, features, vocab in SHAPES:
-        chosen = tables.path(tables.Arch("cuda", 9), tokens, features)
+        chosen = chosen_strategy(features)
         for mode in MODES:
-            for path in ("tiles", "fused"):
-                made = predict(tokens, features, vocab, mode, path)
+            for strategy in ("tiles", "fused"):
+                made = predict(tokens, features, vocab, mode, strategy)
                 low, high = made.ratios
-                name = f"**{path}**" if path == chosen else path
+                name = f"**{strategy}**" if strategy == chosen else strategy
                 lines.append(
                     f"| {tokens:,} x {features:,} x {vocab:,} | {mode} | {name} | "
                     f"{made.made.gemms:.3g} | {made.products:.1f} | {made.sums:.1f} | {made.tiles:.1f} | "

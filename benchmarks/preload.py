@@ -1,4 +1,4 @@
-"""What the fork server of `peak_memory` imports once: all that a child could need, so that no import is weighed."""
+"""What the fork server of `memory` imports once: all that a child could need, so that no import is measured."""
 
 from __future__ import annotations
 

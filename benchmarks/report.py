@@ -10,10 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.cases import MIB, Case
-from benchmarks.measure import Row
-from benchmarks.peers import is_ours
-from benchmarks.results import Results
+from benchmarks.results import Results, Row, case_names, is_ours, mib, milliseconds
 
 HOW_TO_READ = (
     "Times are medians of interleaved rounds, with first and third quartile and the number of rounds; ratios are "
@@ -24,7 +21,6 @@ HOW_TO_READ = (
     "float64: of log-probs or loss the largest, absolute; of gradients the largest, relative."
 )
 
-LEVELS = ("logits", "hidden", "dpo", "train")
 BUDGET_NOTE = (
     "Planned is what the driver's own tensors take and an allowance for libraries and threads (18 MiB with the C++ "
     "kernels, 12 with PyTorch operations on a CPU, 32 on a GPU); the budget bounds it, and a first step that holds "
@@ -69,7 +65,7 @@ def markdown(run: Results, picture_names: Iterable[str] = ()) -> str:
         "## Peers that did not run, and wrong results",
         absent(run),
     ]
-    if budget := [row for row in run.rows if row.case["memory_budget"] and row.first_bytes]:
+    if budget := [row for row in run.rows if row.case.memory_budget and row.first_bytes]:
         parts += ["## The memory budget: planned and measured", budget_table(budget)]
     parts += [f"![{name}]({name})" for name in picture_names]
     return "\n\n".join(parts) + "\n"
@@ -86,21 +82,15 @@ def table(run: Results) -> str:
         "case", "what", "time", "quartiles", "rounds", "x floor", "x ours", "GFLOP/s", "peak memory", "error",
         "error of gradients", "notes",
     )  # fmt: skip
-    shown = [row for row in run.rows if row.case["curve"] is None and row.status != "unavailable"]
+    shown = [row for row in run.rows if row.case.curve is None and row.status != "unavailable"]
     last = ""
     for case in case_names(shown):
-        rows = [row for row in shown if row.case["name"] == case]
+        rows = [row for row in shown if row.case.name == case]
         for row in sorted(rows, key=lambda row: (row.status != "floor", row.seconds or float("inf"))):
-            name = f"**{case}**<br>{shape(case_of(row))}" if case != last else ""
+            name = f"**{case}**<br>{row.case.shape}" if case != last else ""
             lines.append(_line(name, *_cells(row)))
             last = case
     return "\n".join(lines)
-
-
-def case_names(rows: Iterable[Row]) -> list[str]:
-    """Each case once, from logits to training."""
-    levels = {row.case["name"]: LEVELS.index(row.case["level"]) for row in rows}
-    return sorted(levels, key=levels.__getitem__)
 
 
 def _cells(row: Row) -> list[str]:
@@ -129,7 +119,7 @@ def _gflops(row: Row) -> str:
     """The products of its case, for ours of its plan, over its time."""
     if not (row.gemms and row.seconds):
         return ""
-    return f"{1e-9 * row.gemms * case_of(row).gemm_flop / row.seconds:,.0f}"
+    return f"{1e-9 * row.gemms * row.case.gemm_flop / row.seconds:,.0f}"
 
 
 def absent(run: Results) -> str:
@@ -137,7 +127,7 @@ def absent(run: Results) -> str:
     cases: dict[tuple[str, str], list[str]] = {}
     for row in run.rows:
         if row.reason:
-            cases.setdefault((row.peer, f"{row.status}: {row.reason}"), []).append(row.case["name"])
+            cases.setdefault((row.peer, f"{row.status}: {row.reason}"), []).append(row.case.name)
     lines = [f"- {peer}: {reason} ({len(names)} cases)" for (peer, reason), names in cases.items()]
     return "\n".join(lines) or "None: every peer ran and was right."
 
@@ -149,19 +139,14 @@ def budget_table(rows: list[Row]) -> str:
         "planned for the driver", "second step", "difference",
     )  # fmt: skip
     for row in rows:
-        first, second = held_bytes(row, row.first_bytes), held_bytes(row, row.bytes)
+        first, second = row.beyond(row.first_bytes), row.beyond(row.bytes)
         driver = (row.predicted_bytes or 0) - (row.library_bytes or 0)
         lines.append(_line(
-            row.case["name"], mib(row.case["memory_budget"]), row.mode, _number(row.gemms), _number(row.to_floor),
+            row.case.name, mib(row.case.memory_budget), row.mode, _number(row.gemms), _number(row.to_floor),
             mib(row.predicted_bytes, 1), mib(first, 1), _difference(first, row.predicted_bytes), mib(driver, 1),
             mib(second, 1), _difference(second, driver),
         ))  # fmt: skip
     return "\n".join([*lines, "", BUDGET_NOTE])
-
-
-def held_bytes(row: Row, peak: int | None) -> int | None:
-    """Of a peak, what is beyond inputs, outputs and gradients: what the budget is about."""
-    return None if peak is None else peak - (row.returned_bytes or 0)
 
 
 def _difference(measured: int | None, planned: int | None) -> str:
@@ -174,7 +159,7 @@ def comparison(before: Results, after: Results) -> str:
         "case", "what", "time before", "after", "x floor before", "after", "change", "memory before", "after",
         "error before", "after", "notes",
     )  # fmt: skip
-    old, new = ({(row.case["name"], row.peer): row for row in run.rows} for run in (before, after))
+    old, new = ({(row.case.name, row.peer): row for row in run.rows} for run in (before, after))
     for case, peer in old | new:
         was, row = old.get((case, peer)), new.get((case, peer))
         both = [(when, r) for when, r in (("before", was), ("after", row)) if r is not None]
@@ -213,25 +198,6 @@ def _change(was: Row, row: Row) -> str:
         ranges.append([middle * quartile / (r.seconds or 1.0) for quartile in r.quartiles or (r.seconds or 0.0,)])
     noise = max(ranges[0][0], ranges[1][0]) <= min(ranges[0][-1], ranges[1][-1])
     return f"{middles[1] / middles[0] - 1:+.0%}" + (" (noise)" if noise else "")
-
-
-def case_of(row: Row) -> Case:
-    return Case(**row.case)
-
-
-def shape(case: Case) -> str:
-    """(N, D, V) of a case, in words where they matter."""
-    sizes = [case.tokens, *([] if case.level == "logits" else [case.hidden_size]), case.vocab_size]
-    masked = f", {case.counted_tokens:,} count" if case.masked else ""
-    return " x ".join(f"{size:,}" for size in sizes) + f", {case.dtype}{masked}"
-
-
-def milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:,.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
-
-
-def mib(size: int | None, digits: int = 0) -> str:
-    return "" if size is None else f"{size / MIB:,.{digits}f} MiB"
 
 
 def _number(value: float | None) -> str:

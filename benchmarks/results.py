@@ -1,4 +1,4 @@
-"""The file of one run: rows, machine, versions, date. It is a section of what `--benchmark-json` writes."""
+"""One run: its rows, machine, versions and date, and its file, a section of what `--benchmark-json` writes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Row
+from benchmarks.cases import MIB, Case
 
 SECTION = "dpo_kernels"
 PACKAGES = (
@@ -25,8 +25,57 @@ PACKAGES = (
 
 
 @dataclass
+class Row:
+    """What is known of one peer in one case.
+
+    status: "timed"; "floor"; "memory" (measured alone); "wrong"; "failed" (it was tried, and raised); "unavailable" (it
+    cannot be tried here). The last three have a reason, and no time.
+    seconds: median over `rounds` interleaved rounds, `quartiles` their first and third quartile; `samples` all of them.
+    to_floor, to_ours: medians of the ratios within the same round, this peer's time over the other's.
+    bytes: held at the second step's peak beyond the inputs, gradients included; first_bytes: at the first step's, with
+    what libraries take once; a reason where they could not be measured. returned_bytes: outputs and gradients.
+    predicted_bytes: what dpo_kernels plans to hold beyond inputs and those; library_bytes: the part of it that is an
+    allowance for libraries and threads.
+    mode, gemms: the plan's, for ours; for all others gemms is what the case needs.
+    errors, allowed: against float64; log_probs and loss absolute (the largest), gradients relative (Frobenius norm).
+    """
+
+    case: Case
+    peer: str
+    status: str
+    reason: str = ""
+    marks: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    quartiles: list[float] = field(default_factory=list)
+    rounds: int = 0
+    to_floor: float | None = None
+    to_ours: float | None = None
+    bytes: int | None = None
+    first_bytes: int | None = None
+    bytes_reason: str = ""
+    returned_bytes: int | None = None
+    predicted_bytes: int | None = None
+    library_bytes: int | None = None
+    mode: str = ""
+    gemms: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    allowed: dict[str, float] = field(default_factory=dict)
+    samples: list[float] = field(default_factory=list)
+
+    def fail(self, status: str, reason: str) -> None:
+        """It has a reason now, and no time."""
+        self.status, self.reason = status, reason
+        self.seconds = self.to_floor = self.to_ours = None
+        self.quartiles, self.samples, self.rounds = [], [], 0
+
+    def beyond(self, peak: int | None) -> int | None:
+        """Of a peak, what is beyond inputs, outputs and gradients: what a budget is about."""
+        return None if peak is None else peak - (self.returned_bytes or 0)
+
+
+@dataclass
 class Results:
-    """One run. size: "small" or "real".
+    """One run. size: a name of `cases.SIZES`.
 
     threads: PyTorch's, and how they wait where that is set. commit: of the checkout, "+" where it was modified.
     """
@@ -72,7 +121,8 @@ def load(path: Path) -> Results:
     if SECTION not in content:
         raise ValueError(f"{path} has no section {SECTION!r}: it was not written by `pytest benchmarks/`")
     section = content[SECTION]
-    return Results(**{**section, "rows": [Row(**row) for row in section["rows"]]})
+    rows = [Row(**{**row, "case": Case(**row["case"])}) for row in section["rows"]]
+    return Results(**{**section, "rows": rows})
 
 
 def save(results: Results, path: Path) -> None:
@@ -112,3 +162,24 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+LEVELS = ("logits", "hidden", "dpo", "train")
+
+
+def case_names(rows: Iterable[Row]) -> list[str]:
+    """Each case once, from logits to training."""
+    levels = {row.case.name: LEVELS.index(row.case.level) for row in rows}
+    return sorted(levels, key=levels.__getitem__)
+
+
+def is_ours(peer: str) -> bool:
+    return peer.startswith("dpo_kernels")
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:,.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
+
+
+def mib(size: int | None, digits: int = 0) -> str:
+    return "" if size is None else f"{size / MIB:,.{digits}f} MiB"

@@ -8,14 +8,14 @@ import pytest
 
 from benchmarks.cases import SIZES, Case
 from benchmarks.clock import CLOCK
-from benchmarks.peers import floor_name, peers_of
+from benchmarks.peers import peers_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "peer"), [
         pytest.param(case, name, id=f"{case.name}/{name}")
         for case in SIZES[metafunc.config.getoption("--size")]
-        for name in ((floor_name(case),) if case.timed else ()) + tuple(peer.name for peer in peers_of(case))
+        for name in (*case.floors, *(peer.name for peer in peers_of(case)))
     ])  # fmt: skip
 
 

@@ -6,21 +6,21 @@ for all, is left out. Policy and reference are random Qwen3 models that differ a
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
-from functools import partial
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import IGNORE, Case
-from benchmarks.judge import BETA, Judge, Outcome
-from benchmarks.measure import Ring, Row, clear, contest, weigh
-from benchmarks.peak_memory import Prepared
-from benchmarks.peers import import_failure
+from benchmarks.cases import Case
+from benchmarks.inputs import IGNORE
+from benchmarks.verify import BETA, Outcome, Problem, Step, Truth
 from dpo_kernels import reference
 
 Batch = dict[str, Tensor]
@@ -135,74 +135,48 @@ def trl(case: Case, device: torch.device, folder: str) -> Made:
     return Made(partial(trainer.training_step, trainer.model, inputs), trainer.model)
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """make: takes a case, a device and a folder to write to. module: what must be importable. marks: as a peer's."""
+class TrainingProblem(Problem):
+    """Trainers have models and batches of their own: what changes is every policy.
 
-    make: Callable[[Case, torch.device, str], Made]
-    module: str
-    marks: tuple[str, ...] = ()
+    The truth is transformers' answer in float64. There is no floor.
+    """
 
-
-TRAINERS = {
-    "dpo_kernels DPOTrainer": Trainer(ours, "dpo_kernels.training"),
-    "transformers with logits": Trainer(with_logits, "transformers", ("computes masked rows too",)),
-    "TRL DPOTrainer": Trainer(
-        trl, "trl", ("computes entropy, mean logits and top-1 for its log too", "masked rows too on a CPU")
-    ),
-}
-
-
-class TrainingRing(Ring):
-    """Trainers have models and batches of their own: what changes is every policy."""
-
-    def __init__(self, case: Case, device: torch.device, folder: str) -> None:
-        self.case, self.device, self.folder = case, device, folder
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.folder = tempfile.mkdtemp(prefix="benchmark-")
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.made: dict[str, Made] = {}
+        self.changed = False
 
-    def step(self, name: str) -> Outcome:
-        if name not in self.made:
-            self.made[name] = TRAINERS[name].make(self.case, self.device, self.folder)
-        return self.made[name].run()
-
-    def judge(self, changed: bool = False) -> Judge:
-        """Knows transformers' answer in float64, and float32's distance from it."""
+    @cached_property
+    def truth(self) -> Truth:  # type: ignore[override]
         outcomes = []
         for dtype in (torch.float64, self.case.torch_dtype):
             made = with_logits(self.case, self.device, dtype=dtype)
-            if changed:
+            if self.changed:
                 made.change()
             outcomes.append(made.run())
         exact, plain = outcomes
-        return Judge.beside(exact, plain, self.case.torch_dtype, torch.empty(0, dtype=torch.bool), 0.0, 0.0)
+        return Truth.beside(exact, plain, self.case.torch_dtype, torch.empty(0, dtype=torch.bool), 0.0, 0.0)
 
-    def change(self) -> Judge:
+    def step(self, peer: Any) -> Step:
+        made = self.made[peer.name] = peer.adapters["train"](self.case, self.device, self.folder)
+        return made.run
+
+    def change(self) -> None:
+        self.changed = True
+        self.__dict__.pop("truth", None)
         for made in self.made.values():
             made.change()
-        return self.judge(changed=True)
+
+    def clear(self) -> None:
+        for made in self.made.values():
+            clear(made.policy.parameters())
 
 
-def measure_training(
-    case: Case, device: torch.device, seconds: float, names: Collection[str] = TRAINERS.keys()
-) -> list[Row]:
-    """A row for each trainer, verified against transformers in float64; ratios are to ours, there is no floor."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        ring = TrainingRing(case, device, folder)
-        rows = [
-            Row(asdict(case), name, "unavailable", import_failure(trainer.module) or "", list(trainer.marks))
-            for name, trainer in TRAINERS.items()
-            if name in names
-        ]
-        steps = {row.peer: partial(ring.step, row.peer) for row in rows}
-        contest(rows, steps, ring.judge(), ring, seconds, device)
-        weigh(rows, case, device, 2, prepare, folder)
-    return rows
-
-
-def prepare(device: torch.device, case: Case, name: str, folder: str) -> Prepared:
-    """As `measure.prepare`, for a trainer."""
-    made = TRAINERS[name].make(case, device, folder)
-    return made.run, lambda: clear(made.policy.parameters())
+def clear(leaves: Iterable[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None
 
 
 def _options(device: torch.device, folder: str) -> dict[str, Any]:

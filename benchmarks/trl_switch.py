@@ -82,29 +82,25 @@ def make_trainer(trainer: str, folder: str, model: str, data_path: str, steps: i
     }  # fmt: skip
     pairs = [json.loads(line) for line in Path(data_path).read_text(encoding="utf-8").splitlines()]
     pairs = [pair for pair in pairs if sum(len(m["content"]) for m in pair["chosen"]) < 4 * length][: 2 * steps * batch]
-    if trainer == "dpo":
-        config = trl.DPOConfig(**common, max_length=length)
-        return trl.DPOTrainer(
-            policy, reference, config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
-        )
-    if trainer == "kto":
-        rows = [
-            {"prompt": pair[side][:-1], "completion": pair[side][-1:], "label": side == "chosen"}
-            for pair in pairs
-            for side in ("chosen", "rejected")
-        ]
-        config = trl.KTOConfig(**common, max_length=length)
-        return trl.KTOTrainer(
-            policy, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-        )
-    rows = [{"prompt": pair["chosen"][:-1]} for pair in pairs]
-    config_class, trainer_class = {
-        "grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer),
-    }[trainer]  # fmt: skip
-    config = config_class(**common, num_generations=batch, max_completion_length=16, beta=0.04)
-    return trainer_class(
-        model=policy, reward_funcs=_distinct_letters, args=config, train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+    answers = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+    prompts = [{"prompt": pair["chosen"][:-1]} for pair in pairs]
+    sampled = {"num_generations": batch, "max_completion_length": 16, "beta": 0.04}
+    choices: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "dpo": (pairs, {"max_length": length}),
+        "kto": (
+            [{"prompt": pair[side][:-1], "completion": pair[side][-1:], "label": side == "chosen"}
+             for pair, side in answers],
+            {"max_length": length},
+        ),
+        "grpo": (prompts, sampled),
+        "rloo": (prompts, sampled),
+    }  # fmt: skip
+    rows, options = choices[trainer]
+    more = {"reward_funcs": _distinct_letters} if rows is prompts else {"ref_model": reference}
+    name = trainer.upper()
+    return getattr(trl, f"{name}Trainer")(
+        model=policy, args=getattr(trl, f"{name}Config")(**common, **options), processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows), **more,
     )  # fmt: skip
 
 

@@ -7,32 +7,35 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import report, results
-from benchmarks.cases import IGNORE, MIB, REAL, SIZES, SMALL, TRAINING, Case, make_inputs
+from benchmarks.cases import CPU, MIB, REAL, SIZES, SMALL, Case
 from benchmarks.clock import ReplayClock
-from benchmarks.judge import PROMISED, Judge, by_rows, errors_of
-from benchmarks.measure import Row, interleave, measure, ratio, step
-from benchmarks.peak_memory import Held
-from benchmarks.peers import PEERS, Peer, dpo_from_log_probs, first_line, make_floor, peers_of
+from benchmarks.floors import make_floor
+from benchmarks.inputs import IGNORE, make_inputs
+from benchmarks.measure import Effort, HeadProblem, interleave, measure, ratio
+from benchmarks.memory import Held
+from benchmarks.peers import CONFIGURED, PEERS, Peer, dpo_from_log_probs, first_line, peers_of
+from benchmarks.results import Row
+from benchmarks.verify import PROMISED, Truth, answer, errors_of
 from dpo_kernels import plan, reference
 
 ROOT = Path(__file__).parents[1]
 # pytest-benchmark measures nothing in a process that seems to be one of several.
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-TINY = Case("tiny", "hidden", "full", 24, 16, 97, "float32", masked=0.25, sequences=4, weighed=())
+TINY = Case("tiny", "hidden", "full", 24, 16, 97, "float32", masked=0.25, sequences=4, memory_of=())
 TINY_DPO = replace(TINY, level="dpo", tokens=64, hidden_size=32, dtype="bfloat16")
 PLAIN = next(peer for peer in PEERS if peer.name == "plain PyTorch")
 OURS = PEERS[0]
 
 
 def measured(case, *peers):
-    return {row.peer: row for row in measure(case, peers=peers, seconds=0.01)}
+    return {row.peer: row for row in measure(case, peers=peers, effort=Effort(0.01))}
 
 
 @pytest.mark.parametrize("level", ["hidden", "dpo"])
@@ -138,10 +141,10 @@ def test_a_result_that_is_right_once_is_not_timed(level):
 def test_the_answer_to_changed_inputs_is_known(level):
     case = replace(TINY, level=level)
     inputs = make_inputs(case)
-    judge = Judge.of(case, inputs).changed(case)
+    truth = Truth.of(case, inputs).changed(case)
     inputs.change()
-    again = by_rows(case, inputs, torch.float64).outcome
-    assert max(errors_of(again, judge.exact, judge.counts).values()) < 1e-13
+    again = answer(case, inputs, torch.float64).outcome
+    assert max(errors_of(again, truth.exact, truth.counts).values()) < 1e-13
 
 
 def test_a_peer_that_changes_its_inputs_is_wrong_and_harms_nobody():
@@ -176,7 +179,7 @@ def test_what_fails_is_no_loss_to_the_others(monkeypatch):
             raise MemoryError("full")
         return PLAIN.adapters["hidden"](inputs)
 
-    monkeypatch.setattr("benchmarks.measure.make_floor", lambda case, inputs: broken(inputs))
+    monkeypatch.setattr("benchmarks.measure.make_floor", lambda name, case, inputs: broken(inputs))
     absent = Peer("absent", {"hidden": broken}, modules=("no_such_package.kernels",))
     gpu = Peer("gpu", {"hidden": broken}, needs_cuda=True)
     later = Peer("later", {"hidden": fails_later})
@@ -193,36 +196,36 @@ def test_what_fails_is_no_loss_to_the_others(monkeypatch):
     assert rows["plain PyTorch"].to_floor is None
 
 
-def test_memory_is_weighed_or_a_reason_given():
-    case = replace(TINY, vocab_size=20_000, weighed=None, memory_budget=64 * MIB)
+def test_memory_is_measured_or_a_reason_given():
+    case = replace(TINY, vocab_size=20_000, memory_of=None, memory_budget=64 * MIB)
     rows = measured(case, OURS, Peer("unknown", PLAIN.adapters))
     ours = rows["dpo_kernels"]
     assert 20_000 * 16 * 4 < ours.returned_bytes < min(ours.first_bytes, ours.bytes)
     assert rows["unknown"].bytes is None
     assert rows["unknown"].bytes_reason.startswith("LookupError: unknown is none of PEERS")
-    assert measured(TINY, PLAIN)["plain PyTorch"].bytes_reason == "not weighed in this case"
+    assert measured(TINY, PLAIN)["plain PyTorch"].bytes_reason == "not measured in this case"
 
 
 def test_more_than_the_budget_is_wrong(monkeypatch):
     held = [Held(65 * MIB, MIB // 2), Held(10 * MIB, MIB // 2)]
-    monkeypatch.setattr("benchmarks.measure.peak_bytes", lambda *arguments: (held, ""))
-    ours = measured(replace(TINY, weighed=None, memory_budget=64 * MIB), OURS)["dpo_kernels"]
+    monkeypatch.setattr("benchmarks.measure.in_a_process", lambda *arguments: (held, ""))
+    ours = measured(replace(TINY, memory_of=None, memory_budget=64 * MIB), OURS)["dpo_kernels"]
     assert ours.status == "wrong"
     assert ours.reason == "its first step holds 64.5 MiB, its budget is 64.0 MiB"
 
 
-def test_a_shape_that_is_too_large_is_weighed_alone():
-    (row,) = measure(replace(TINY, weighed=None, timed=False, peers=("dpo_kernels",)))
-    assert row.status == "weighed"
+def test_of_a_shape_that_is_too_large_memory_alone_is_measured():
+    (row,) = measure(replace(TINY, memory_of=None, timed=False, peers=("dpo_kernels",)))
+    assert row.status == "memory"
     assert row.seconds is row.bytes is None
     assert row.first_bytes > 0
     assert row.predicted_bytes > 0
 
 
 def test_the_floor_multiplies_in_blocks(monkeypatch):
-    monkeypatch.setattr("benchmarks.peers.FLOOR_ROWS", 5)
+    monkeypatch.setattr("benchmarks.floors.FLOOR_ROWS", 5)
     inputs = make_inputs(TINY)
-    multiply = make_floor(TINY, inputs)
+    multiply = make_floor("bare GEMMs", TINY, inputs)
     multiply()
     cells = dict(zip(multiply.__code__.co_freevars, multiply.__closure__, strict=True))
     hidden, weight = inputs.hidden.detach().flatten(0, 1)[: TINY.counted_tokens], inputs.weight.detach()
@@ -231,7 +234,7 @@ def test_the_floor_multiplies_in_blocks(monkeypatch):
     torch.testing.assert_close(cells["grad_weight"].cell_contents, z.T @ hidden, rtol=1e-4, atol=1e-3)
 
 
-PLANTED = """
+PEERS_ADDED = """
 import torch
 from dataclasses import replace
 from benchmarks import cases, peers
@@ -243,7 +246,7 @@ def noise(inputs):
 def crash(inputs):
     raise TypeError("an argument too many")
 
-cases.SMALL[:] = [Case("tiny", "hidden", "full", 24, 16, 97, "float32", sequences=4, weighed=())]
+cases.SMALL[:] = [Case("tiny", "hidden", "full", 24, 16, 97, "float32", sequences=4, memory_of=())]
 known = [p for p in peers.PEERS if p.name in ("dpo_kernels", "plain PyTorch")]
 peers.PEERS = (*known, *(
     peers.Peer(f"{whose} {what.__name__}", {"hidden": what})
@@ -252,13 +255,13 @@ peers.PEERS = (*known, *(
 """
 
 
-def test_planted_results_from_pytest_to_the_report(tmp_path):
+def test_added_peers_from_pytest_to_the_report(tmp_path):
     """Noise and a crash, as ours and as a peer's: what pytest, its summary and the report make of them."""
-    (tmp_path / "planted.py").write_text(PLANTED)
+    (tmp_path / "added_peers.py").write_text(PEERS_ADDED)
     written = tmp_path / "results.json"
     path = os.pathsep.join([str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks/test_cases.py", "-p", "planted", "-rA", "--color=no",
+        [sys.executable, "-m", "pytest", "benchmarks/test_cases.py", "-p", "added_peers", "-rA", "--color=no",
          "--benchmark-json", str(written)],
         cwd=ROOT, env={**ALONE, "PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
@@ -311,10 +314,10 @@ def test_ours_and_plain_pytorch_are_right_at_every_level(level, mode):
 
 def test_the_exact_answer_does_not_depend_on_its_blocks(monkeypatch):
     inputs = make_inputs(TINY)
-    whole = by_rows(TINY, inputs, torch.float64).outcome
-    monkeypatch.setattr("benchmarks.cases.BLOCK_NUMBERS", 5 * TINY.vocab_size)
+    whole = answer(TINY, inputs, torch.float64).outcome
+    monkeypatch.setattr("benchmarks.inputs.BLOCK_NUMBERS", 5 * TINY.vocab_size)
     counts = inputs.labels != IGNORE
-    assert max(errors_of(by_rows(TINY, inputs, torch.float64).outcome, whole, counts).values()) < 1e-14
+    assert max(errors_of(answer(TINY, inputs, torch.float64).outcome, whole, counts).values()) < 1e-14
     plain = {"log_probs": PLAIN.adapters["hidden"](inputs).detach()} | {"hidden": whole["hidden"][:1]}
     errors = errors_of(plain, whole, counts)
     assert errors["log_probs"] < 1e-4
@@ -322,17 +325,18 @@ def test_the_exact_answer_does_not_depend_on_its_blocks(monkeypatch):
 
 
 def test_tolerances_are_those_of_plain_pytorch():
-    judge = Judge.of(TINY, make_inputs(TINY))
-    errors, reason = judge.verdict(step(PLAIN.adapters["hidden"], TINY, make_inputs(TINY)), ours=False)
+    problem = HeadProblem(TINY, torch.device("cpu"))
+    truth = problem.truth
+    errors, reason = truth.check(problem.step(PLAIN)(), ours=False)
     assert reason == ""
-    assert all(0 < judge.allowed[name] < 1e-4 for name in errors)
-    assert judge.allowed_ours["log_probs"] == 1e-5
-    assert all(judge.allowed_ours[name] < judge.allowed[name] for name in ("hidden", "weight"))
+    assert all(0 < truth.allowed[name] < 1e-4 for name in errors)
+    assert truth.allowed_ours["log_probs"] == 1e-5
+    assert all(truth.allowed_ours[name] < truth.allowed[name] for name in ("hidden", "weight"))
 
 
 @pytest.mark.parametrize("case", [c for size in SIZES.values() for c in size], ids=lambda c: c.name)
 def test_every_row_is_well_formed(case):
-    assert case.level in ("logits", "hidden", "dpo")
+    assert case.level in ("logits", "hidden", "dpo", "train")
     assert case.mode in ("score", "full", "frozen")
     assert case.inputs in ("peaked", "noise")
     assert case.curve in (None, "tokens", "vocabulary", "budget")
@@ -342,10 +346,12 @@ def test_every_row_is_well_formed(case):
     assert case.tokens % case.sequences == 0
     assert 0 < case.counted_tokens <= case.tokens
     names = {peer.name for peer in PEERS}
-    assert {*case.peers, *case.without, *(case.weighed or ())} <= names
-    assert peers_of(case)
+    assert {*(case.peers or ()), *case.without, *(case.memory_of or ())} <= names
+    configured = [peer.name for peer in CONFIGURED if peer.name in case.configurations]
+    assert sorted(configured) == sorted(case.configurations)
+    assert len({peer.name for peer in peers_of(case)}) == len(peers_of(case)) > 0
     if case.level == "hidden":  # the budget is one that a plan exists for
-        device = "cuda" if case in REAL else "cpu"
+        device = "cuda" if case in REAL or case.configurations else "cpu"
         made = plan(
             case.counted_tokens, case.hidden_size, case.vocab_size, case.torch_dtype, grads=case.wanted,
             memory_budget=case.memory_budget, device=device,
@@ -363,8 +369,8 @@ def test_names_are_unique_and_the_issue_is_covered():
         assert {c.masked for c in cases if c.level == "dpo"} == {0.3, 0.6, 0.9}
         assert {c.curve for c in cases} == {None, "tokens", "vocabulary", "budget"}
     assert max(c.tokens for c in REAL if c.curve == "tokens") == 131_072
-    assert len({peer.name for peer in PEERS}) == len(PEERS)
-    assert TRAINING.keys() == SIZES.keys()
+    assert all("train" in {c.level for c in cases} for cases in (SMALL, CPU, REAL))
+    assert len({peer.name for peer in (*PEERS, *CONFIGURED)}) == len(PEERS) + len(CONFIGURED)
 
 
 def test_inputs_are_peaked_and_masked():
@@ -392,7 +398,7 @@ def test_rounds_are_interleaved_and_slow_ones_sit_out(monkeypatch):
         return go
 
     runs = {"a": run("a", 0.1), "slow": run("slow", 20.0), "b": run("b", 0.2)}
-    rounds, failures = interleave(runs, 3.0, torch.device("cpu"))
+    rounds, failures = interleave(runs, Effort(3.0, 15.0), torch.device("cpu"))
     assert not failures
     assert order[:3] == ["a", "slow", "b"]
     assert order.count("slow") == 1
@@ -419,18 +425,18 @@ def synthetic(ours=0.2, date="2030-01-02"):
     budget = [replace(TINY, name=f"budget-{m}", curve="budget", memory_budget=m * MIB) for m in (8, 16)]
     tokens = [replace(TINY, name=f"tokens-{n}", curve="tokens", tokens=n) for n in (24, 48, 96)]
     held = [case.memory_budget or 9 * MIB for case in budget + tokens]
-    rows = [Row(asdict(head), "bare GEMMs", "floor", seconds=0.1, rounds=3, to_floor=1.0, to_ours=0.1 / ours)]
+    rows = [Row(head, "bare GEMMs", "floor", seconds=0.1, rounds=3, to_floor=1.0, to_ours=0.1 / ours)]
     errors = {"log_probs": 1e-6, "hidden": 1e-3, "weight": 2e-3}
     rows += [
-        Row(asdict(head), "dpo_kernels", "timed", seconds=ours, rounds=5, to_floor=ours / 0.1, to_ours=1.0,
+        Row(head, "dpo_kernels", "timed", seconds=ours, rounds=5, to_floor=ours / 0.1, to_ours=1.0,
             quartiles=[0.95 * ours, 1.05 * ours], bytes=30 * MIB, mode="keep", gemms=3.0, errors=errors),
-        Row(asdict(head), "plain PyTorch", "timed", seconds=0.4, rounds=1, to_floor=4.0, to_ours=0.4 / ours,
+        Row(head, "plain PyTorch", "timed", seconds=0.4, rounds=1, to_floor=4.0, to_ours=0.4 / ours,
             bytes_reason="too slow to run again", errors=errors, marks=["computes masked rows too"]),
-        Row(asdict(head), "noise", "wrong", reason="error of log_probs 3.0e+00, allowed 1.0e-05"),
-        Row(asdict(head), "absent", "unavailable", reason="not installed"),
+        Row(head, "noise", "wrong", reason="error of log_probs 3.0e+00, allowed 1.0e-05"),
+        Row(head, "absent", "unavailable", reason="not installed"),
     ]  # fmt: skip
     rows += [
-        Row(asdict(case), "dpo_kernels", "timed", seconds=ours, rounds=3, to_floor=2.0, to_ours=1.0, mode=mode,
+        Row(case, "dpo_kernels", "timed", seconds=ours, rounds=3, to_floor=2.0, to_ours=1.0, mode=mode,
             gemms=gemms, first_bytes=peak, bytes=peak - 2 * MIB, returned_bytes=MIB, predicted_bytes=peak - MIB,
             library_bytes=2 * MIB)
         for case, peak, mode, gemms in zip(
@@ -493,4 +499,4 @@ def test_peers_above_log_probs_share_one_loss():
     case = replace(TINY, level="dpo")
     inputs = make_inputs(case)
     built = dpo_from_log_probs(PLAIN.adapters["hidden"])(inputs)
-    assert abs(built.item() - by_rows(case, inputs, torch.float64).outcome["loss"].item()) < 1e-5
+    assert abs(built.item() - answer(case, inputs, torch.float64).outcome["loss"].item()) < 1e-5

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from dpo_kernels.plan import FACTS
 
 from benchmarks import gpu, report
-from benchmarks.gpu_cases import Way, contests, tiny_contests
+from benchmarks.cases import GPU, TINY, Case
+from benchmarks.configurations import Configuration
+from benchmarks.measure import Effort, HeadProblem, measure
 from benchmarks.peers import PEERS, Peer
+from benchmarks.verify import Truth
+from dpo_kernels.backends import triton
+from dpo_kernels.kernels import configs
+from dpo_kernels.overrides import current
 
 CPU = torch.device("cpu")
+ONCE = Effort(0.0, 0.0)
 JUNIT = """<testsuites><testsuite>
 <testcase classname="a" name="right"/>
 <testcase classname="a" name="wrong"><failure message="assert 1 == 2"/></testcase>
@@ -54,8 +62,9 @@ def test_it_runs_here_and_writes_every_field(tmp_path):
             assert said["to_own_gemms"] == pytest.approx(said["to_floor"] * 3 / gemms)
             assert said["errors"].keys() == {"log_probs", "hidden", "weight"}
     assert found["tiny-full", "plain PyTorch"]["status"] == "timed"
+    assert found["tiny-full", "a large copy"]["terabytes_per_second"] > 0
     assert "needs a GPU" in found["tiny-full", "quack linear cross entropy"]["reason"]
-    assert found["logits-full", "dpo_kernels"]["terabytes_per_second"] > 0
+    assert found["logits-full", "dpo_kernels triton"]["terabytes_per_second"] > 0
     assert {peer for case, peer in found if case == "tiles-score"} >= {"dpo_kernels tiles, 64 x 64", "bare GEMMs"}
     report.main([str(file), "--out", str(tmp_path)])
     (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
@@ -66,7 +75,7 @@ def half_the_gradient(inputs):
     return 0.5 * (right := PLAIN.adapters["hidden"](inputs)) + 0.5 * right.detach()
 
 
-def raises(inputs):
+def raises(*_, **__):
     raise RuntimeError("no kernel for this chip")
 
 
@@ -76,21 +85,15 @@ def remembers(inputs, made=[]):  # noqa: B006  (that is how it cheats)
 
 
 PLAIN = next(peer for peer in PEERS if peer.name == "plain PyTorch")
-FULL = next(contest for contest in tiny_contests() if contest.case.name == "tiny-full")
-
-
-def contestant(name, adapter):
-    made = gpu._peer(PLAIN.name, FULL.case, CPU)
-    made.row.peer = name
-    return replace(made, peer=Peer(name, {"hidden": adapter}))
+FULL = next(case for case in TINY if case.name == "tiny-full")
 
 
 def test_what_is_wrong_is_reported_as_wrong_and_not_timed():
-    field = [
-        contestant("dpo_kernels, half the gradient", half_the_gradient), contestant("raises", raises),
-        contestant("remembers", remembers), contestant("right", PLAIN.adapters["hidden"]),
+    peers = [
+        Peer("dpo_kernels, half the gradient", {"hidden": half_the_gradient}), Peer("raises", {"hidden": raises}),
+        Peer("remembers", {"hidden": remembers}), Peer("right", PLAIN.adapters),
     ]  # fmt: skip
-    rows = {row.peer: row for row in gpu.measure_contest(FULL, CPU, gpu.Clock(60), 0.0, field)}
+    rows = {row.peer: row for row in measure(FULL, peers=peers, effort=ONCE)}
     wrong = gpu.summary(rows["dpo_kernels, half the gradient"])
     assert wrong["status"] == "wrong"
     assert "error of hidden" in wrong["reason"]
@@ -104,39 +107,69 @@ def test_what_is_wrong_is_reported_as_wrong_and_not_timed():
 
 
 def test_when_time_is_up_the_rest_is_named(tmp_path):
-    file = tmp_path / "gpu.json"
-    todo = [replace(contest, needs=1.0) for contest in tiny_contests()[:2]]
-    gpu.measure_all(todo, gpu.Report(file, "tiny", CPU, None), gpu.Clock(0), 0.0)
+    file, over = tmp_path / "gpu.json", replace(ONCE, end=-math.inf)
+    gpu.measure_all([replace(case, needs=1.0) for case in TINY[:2]], gpu.Report(file, "tiny", CPU, None), over)
     told = json.loads(file.read_text())["gpu"]
     assert list(told["left_out"]) == ["tiny-score", "tiny-frozen"]
-    late = gpu.measure_contest(FULL, CPU, gpu.Clock(-1), 0.0)
-    assert {row.reason for row in late if row.peer.startswith("dpo_kernels")} == {"left out: time was up"}
+    late = measure(FULL, peers=[PLAIN], effort=over)
+    assert {(row.status, row.reason) for row in late} == {("unavailable", "left out: time was up")}
 
 
-def test_a_contest_that_breaks_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "make_inputs", lambda *_: raises(None))
+@pytest.mark.parametrize("level", ["logits", "hidden"])
+def test_a_part_of_the_tokens_is_verified(level):
+    """The truth about a part is that about all, cut; what is wrong there alone is seen."""
+    whole = Case("whole", level, "full", 24, 16, 97, "float32", sequences=4)
+    problem = HeadProblem(replace(whole, verified=8), CPU)
+    outcome, all_of_it = problem.run(problem.step(PLAIN)), Truth.of(whole, problem.inputs).exact
+    rows = problem.truth.rows
+    assert rows.tolist() == list(range(0, 24, 3))
+    torch.testing.assert_close(problem.truth.exact["log_probs"][0], all_of_it["log_probs"].flatten()[rows])
+    assert problem.truth.check(outcome, ours=False)[1] == ""
+    outcome["log_probs"].view(-1)[rows[3]] += 1
+    assert "error of log_probs" in problem.truth.check(outcome, ours=False)[1]
+    problem.forget()
+    problem.change()
+    assert problem.truth.rows.tolist() == list(range(1, 24, 3))
+    assert problem.truth.check(problem.run(problem.step(PLAIN)), ours=False)[1] == ""
+
+
+def test_what_is_right_but_comes_too_late_has_no_time():
+    calls = []
+
+    def slow(inputs):
+        calls.append(1)
+        time.sleep(0.5)
+        return PLAIN.adapters["hidden"](inputs)
+
+    rows = measure(FULL, peers=[Peer("slow", {"hidden": slow})], effort=Effort(0.0, 0.0, end=time.monotonic() + 0.4))
+    slowly = next(row for row in rows if row.peer == "slow")
+    assert (slowly.status, slowly.seconds, len(calls)) == ("unavailable", None, 1)
+
+
+def test_a_case_that_breaks_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.make_inputs", raises)
     written = gpu.Report(tmp_path / "gpu.json", "tiny", CPU, gpu.test_outcomes(tmp_path / "absent.xml", 4))
-    gpu.measure_all([FULL], written, gpu.Clock(60), 0.0)
+    gpu.measure_all([FULL], written, ONCE)
     told = json.loads((tmp_path / "gpu.json").read_text())["gpu"]
     assert told["failed"]["tiny-full"].startswith("RuntimeError: no kernel for this chip")
     assert "no outcomes" in told["tests"]["error"]
 
 
-def test_a_way_is_planted_and_taken_out_again():
-    before = (dict(tables.PATHS), dict(tables.PRODUCTS), dict(tables.ROWS), dict(FACTS))
-    way = Way("all", "tiles", product={"group": 5}, rows={"columns": 32}, tile=(17, 19))
-    arch = tables.Arch("interpreted", 0)
-    with way.planted(CPU, torch.bfloat16):
-        assert tables.path(arch, 9, 64) == "tiles"
-        assert tables.product(arch, torch.bfloat16, options=False).group == 5
-        assert tables.product(arch, torch.float32, options=False).group != 5
-        assert tables.ROWS["interpreted"].columns == 32
-        assert FACTS["triton, interpreted"].tiles[0] == (17, 19)
-    assert before == (tables.PATHS, tables.PRODUCTS, tables.ROWS, FACTS)
+def test_a_configuration_is_applied_and_taken_back():
+    before = current()
+    configuration = Configuration("tiles", product={"group": 5}, rows={"block_n": 32}, tile=(17, 19))
+    with configuration.applied(CPU):
+        made = configs.resolve(configs.Arch("interpreted", 0), 64, torch.bfloat16, False, current().kernels)
+        assert (made.strategy, made.product.group, made.rows.block_n) == ("tiles", 5, 32)
+        tiles = current().capabilities["tiles"]
+        assert tiles == ((17, 19), *triton.CAPABILITIES["interpreted"].tiles)
+    assert current() == before
 
 
-@pytest.mark.parametrize("contest", contests() + tiny_contests(), ids=lambda c: c.case.name)
-def test_every_contest_is_well_formed(contest):
-    assert contest.case.tokens % contest.case.sequences == 0
-    assert set(contest.peers) <= {peer.name for peer in PEERS if contest.case.level in peer.adapters}
-    assert len({way.peer for way in contest.ways}) == len(contest.ways)
+def test_a_new_peer_needs_no_other_file():
+    """Every peer of a level takes part in a GPU's cases, but for those that are named as left out."""
+    from benchmarks import peers
+
+    case = next(case for case in GPU if case.name == "8k-152k-full")
+    of_level = {peer.name for peer in PEERS if "hidden" in peer.adapters}
+    assert {peer.name for peer in peers.peers_of(case)} == {*case.configurations, *(of_level - set(case.without))}

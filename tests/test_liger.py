@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers import assert_close
 from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss as Liger
-
-from benchmarks.liger_outputs import (
+from liger_oracles import (
     BF16_BOUND,
     LOSS_TYPES,
     OUTPUTS,
@@ -19,6 +18,7 @@ from benchmarks.liger_outputs import (
     outputs_and_gradients,
     random_case,
 )
+
 from dpo_kernels import dpo_loss, reference
 from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss
 from dpo_kernels.preference_losses import LOSSES

@@ -10,8 +10,8 @@ from dataclasses import fields
 import pytest
 import torch
 from helpers import assert_close
+from loss_oracles import CASES, differences, make_batch, trl_dpo
 
-from benchmarks.losses import CASES, differences, make_batch, trl_dpo
 from dpo_kernels import FusedLinearDPOLoss, dpo_loss, reference, token_stats
 from dpo_kernels.preference_losses import (
     DIVERGENCES,

@@ -1,7 +1,7 @@
 """Peak memory of a step: a process of its own on the CPU, the allocator's high-water mark on a GPU.
 
 A fork server imports everything once and computes nothing; each measurement is a fresh child of it. The child runs the
-step once, in which libraries are loaded and code is compiled, and once more: both are weighed.
+step once, in which libraries are loaded and code is compiled, and once more: both are measured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,25 +34,25 @@ class Held(NamedTuple):
     returned: int
 
 
-def peak_bytes(
-    device: torch.device, steps: int, prepare: Callable[..., Prepared], *arguments: Any
-) -> tuple[list[Held], str]:
+class HighWaterMark(Protocol):
+    def start(self) -> int:
+        """Bytes in use; the mark starts again from here."""
+
+    def peak(self) -> int: ...
+
+
+def in_a_process(steps: int, prepare: Callable[..., Prepared], *arguments: Any) -> tuple[list[Held], str]:
     """What each of a number of steps holds; none and the reason where that is not known.
 
     Args:
-        prepare: called with device and *arguments; must be importable by name.
+        prepare: called with *arguments; must be importable by name.
     """
-    if device.type == "cuda":
-        try:
-            return _weigh(_OfAllocator(device), steps, *prepare(device, *arguments)), ""
-        except Exception as error:
-            return [], first_line(error)
     if not CLEAR_REFS.exists():
         return [], "the high-water mark is read from Linux' /proc"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.preload"])
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(send, steps, prepare, device, *arguments), daemon=True)
+    child = context.Process(target=_child, args=(send, steps, prepare, *arguments), daemon=True)
     child.start()
     send.close()
     try:
@@ -65,23 +65,38 @@ def peak_bytes(
     return held, reason or ("" if held else f"the process ended with {child.exitcode}")
 
 
-def _child(
-    send: Connection, steps: int, prepare: Callable[..., Prepared], device: torch.device, *arguments: Any
-) -> None:
+def _child(send: Connection, steps: int, prepare: Callable[..., Prepared], *arguments: Any) -> None:
     # Every block from 64 KiB on goes back to the system as soon as it is freed, so that the mark sees each run alone.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+    send.send(_held(OfProcess(), steps, prepare, *arguments))
+
+
+def on_device(device: torch.device, steps: int, prepare: Callable[..., Prepared]) -> tuple[list[Held], str]:
+    """The same in this process, by the allocator of a GPU."""
+    return _held(OfAllocator(device), steps, prepare)
+
+
+def _held(mark: HighWaterMark, steps: int, prepare: Callable[..., Prepared], *arguments: Any) -> tuple[list[Held], str]:
+    held = []
     try:
-        send.send((_weigh(_OfProcess(), steps, *prepare(device, *arguments)), ""))
-    except Exception as error:
-        send.send(([], first_line(error)))
+        step, clear = prepare(*arguments)
+        for _ in range(steps):
+            clear()
+            before = mark.start()
+            returned = sum(t.nbytes for t in step().values())
+            held.append(Held(mark.peak() - before, returned))
+        clear()
+    except Exception as error:  # a peer may fail in any way
+        return [], first_line(error)
+    return held, ""
 
 
-class _OfProcess:
+class OfProcess:
     """The high-water mark of this process."""
 
     def start(self) -> int:
         empty_cache()  # what waits for this step is held by it
-        CLEAR_REFS.write_text("5")  # the mark starts again from here
+        CLEAR_REFS.write_text("5")
         return self._status("VmRSS")
 
     def peak(self) -> int:
@@ -92,7 +107,7 @@ class _OfProcess:
         return int(line.split()[1]) * 1024
 
 
-class _OfAllocator:
+class OfAllocator:
     """The high-water mark of a GPU's allocator."""
 
     def __init__(self, device: torch.device) -> None:
@@ -106,15 +121,3 @@ class _OfAllocator:
     def peak(self) -> int:
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device)
-
-
-def _weigh(
-    mark: _OfProcess | _OfAllocator, steps: int, step: Callable[[], dict[str, Tensor]], clear: Callable[[], None]
-) -> list[Held]:
-    held = []
-    for _ in range(steps):
-        before = mark.start()
-        returned = sum(t.nbytes for t in step().values())
-        held.append(Held(mark.peak() - before, returned))
-        clear()
-    return held

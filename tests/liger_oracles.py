@@ -1,6 +1,6 @@
 """Liger's fused linear DPO loss and ours on random valid inputs, and on inputs where Liger fails.
 
-`python -m benchmarks.liger_outputs` prints both tables; the tests hold both to a bound.
+`python tests/liger_oracles.py` prints both tables; the tests hold both to a bound.
 """
 
 from __future__ import annotations

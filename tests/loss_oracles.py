@@ -1,6 +1,6 @@
 """Each preference loss against TRL's own code, or against a formula of its own where TRL has none.
 
-`python -m benchmarks.losses` prints the table: the largest difference in value and in gradient over random batches, in
+`python tests/loss_oracles.py` prints the table: the largest difference in value and in gradient over random batches, in
 float64. The tests hold the same cases to a bound.
 """
 

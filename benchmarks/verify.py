@@ -1,14 +1,20 @@
-"""What is right: the exact answer of a case in float64, and how far from it a result may be."""
+"""What is right: the exact answer of a case in float64, and how far from it a result may be.
+
+The answer is that of `dpo_kernels.reference`. Of large cases it is known for a part of the tokens, spread over all: it
+is then compared with a gradient that is 0 at all other tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import IGNORE, Case, Inputs, other_order, row_blocks
+from benchmarks.cases import Case
+from benchmarks.inputs import IGNORE, Inputs, other_order, row_blocks
 from dpo_kernels import reference
 
 BETA = 0.1  # DPO's, in every case
@@ -22,7 +28,12 @@ OUR_FACTOR, OUR_ULPS = 2.0, 2.0
 # The loss is a difference of float32 sums of some hundred log-probs: this is what those round by.
 LOSS_FLOOR = 1e-5
 
+# A peer's step, run once to verify and then to time; what it returns is verified.
+Step = Callable[[], "Outcome"]
 Outcome = dict[str, Tensor]  # "log_probs" (R, S) or "loss" (), and the gradients by the input's name
+
+
+PER_TOKEN = ("log_probs", "logits", "hidden")  # of an outcome, what is (R, S, ...)
 
 
 class Answer(NamedTuple):
@@ -33,7 +44,7 @@ class Answer(NamedTuple):
     slopes: Tensor
 
 
-def by_rows(case: Case, inputs: Inputs, dtype: torch.dtype) -> Answer:
+def answer(case: Case, inputs: Inputs, dtype: torch.dtype) -> Answer:
     """The answer of plain PyTorch in a dtype, in blocks of rows that fit into memory; in float64 the exact one."""
 
     def leaf(t: Tensor, name: str) -> Tensor:
@@ -98,18 +109,36 @@ def errors_of(outcome: Outcome, exact: Outcome, counts: Tensor) -> dict[str, flo
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Knows the exact answer of a case, and the errors that peers and ours may have. counts: which labels count."""
+class Truth:
+    """The exact outcome of a case, and the errors that peers and ours may have.
+
+    counts: which labels count. rows: the tokens that are verified; None for all. cotangent (R, S): what comes into the
+    log-probs while they are; None for the inputs' own.
+    """
 
     exact: Outcome
     allowed: dict[str, float]
     allowed_ours: dict[str, float]
     counts: Tensor
+    rows: Tensor | None = None
+    cotangent: Tensor | None = None
 
     @classmethod
-    def of(cls, case: Case, inputs: Inputs) -> Judge:
+    def of(cls, case: Case, inputs: Inputs, first: int = 0) -> Truth:
+        """first: where a part of the tokens starts."""
+        if not case.verified:
+            return cls.of_all(case, inputs)
+        tokens = inputs.labels.numel()
+        rows = torch.arange(first, tokens, max(1, tokens // case.verified), device=inputs.labels.device)
+        cotangent = torch.zeros_like(inputs.cotangent)
+        cotangent.view(-1)[rows] = inputs.cotangent.flatten()[rows]
+        per_token: dict[str, Any] = {name: _part(t.detach(), rows) for name, t in inputs.per_token().items()}
+        return replace(cls.of_all(case, replace(inputs, **per_token)), rows=rows, cotangent=cotangent)
+
+    @classmethod
+    def of_all(cls, case: Case, inputs: Inputs) -> Truth:
         dtype = case.torch_dtype
-        exact, plain = by_rows(case, inputs, torch.float64), by_rows(case, inputs, dtype)
+        exact, plain = answer(case, inputs, torch.float64), answer(case, inputs, dtype)
         slopes = exact.slopes.abs().double()
         # What the loss moves by if log-probs, the policy's and the reference's, are rounded to the dtype, as some
         # peers return them; and if each is off by what is promised.
@@ -120,7 +149,7 @@ class Judge:
     @classmethod
     def beside(
         cls, exact: Outcome, plain: Outcome, dtype: torch.dtype, counts: Tensor, rounded: float, promised: float
-    ) -> Judge:
+    ) -> Truth:
         """From the exact outcome and plain PyTorch's in the dtype. rounded, promised: what moves the loss, see `of`."""
         eps = torch.finfo(dtype).eps
         allowed, ours = {}, {}
@@ -134,18 +163,22 @@ class Judge:
             allowed[name] = FACTOR * error + floor
         return cls(exact, allowed, ours, counts)
 
-    def changed(self, case: Case) -> Judge:
+    def changed(self, case: Case) -> Truth:
         """Of the same inputs after `Inputs.change`: every token's numbers move with it, gradients are halved."""
 
         def moved(name: str, t: Tensor) -> Tensor:
-            t = other_order(t) if name in ("log_probs", "logits", "hidden") else t
+            t = other_order(t) if name in PER_TOKEN else t
             return t if name in ("log_probs", "loss") or case.level == "dpo" else 0.5 * t
 
         exact = {name: moved(name, t) for name, t in self.exact.items()}
         return replace(self, exact=exact, counts=other_order(self.counts))
 
-    def verdict(self, outcome: Outcome, ours: bool) -> tuple[dict[str, float], str]:
+    def check(self, outcome: Outcome, ours: bool) -> tuple[dict[str, float], str]:
         """The errors, and "" or what is wrong."""
+        if self.rows is not None:
+            outcome = {
+                n: _part(t, self.rows) if n in ("log_probs", "logits", "hidden") else t for n, t in outcome.items()
+            }
         errors, allowed = errors_of(outcome, self.exact, self.counts), self.allowed_ours if ours else self.allowed
         wrong = [
             f"error of {name} {error:.1e}, allowed {allowed[name]:.1e}"
@@ -153,3 +186,39 @@ class Judge:
             if not error <= allowed[name]
         ]
         return errors, "; ".join(wrong)
+
+
+def _part(t: Tensor, rows: Tensor) -> Tensor:
+    """(R, S, ...) -> (1, rows, ...)."""
+    return t.flatten(0, 1)[rows].unsqueeze(0)
+
+
+class Problem:
+    """What the peers of a case have in common: their inputs, and the truth about them."""
+
+    truth: Truth
+
+    def step(self, peer: Any) -> Step:
+        raise NotImplementedError
+
+    def floor(self, name: str) -> Step:
+        raise NotImplementedError
+
+    def run(self, step: Step) -> Outcome:
+        """As it is verified."""
+        return step()
+
+    def restore(self) -> bool:
+        """Puts the inputs back as they were; whether a step had changed them."""
+        return False
+
+    def change(self) -> None:
+        """Changes values in place, so that a result that was kept is wrong, and knows the new truth."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Frees what only verification needs, where it is large."""
+
+    def clear(self) -> None:
+        """Frees gradients."""
+        raise NotImplementedError
