@@ -58,11 +58,13 @@ inline float label_gradient(
   return static_cast<float>(d * transform.slope * (transform.capped ? 1 - tanh * tanh : 1.));
 }
 
-// z * log2 e - base, rounded once where there is a fused multiply-add; log2 e itself is off by 1.3e-8, less than z is.
+// z * log2 e - base, with log2 e in two parts: the first alone is off by 1.3e-8 of z, which is much where z is large.
 // Of logits beyond +-700,000, whose own spacing is over 0.06, it says nothing: such rows are the PyTorch back end's
 // (LARGEST_LOGIT in dpo_kernels/backends/cpp.py).
 inline Vec scaled_difference(Vec z, Vec base) {
-  return at::vec::fmadd(z, Vec(static_cast<float>(kLog2E)), Vec(0.f) - base);
+  constexpr float high = static_cast<float>(kLog2E), low = static_cast<float>(kLog2E - static_cast<double>(high));
+  static_assert(low > 0, "z = -inf must not meet the other sign");
+  return at::vec::fmadd(z, Vec(low), at::vec::fmadd(z, Vec(high), Vec(0.f) - base));
 }
 
 }  // namespace dpo_kernels

@@ -118,7 +118,8 @@ class TileOps(Protocol):
 
 
 class Backend(Protocol):
-    """One way to compute. devices: the kinds of device that it was made for.
+    """One way to compute. devices: the kinds of device that it was made for. largest_vocabulary: larger ones are left
+    to the PyTorch back end.
 
     A configuration is a value that `configure` resolves a call to (None where there is nothing to choose). It travels
     with the plan from forward to backward.
@@ -126,6 +127,7 @@ class Backend(Protocol):
 
     name: str
     devices: tuple[str, ...]
+    largest_vocabulary: int
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run there, as far as can be told without building anything; None if it can."""
@@ -134,7 +136,7 @@ class Backend(Protocol):
         """As `unavailable`, but knows: builds and loads what was not tried yet."""
 
     def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
-        """Whether these operands are left to the PyTorch back end, by their layout or size."""
+        """Whether these operands are left to the PyTorch back end, by their layout."""
 
     def leaves_logits(self, logits: Tensor) -> bool: ...
 

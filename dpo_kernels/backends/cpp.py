@@ -38,6 +38,7 @@ class CppBackend:
 
     name = "cpp"
     devices: tuple[str, ...] = ("cpu",)
+    largest_vocabulary = 2**24  # argmax is held in float32
     failure: str | None = None  # why the kernels could not be built or loaded
 
     def unavailable(self, device: torch.device) -> str | None:

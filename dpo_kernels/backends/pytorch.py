@@ -5,6 +5,7 @@ The gradient at the label is -g * expm1(log p), since 1 - p loses every digit wh
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class PyTorchBackend:
 
     name = "torch"
     devices: tuple[str, ...] = ()  # made for no device in particular
+    largest_vocabulary = sys.maxsize
 
     def unavailable(self, device: torch.device) -> str | None:
         return None
