@@ -297,7 +297,7 @@ struct RowFactors {
       exps_scale[t] = static_cast<float>(-g * slope * std::exp2(-static_cast<double>(exponent.rest)));
       if (has_entropy) entropy[t] = static_cast<float>(h), entropy_scale[t] = static_cast<float>(-g_entropy * slope);
       at_label[t] = label_gradient(
-          g, value(rows.log_probs, t), value(rows.maximum, t), value(rows.log_sum, t), g_entropy, h, transform);
+          g, value(rows.log_probs, t), value(rows.label_logit, t), g_entropy, h, transform);
     }
   }
   static double value(const Tensor& t, int64_t i) { return t.const_data_ptr<float>()[i]; }

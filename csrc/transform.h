@@ -50,11 +50,10 @@ struct Exponent {
 // d loss / d a at the label, from the gradients of its log-prob and of the row's entropy: -g expm1(log p), since 1 - p
 // loses every digit where the model is sure.
 inline float label_gradient(
-    double g, double log_prob, double maximum, double log_sum, double g_entropy, double entropy,
-    const Transform& transform) {
+    double g, double log_prob, double label_logit, double g_entropy, double entropy, const Transform& transform) {
   double d = -g * std::expm1(log_prob);
   if (g_entropy != 0) d -= g_entropy * std::exp(log_prob) * (std::max(log_prob, -1e4) + entropy);
-  const double tanh = (log_prob + log_sum + maximum) * transform.back;
+  const double tanh = label_logit * transform.back;
   return static_cast<float>(d * transform.slope * (transform.capped ? 1 - tanh * tanh : 1.));
 }
 

@@ -211,6 +211,7 @@ class TokenGrads(NamedTuple):
     log_probs: Tensor
     maximum: Tensor
     log_sum: Tensor
+    label_logit: Tensor
     grad_log_probs: Tensor
     entropy: Tensor | None = None
     grad_entropy: Tensor | None = None

@@ -123,8 +123,10 @@ def backward(call: Call, wanted: Grads, execution: Execution, grads: TokenGrads,
         return driver.backward(call, wanted, execution.plan, ops, grads, saved)
 
 
-def logits_forward(logits: Tensor, tokens: Tokens, options: Options) -> tuple[Execution, tuple[Tensor, Tensor, Tensor]]:
-    """As `forward`, from logits: log-probs, max z and log sum exp(z - max z), (M,) each."""
+def logits_forward(
+    logits: Tensor, tokens: Tokens, options: Options
+) -> tuple[Execution, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """As `forward`, from logits: log-probs, max z, log sum exp(z - max z), labels' logits."""
     chosen = choose(options.impl, logits.device, logits.dtype, logits.shape[-1])
     if chosen.leaves_logits(logits):
         chosen = BACKENDS[FALLBACK]
@@ -136,7 +138,7 @@ def logits_forward(logits: Tensor, tokens: Tokens, options: Options) -> tuple[Ex
 
 def _run_logits(
     backend: Backend, logits: Tensor, tokens: Tokens, options: Options
-) -> tuple[Execution, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Execution, tuple[Tensor, Tensor, Tensor, Tensor]]:
     configuration = backend.configure(logits.device, logits.shape[-1], logits.dtype, False)
     capable = capabilities(backend, logits.device, configuration)
     execution = Execution(backend.name, capable, configuration, None, tokens.index is None, tokens.masked)

@@ -37,8 +37,19 @@ FIRST_DERIVATIVES = (
 )
 STATS = len(TokenStats._fields)
 # What forward of the head saves for backward, behind the statistics.
-SAVED = ("index", "log_probs", "entropy", "maximum", "log_sum", "exps", "maxima", "jacobian", "execution")
-SAVED_OF_LOGITS = ("index", "log_probs", "maximum", "log_sum", "execution")
+SAVED = (
+    "index",
+    "log_probs",
+    "entropy",
+    "maximum",
+    "log_sum",
+    "label_logit",
+    "exps",
+    "maxima",
+    "jacobian",
+    "execution",
+)
+SAVED_OF_LOGITS = ("index", "log_probs", "maximum", "log_sum", "label_logit", "execution")
 
 
 def _tensors(count: int) -> str:
@@ -93,6 +104,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *enco
         "entropy": hidden.new_empty((counted if "entropy" in outputs else 0,), dtype=wide),
         "maximum": hidden.new_empty((counted,), dtype=wide),
         "log_sum": hidden.new_empty((counted,), dtype=wide),
+        "label_logit": hidden.new_empty((counted,), dtype=wide),
         "exps": hidden.new_empty((kept, aligned(weight.shape[0])), dtype=options.compute_dtype),
         "maxima": hidden.new_empty((kept, blocks), dtype=wide),
         "jacobian": hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
@@ -128,7 +140,9 @@ def token_stats_backward_op(
     rows = _token_grads(tokens, labels, options, saved, grads)
     # As forward made them, whatever a hook returned.
     exps, maxima = saved["exps"].contiguous(), saved["maxima"].contiguous()
-    of_forward = Saved(TokenStats(rows.log_probs), rows.maximum, rows.log_sum, exps, maxima, saved["jacobian"])
+    of_forward = Saved(
+        TokenStats(rows.log_probs), rows.maximum, rows.log_sum, rows.label_logit, exps, maxima, saved["jacobian"]
+    )
     found = dispatch.backward(call, Grads.of(wanted.split(",")), execution, rows, of_forward)
     return [hidden.new_empty(0) if g is None else g for g in found]
 
@@ -183,9 +197,9 @@ def logits_log_probs_op(logits: Tensor, labels: Tensor, *encoded: Any) -> tuple[
     options = Options.decode(*encoded)
     checks.labels_in_range(labels, options.ignore_index, logits.shape[-1])
     tokens = Tokens.of(labels, options.ignore_index)
-    execution, (log_probs, maximum, log_sum) = dispatch.logits_forward(logits, tokens, options)
+    execution, (log_probs, *vectors) = dispatch.logits_forward(logits, tokens, options)
     spread = tokens.spread(log_probs, labels, options.ignore_index)
-    return spread, _index(tokens, labels), log_probs, maximum, log_sum, _pack(execution)
+    return spread, _index(tokens, labels), log_probs, *vectors, _pack(execution)
 
 
 @logits_log_probs_op.register_fake
@@ -195,9 +209,7 @@ def _(logits: Tensor, labels: Tensor, *encoded: Any) -> tuple[Tensor, ...]:
     return (
         logits.new_empty(labels.shape, dtype=wide),
         labels.new_empty((index,), dtype=torch.int64),
-        logits.new_empty((counted,), dtype=wide),
-        logits.new_empty((counted,), dtype=wide),
-        logits.new_empty((counted,), dtype=wide),
+        *(logits.new_empty((counted,), dtype=wide) for _ in range(4)),
         torch.empty(EXECUTION_BYTES, dtype=torch.uint8, device="cpu"),
     )
 
@@ -355,7 +367,10 @@ def _token_grads(
     log_probs = saved["log_probs"]
     of_log_probs = torch.zeros_like(log_probs) if of_log_probs is None else of_log_probs
     entropy = None if of_entropy is None else saved["entropy"]
-    return TokenGrads(tokens.labels, log_probs, saved["maximum"], saved["log_sum"], of_log_probs, entropy, of_entropy)
+    return TokenGrads(
+        tokens.labels, log_probs, saved["maximum"], saved["log_sum"], saved["label_logit"], of_log_probs, entropy,
+        of_entropy,
+    )  # fmt: skip
 
 
 def _pack(execution: Execution) -> Tensor:

@@ -41,14 +41,15 @@ class LogitsGradient(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward leaves, of the M tokens that count: statistics, max z and log sum exp(z - max z), (M,) each, and
-    what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks), jacobian (M, D). Where the plan
-    saves by vocabulary, the memory of exps and maxima is transposed.
+    """What forward leaves, of the M tokens that count: statistics, max z, log sum exp(z - max z) and the label's
+    logit, (M,) each, and what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks),
+    jacobian (M, D). Where the plan saves by vocabulary, the memory of exps and maxima is transposed.
     """
 
     stats: TokenStats
     maximum: Tensor
     log_sum: Tensor
+    label_logit: Tensor
     exps: Tensor
     maxima: Tensor
     jacobian: Tensor
@@ -149,8 +150,8 @@ class Backend(Protocol):
 
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """log-probs, max z and log sum exp(z - max z), (M,) each, of logits (..., V)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log-probs, max z, log sum exp(z - max z) and the labels' logits, (M,) each, of logits (..., V)."""
 
     def logits_backward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, grads: TokenGrads, out: Tensor, configuration: Any

@@ -80,7 +80,7 @@ class TritonBackend:
 
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: KernelConfig
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         matrix = as_matrix(logits)
         assert matrix is not None
         vocab_size = matrix.shape[1]
@@ -91,7 +91,7 @@ class TritonBackend:
             rows = slice(0, tokens.count)
             _accumulate_rows(state, rows, matrix, tokens.index, tokens.labels, None, transform, 0, split, configuration)
         done = state.finish()
-        return done.stats.log_probs, done.maximum, done.log_sum
+        return done.stats.log_probs, done.maximum, done.log_sum, done.label_logit.clone()
 
     def logits_backward(
         self,
