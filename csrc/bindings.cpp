@@ -129,7 +129,7 @@ std::vector<std::string> state_fields_op() { return {kFieldNames, kFieldNames + 
 void gradient_op(
     const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
     double temperature, double logit_scale, std::optional<double> softcap, const Tensor& grad,
-    const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum, const Maybe& entropy,
+    const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum, const Tensor& label_logit, const Maybe& entropy,
     const Maybe& grad_entropy, const Maybe& by_token, const Maybe& by_vocab, const Maybe& grad_bias,
     const Maybe& exps, const Maybe& bases) {
   const TileArgs args = checked_tile(packed, weight, bias, labels, first, temperature, logit_scale, softcap);
@@ -138,6 +138,7 @@ void gradient_op(
   check_vector("log_probs", log_probs, n, at::kFloat);
   check_vector("maximum", maximum, n, at::kFloat);
   check_vector("log_sum", log_sum, n, at::kFloat);
+  check_vector("label_logit", label_logit, n, at::kFloat);
   check_vector("entropy", entropy, n);
   check_vector("grad_entropy", grad_entropy, n);
   TORCH_CHECK(entropy.has_value() == grad_entropy.has_value(), "entropy and its gradient come together");
@@ -146,7 +147,7 @@ void gradient_op(
   check_vector("grad_bias", grad_bias, v);
   check_matrix("exps", exps, v, n);
   check_bases(exps.has_value(), bases, n, v);
-  gradient(args, {grad, log_probs, maximum, log_sum, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, exps, bases});
+  gradient(args, {grad, log_probs, maximum, log_sum, label_logit, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, exps, bases});
 }
 
 void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add, Tensor room) {
@@ -195,12 +196,12 @@ std::vector<Tensor> logits_forward_op(
 void logits_backward_op(
     const Tensor& logits, const Maybe& index, const Tensor& labels, double temperature, double logit_scale,
     std::optional<double> softcap, const Tensor& grad, const Tensor& log_probs, const Tensor& maximum,
-    const Tensor& log_sum, Tensor out) {
+    const Tensor& log_sum, const Tensor& label_logit, Tensor out) {
   const LogitsArgs args = checked_logits(logits, index, labels, temperature, logit_scale, softcap);
-  for (const Tensor* t : {&grad, &log_probs, &maximum, &log_sum}) check_vector("a row's vector", *t, labels.size(0), at::kFloat);
+  for (const Tensor* t : {&grad, &log_probs, &maximum, &log_sum, &label_logit}) check_vector("a row's vector", *t, labels.size(0), at::kFloat);
   check_written("out", out, logits.size(0), logits.size(1));
   TORCH_CHECK(out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", logits ", logits.scalar_type());
-  logits_backward(args, grad, log_probs, maximum, log_sum, out);
+  logits_backward(args, grad, log_probs, maximum, log_sum, label_logit, out);
 }
 
 Tensor empty_op(std::string_view purpose, int64_t rows, int64_t columns, at::ScalarType dtype) {
@@ -233,14 +234,15 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def("finish(Tensor state, Tensor labels, int vocab_size) -> Tensor[]", dpo_kernels::finish_op);
   m.def("state_fields() -> str[]", dpo_kernels::state_fields_op);
   m.def(
-      "gradient(" TILE ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor? entropy,"
+      "gradient(" TILE ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor label_logit,"
+      " Tensor? entropy,"
       " Tensor? grad_entropy, Tensor(a!)? by_token, Tensor(b!)? by_vocab, Tensor(c!)? grad_bias, Tensor? exps,"
       " Tensor? bases) -> ()",
       dpo_kernels::gradient_op);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);
   m.def("logits_forward(" LOGITS ") -> Tensor[]", dpo_kernels::logits_forward_op);
   m.def(
-      "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor(a!) out) -> ()",
+      "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor label_logit, Tensor(a!) out) -> ()",
       dpo_kernels::logits_backward_op);
   m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
   m.def("release() -> int", dpo_kernels::release_recycled);

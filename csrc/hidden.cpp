@@ -83,13 +83,15 @@ struct Grid {
   // For sums down the columns: the lanes of columns do not depend on the tokens, so that a token's sums are the same to
   // the last bit whichever tokens stand beside it.
   static Grid of_sums(int64_t column_blocks, int64_t token_blocks) {
-    Grid grid{column_blocks, token_blocks, std::min(threads(), column_blocks)};
+    const int64_t lanes = std::max(threads(), std::min(threads() * kShares, kThreads));
+    Grid grid{column_blocks, token_blocks, std::min(lanes, column_blocks)};
     grid.token_lanes = std::clamp<int64_t>(threads() / grid.column_lanes, 1, token_blocks);
     return grid;
   }
 
   // For blocks that have nothing to do with each other, or only along the columns' tokens.
   static Grid of_blocks(int64_t column_blocks, int64_t token_blocks, bool split_tokens) {
+    if (column_blocks >= threads() * kShares) return {column_blocks, token_blocks, threads() * kShares};
     Grid best{column_blocks, token_blocks, std::min(threads(), column_blocks)};
     for (int64_t columns = best.column_lanes; split_tokens && columns > 0; --columns) {
       const int64_t tokens = std::clamp<int64_t>(threads() / columns, 1, token_blocks);
@@ -295,7 +297,7 @@ struct RowFactors {
       exps_scale[t] = static_cast<float>(-g * slope * std::exp2(-static_cast<double>(exponent.rest)));
       if (has_entropy) entropy[t] = static_cast<float>(h), entropy_scale[t] = static_cast<float>(-g_entropy * slope);
       at_label[t] = label_gradient(
-          g, value(rows.log_probs, t), value(rows.maximum, t), value(rows.log_sum, t), g_entropy, h, transform);
+          g, value(rows.log_probs, t), value(rows.label_logit, t), g_entropy, h, transform);
     }
   }
   static double value(const Tensor& t, int64_t i) { return t.const_data_ptr<float>()[i]; }

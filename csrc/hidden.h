@@ -31,7 +31,7 @@ struct ExpOutputs {
 };
 
 struct RowGradients {
-  const at::Tensor &grad, &log_probs, &maximum, &log_sum;  // (n,) float each
+  const at::Tensor &grad, &log_probs, &maximum, &log_sum, &label_logit;  // (n,) float each
   const std::optional<at::Tensor>&entropy, &grad_entropy;  // (n,) float
 };
 

@@ -102,7 +102,7 @@ std::vector<Tensor> logits_forward(const LogitsArgs& args) {
     });
   });
   std::vector<Tensor> result;
-  float* r[3];
+  float* r[4];
   for (float*& row : r) {
     result.push_back(at::empty({m}, args.labels.options().dtype(at::kFloat)));
     row = result.back().data_ptr<float>();
@@ -113,6 +113,7 @@ std::vector<Tensor> logits_forward(const LogitsArgs& args) {
     const Joined joined = join(all.base, all.total, all.label_logit);
     r[0][row] = static_cast<float>(joined.log_prob);
     r[1][row] = static_cast<float>(joined.maximum);
+    r[3][row] = all.label_logit;
     r[2][row] = static_cast<float>(joined.lse - static_cast<double>(r[1][row]));
   }
   return result;
@@ -120,13 +121,14 @@ std::vector<Tensor> logits_forward(const LogitsArgs& args) {
 
 void logits_backward(
     const LogitsArgs& args, const Tensor& grad, const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum,
-    Tensor& out) {
+    const Tensor& label_logit, Tensor& out) {
   const int64_t m = args.labels.size(0), v = args.logits.size(1);
   const int64_t* labels = args.labels.const_data_ptr<int64_t>();
   const int64_t* index = args.index.has_value() ? args.index->const_data_ptr<int64_t>() : nullptr;
   const Transform transform(args.temperature, args.logit_scale, args.softcap);
   const float *g = grad.const_data_ptr<float>(), *lp = log_probs.const_data_ptr<float>();
   const float *largest = maximum.const_data_ptr<float>(), *ls = log_sum.const_data_ptr<float>();
+  const float* y = label_logit.const_data_ptr<float>();
   with_type(args.logits.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const T* logits = args.logits.const_data_ptr<T>();
@@ -134,7 +136,7 @@ void logits_backward(
     each_part(m, v, parts_of(m, v), [&](int64_t row, int64_t, int64_t begin, int64_t end) {
       const int64_t at = index == nullptr ? row : index[row];
       const float scale = -g[row] * transform.slope;
-      const float at_label = label_gradient(g[row], lp[row], largest[row], ls[row], 0., 0., transform);
+      const float at_label = label_gradient(g[row], lp[row], y[row], 0., 0., transform);
       each_strip(begin, end, [&](int64_t i, int64_t n) {
         gradient_strip(
             logits + at * args.logits.stride(0) + i, n, labels[row] - i, transform, Exponent(largest[row], ls[row]), scale,

@@ -17,12 +17,12 @@ struct LogitsArgs {
   std::optional<double> softcap;
 };
 
-// (M,) float each: log-prob, maximum m, log sum exp(z - m).
+// (M,) float each: log-prob, maximum m, log sum exp(z - m), the label's logit.
 std::vector<at::Tensor> logits_forward(const LogitsArgs& args);
 
 // Writes d loss / d logits of the rows that count to out, like the logits, which it may be.
 void logits_backward(
     const LogitsArgs& args, const at::Tensor& grad, const at::Tensor& log_probs, const at::Tensor& maximum,
-    const at::Tensor& log_sum, at::Tensor& out);
+    const at::Tensor& log_sum, const at::Tensor& label_logit, at::Tensor& out);
 
 }  // namespace dpo_kernels

@@ -11,6 +11,7 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace dpo_kernels {
 
@@ -18,6 +19,7 @@ constexpr int64_t kBlock = 64;       // rows and columns of a block of logits: 1
 // Terms of a product at a time: both operands of a block stay in the L2.
 template <typename T>
 constexpr int64_t kDepth = std::is_same_v<T, float> ? 256 : 1024;
+constexpr int64_t kShares = 8;       // of its work that a thread takes one by one
 constexpr int64_t kThreads = 64;     // more do not run: what each holds is counted in the memory budget
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,12 +57,15 @@ inline void deep_product(
   }
 }
 
-// Runs work(first, last) over [0, count), at most threads() at a time, and frees brgemm's hardware state behind it.
+// Runs work(first, last) over [0, count) on at most threads() threads. Each takes the next share when it is done with one:
+// where another process holds a core, the others go on. Frees brgemm's hardware state behind it.
 template <typename F>
 inline void run_tasks(int64_t count, bool bfloat16, const F& work) {
   const int64_t workers = std::min(count, threads());
-  at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) work(count * w / workers, count * (w + 1) / workers);
+  const int64_t share = std::max<int64_t>(count / (workers * kShares), 1);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(share); i < count; i = next.fetch_add(share)) work(i, std::min(i + share, count));
     at::native::cpublas::brgemm_release(/*is_vnni=*/bfloat16);
   });
 }

@@ -91,7 +91,8 @@ inline Joined join(double base, double total, double y) {
   // log sigmoid of how far the label is ahead of the others: exact down to the smallest log-prob
   r.log_prob = ahead > 0 ? -std::log1p(std::exp(-ahead)) : ahead - std::log1p(std::exp(ahead));
   if (std::isinf(y) && y > 0) r.log_prob = std::numeric_limits<double>::quiet_NaN();
-  r.lse = std::isinf(r.log_prob) ? r.others : y - r.log_prob;
+  // From the larger of the two: y - log_prob would lose everything where y is finite and hugely negative.
+  r.lse = ahead > 0 ? y + std::log1p(std::exp(-ahead)) : r.others + std::log1p(std::exp(ahead));
   r.maximum = total > 0 ? std::max(base, y) : y;
   return r;
 }

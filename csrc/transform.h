@@ -50,19 +50,20 @@ struct Exponent {
 // d loss / d a at the label, from the gradients of its log-prob and of the row's entropy: -g expm1(log p), since 1 - p
 // loses every digit where the model is sure.
 inline float label_gradient(
-    double g, double log_prob, double maximum, double log_sum, double g_entropy, double entropy,
-    const Transform& transform) {
+    double g, double log_prob, double label_logit, double g_entropy, double entropy, const Transform& transform) {
   double d = -g * std::expm1(log_prob);
   if (g_entropy != 0) d -= g_entropy * std::exp(log_prob) * (std::max(log_prob, -1e4) + entropy);
-  const double tanh = (log_prob + log_sum + maximum) * transform.back;
+  const double tanh = label_logit * transform.back;
   return static_cast<float>(d * transform.slope * (transform.capped ? 1 - tanh * tanh : 1.));
 }
 
-// z * log2 e - base, rounded once where there is a fused multiply-add; log2 e itself is off by 1.3e-8, less than z is.
+// z * log2 e - base, with log2 e in two parts: the first alone is off by 1.3e-8 of z, which is much where z is large.
 // Of logits beyond +-700,000, whose own spacing is over 0.06, it says nothing: such rows are the PyTorch back end's
 // (LARGEST_LOGIT in dpo_kernels/backends/cpp.py).
 inline Vec scaled_difference(Vec z, Vec base) {
-  return at::vec::fmadd(z, Vec(static_cast<float>(kLog2E)), Vec(0.f) - base);
+  constexpr float high = static_cast<float>(kLog2E), low = static_cast<float>(kLog2E - static_cast<double>(high));
+  static_assert(low > 0, "z = -inf must not meet the other sign");
+  return at::vec::fmadd(z, Vec(low), at::vec::fmadd(z, Vec(high), Vec(0.f) - base));
 }
 
 }  // namespace dpo_kernels

@@ -7,6 +7,7 @@ tensors, numbers and strings only: `Options.encode` and `Options.decode` are the
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -147,6 +148,7 @@ class Tokens:
     def found(labels: Tensor, index: Tensor | None) -> Tokens:
         """Those at `index`, which `of` found before."""
         flat = labels.reshape(-1)
+        index = None if index is None else index.contiguous()  # a hook on saved tensors may have strided it
         return Tokens((flat if index is None else flat.index_select(0, index)).long().contiguous(), index)
 
     @property
@@ -209,6 +211,7 @@ class TokenGrads(NamedTuple):
     log_probs: Tensor
     maximum: Tensor
     log_sum: Tensor
+    label_logit: Tensor
     grad_log_probs: Tensor
     entropy: Tensor | None = None
     grad_entropy: Tensor | None = None
@@ -228,6 +231,24 @@ def flat_labels(labels: Tensor) -> Tensor:
     return labels.reshape(-1).to(torch.int32) if narrow else labels.reshape(-1)
 
 
+def whole(name: str, value: object, least: int) -> int:
+    """A whole number as Python's int, from any kind of integer.
+
+    Raises:
+        TypeError: it is no whole number, such as a float or a bool.
+        ValueError: it is less than `least`.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a whole number")
+    if number < least:
+        raise ValueError(f"{name} {number} must be >= {least}")
+    return number
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else: the dtype of logits, statistics and gradient sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -235,6 +256,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that a matrix product computes in: autocast's where it is on, which leaves float64 alone."""
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+    if dtype != torch.float64 and autocasts(device):
         return torch.get_autocast_dtype(device.type)
     return dtype
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; meta tensors know none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dpo_kernels.call import Transform, flat_labels, ignored
+from dpo_kernels.call import Transform, autocasts, flat_labels, ignored
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,7 +29,27 @@ def transform(temperature: float, logit_scale: float, softcap: float | None) -> 
         raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; expected None or a finite number > 0")
-    return Transform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
+    made = Transform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
+    _within_float32(made)
+    return made
+
+
+def _within_float32(transform: Transform) -> None:
+    """Kernels compute in float32, where a number beyond its range would be 0 or infinite.
+
+    Raises:
+        ValueError: an option, or a ratio of two that the kernels multiply with, is not a normal float32.
+    """
+    t, low, high = transform, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    numbers = [("temperature", t.temperature), ("logit_scale / temperature", t.slope)]
+    if t.softcap is not None:
+        numbers += [
+            ("softcap", t.softcap), ("logit_scale / softcap", t.logit_scale / t.softcap),
+            ("softcap / temperature", t.softcap / t.temperature),
+        ]  # fmt: skip
+    for name, value in numbers:
+        if not (low <= value <= high or -high <= value <= -low or value == 0):
+            raise ValueError(f"{name} is {value}; expected a number within float32's range, {low:.1e} to {high:.1e}")
 
 
 def outputs(names: Sequence[str]) -> tuple[str, ...]:
@@ -42,15 +65,47 @@ def outputs(names: Sequence[str]) -> tuple[str, ...]:
 def memory_budget(value: int | None) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"memory_budget is {value!r}; expected None or a whole number of bytes")
     if value <= 0:
         raise ValueError(f"memory_budget is {value}; expected None or a number of bytes > 0")
-    return value
+    return operator.index(value)
+
+
+def first_derivatives(*tensors: Tensor | None) -> None:
+    """Only autograd's backward is served. What else would come out wrong without a word is refused.
+
+    Raises:
+        NotImplementedError: under a transform of torch.func (grad, vmap, jvp, ...), or a tensor with a forward-mode
+            tangent.
+        TypeError: a DTensor.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "dpo_kernels does not run under transforms of torch.func (grad, vmap, jvp, ...); use torch.autograd.grad, "
+            "or the functions in dpo_kernels.reference, which they can transform"
+        )
+    distributed = sys.modules.get("torch.distributed.tensor")
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if distributed is not None and isinstance(tensor, distributed.DTensor):
+            raise TypeError(
+                f"a tensor is a DTensor with placements {tensor.placements}; give its local part (to_local) where "
+                "every rank holds all of it, or gather it first (full_tensor)"
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "dpo_kernels has no forward-mode derivatives (dual tensors, jvp); use backward, or the functions in "
+                "dpo_kernels.reference"
+            )
 
 
 def logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     _tensor("logits", logits)
+    first_derivatives(logits, labels)
     _floating("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits are {_shape(logits)}; expected (..., V) with V >= 1")
@@ -62,6 +117,7 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) ->
     for name, tensor in (("hidden", hidden), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
         _tensor(name, tensor)
         _floating(name, tensor)
+    first_derivatives(hidden, weight, bias, labels)
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight is {_shape(weight)}; expected (V, D) with V >= 1")
     if hidden.ndim < 1 or hidden.shape[-1] == 0:
@@ -78,7 +134,7 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) ->
                 f"bias is {_shape(bias)}, weight {_shape(weight)}; expected a bias of ({weight.shape[0]},)"
             )
         _same_device("bias", bias, "hidden", hidden)
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = autocasts(hidden.device)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None or tensor.dtype == hidden.dtype:
             continue

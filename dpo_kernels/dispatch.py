@@ -52,8 +52,9 @@ def empty_cache() -> int:
     return sum(backend.empty_cache() for backend in BACKENDS.values())
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The back end asked for, or the fastest that can run; "torch" for float64, which no other computes.
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, vocab_size: int = 1) -> Backend:
+    """The back end asked for, or the fastest that can run; "torch" for float64, which no other computes, and for
+    vocabularies that the other does not hold.
 
     Where the fastest made for this kind of device cannot run, another takes over, and a warning says once what would
     make it fast.
@@ -70,13 +71,13 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
         reason = BACKENDS[name].cannot_run(device)
         if reason is not None:
             raise RuntimeError(f"impl {name!r} cannot run on {device}: {reason}")
-        return BACKENDS[name]
+        return BACKENDS[name if vocab_size <= BACKENDS[name].largest_vocabulary else FALLBACK]
     asked = overrides.current().backends
     made_for_it = [name for name, backend in BACKENDS.items() if device.type in backend.devices]
     for candidate in made_for_it if asked is None else asked:
         reason = BACKENDS[candidate].cannot_run(device)
         if reason is None:
-            return BACKENDS[candidate]
+            return BACKENDS[candidate if vocab_size <= BACKENDS[candidate].largest_vocabulary else FALLBACK]
         _warn(reason)
     return BACKENDS[FALLBACK]
 
@@ -88,7 +89,7 @@ def capabilities(backend: Backend, device: torch.device, configuration: object) 
 
 def forward(call: Call) -> tuple[Execution, Saved]:
     """Resolves a call and runs it."""
-    chosen = choose(call.options.impl, call.hidden.device, call.hidden.dtype)
+    chosen = choose(call.options.impl, call.hidden.device, call.hidden.dtype, call.vocab_size)
     if chosen.leaves_hidden(call.hidden, call.weight):
         chosen = BACKENDS[FALLBACK]
     execution, saved = _run(chosen, call)
@@ -122,9 +123,11 @@ def backward(call: Call, wanted: Grads, execution: Execution, grads: TokenGrads,
         return driver.backward(call, wanted, execution.plan, ops, grads, saved)
 
 
-def logits_forward(logits: Tensor, tokens: Tokens, options: Options) -> tuple[Execution, tuple[Tensor, Tensor, Tensor]]:
-    """As `forward`, from logits: log-probs, max z and log sum exp(z - max z), (M,) each."""
-    chosen = choose(options.impl, logits.device, logits.dtype)
+def logits_forward(
+    logits: Tensor, tokens: Tokens, options: Options
+) -> tuple[Execution, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """As `forward`, from logits: log-probs, max z, log sum exp(z - max z), labels' logits."""
+    chosen = choose(options.impl, logits.device, logits.dtype, logits.shape[-1])
     if chosen.leaves_logits(logits):
         chosen = BACKENDS[FALLBACK]
     execution, made = _run_logits(chosen, logits, tokens, options)
@@ -135,7 +138,7 @@ def logits_forward(logits: Tensor, tokens: Tokens, options: Options) -> tuple[Ex
 
 def _run_logits(
     backend: Backend, logits: Tensor, tokens: Tokens, options: Options
-) -> tuple[Execution, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Execution, tuple[Tensor, Tensor, Tensor, Tensor]]:
     configuration = backend.configure(logits.device, logits.shape[-1], logits.dtype, False)
     capable = capabilities(backend, logits.device, configuration)
     execution = Execution(backend.name, capable, configuration, None, tokens.index is None, tokens.masked)

@@ -43,7 +43,8 @@ def forward(call: Call, plan: Plan, ops: TileOps) -> Saved:
             label_weight = operands.convert(call.weight.index_select(0, label))
             _finish_jacobian(call, ops, state, rows, jacobian[rows], label_weight)
     done = state.finish()
-    return Saved(done.stats, done.maximum, done.log_sum, exps, maxima, jacobian)
+    label_logit = done.label_logit.clone()  # not a row of the whole state
+    return Saved(done.stats, done.maximum, done.log_sum, label_logit, exps, maxima, jacobian)
 
 
 def _finish_jacobian(call: Call, ops: TileOps, state: Any, rows: slice, total: Tensor, label_weight: Tensor) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from dpo_kernels import (
     checks,
     dispatch,
+    flops,
     ops,  # noqa: F401  (registers the operators)
     planner,
 )
 from dpo_kernels.call import Grads, Options, compute_dtype
-from dpo_kernels.layout import overlaps
+from dpo_kernels.layout import is_part, overlaps
 from dpo_kernels.statistics import TokenStats
 
 
@@ -43,8 +44,9 @@ def logits_to_log_probs(
         logit_scale: finite.
         softcap: None, or > 0.
         inplace_backward: backward overwrites the logits with their gradient instead of allocating one. A later use of
-            the logits' values in backward, a second backward among them, raises. Without effect under torch.compile
-            and on logits that overlap in memory, such as expanded ones.
+            the logits' values in backward, a second backward among them, raises. Without effect under torch.compile,
+            on logits that overlap in memory, such as expanded ones, and on a part of a larger tensor, whose other parts
+            may be saved elsewhere.
         impl: "triton", "cpp", "torch", or None for the fastest that can run.
 
     Returns:
@@ -61,7 +63,10 @@ def logits_to_log_probs(
         transform=checks.transform(temperature, logit_scale, softcap),
         grads=Grads(),  # written out: torch.compile cannot take a default that is an object
         impl=impl,
-        inplace_backward=inplace_backward and not torch.compiler.is_compiling() and not overlaps(logits),
+        inplace_backward=inplace_backward
+        and not torch.compiler.is_compiling()
+        and not overlaps(logits)
+        and not is_part(logits),
     )
     return torch.ops.dpo_kernels.logits_log_probs(logits, labels, *options.encode())[0]
 
@@ -154,6 +159,7 @@ def token_stats(
         memory_budget=checks.memory_budget(memory_budget),
         impl=impl,
     )
+    flops.register()
     made = torch.ops.dpo_kernels.token_stats(hidden, weight, bias, labels, *options.encode())
     of_name = dict(zip(TokenStats._fields, made, strict=False))
     return TokenStats(made[0], **{name: of_name[name] for name in names})
@@ -193,7 +199,7 @@ def plan(
         RuntimeError: `impl` cannot run here.
     """
     device = torch.device(device)
-    backend = dispatch.choose(impl, device, dtype)
+    backend = dispatch.choose(impl, device, dtype, vocab_size)
     configuration = backend.configure(device, hidden_size, compute_dtype or dtype, False)
     return planner.plan(
         tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,

@@ -36,6 +36,11 @@ def as_matrix(logits: Tensor) -> Tensor | None:
     return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else None
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether it is a view of a larger tensor: a write to it counts as a write to all other parts."""
+    return tensor._base is not None and tensor._base.numel() > tensor.numel()
+
+
 def overlaps(tensor: Tensor) -> bool:
     """Whether two elements may share memory, as in an expanded tensor: then it cannot hold a gradient each."""
     reach = 1

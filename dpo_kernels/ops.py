@@ -31,10 +31,25 @@ OPTIONS = "float[] numbers, SymInt[] limits, str spec"
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 LOGITS = "Tensor logits, Tensor labels"
 EXECUTION_BYTES = 4096
+FIRST_DERIVATIVES = (
+    "dpo_kernels computes first derivatives only: double backward (create_graph=True) is not supported; "
+    "use the functions in dpo_kernels.reference, which autograd can differentiate twice"
+)
 STATS = len(TokenStats._fields)
 # What forward of the head saves for backward, behind the statistics.
-SAVED = ("index", "maximum", "log_sum", "exps", "maxima", "jacobian", "execution")
-SAVED_OF_LOGITS = ("index", "maximum", "log_sum", "execution")
+SAVED = (
+    "index",
+    "log_probs",
+    "entropy",
+    "maximum",
+    "log_sum",
+    "label_logit",
+    "exps",
+    "maxima",
+    "jacobian",
+    "execution",
+)
+SAVED_OF_LOGITS = ("index", "log_probs", "maximum", "log_sum", "label_logit", "execution")
 
 
 def _tensors(count: int) -> str:
@@ -60,7 +75,13 @@ def token_stats_op(
         labels.new_empty(0, dtype=dtype) if value is None else tokens.spread(value, labels, options.ignore_index)
         for value, dtype in zip(made.stats, _dtypes(made.maximum.dtype), strict=True)
     )
-    saved = Saved(*made)._asdict() | {"index": _index(tokens, labels), "execution": _pack(execution)}
+    saved = made._asdict() | {
+        "index": _index(tokens, labels),
+        # Apart from the results, which their owner may change in place.
+        "log_probs": made.stats.log_probs,
+        "entropy": made.maximum.new_empty(0) if made.stats.entropy is None else made.stats.entropy,
+        "execution": _pack(execution),
+    }
     return (*stats, *(saved[name] for name in SAVED))
 
 
@@ -73,15 +94,17 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *enco
         for name, dtype in zip(TokenStats._fields, _dtypes(wide), strict=True)
     ]
     # How many labels count, and what is saved of them, are sizes that only a run can tell.
-    size = torch.library.get_ctx().new_dynamic_size
-    counted: Any = size()
-    index: Any = size()
-    rows: Any = size() if grads == Grads(hidden=True) and "entropy" not in outputs else 0
-    kept, blocks = (size(), size()) if grads and "entropy" not in outputs else (0, 0)
+    every = labels.numel()
+    counted, index = _size(every), _size(every)
+    rows = _size(every) if grads == Grads(hidden=True) and "entropy" not in outputs else 0
+    kept, blocks = (_size(0), _size(0)) if grads and "entropy" not in outputs else (0, 0)
     saved = {
         "index": labels.new_empty((index,), dtype=torch.int64),
+        "log_probs": hidden.new_empty((counted,), dtype=wide),
+        "entropy": hidden.new_empty((counted if "entropy" in outputs else 0,), dtype=wide),
         "maximum": hidden.new_empty((counted,), dtype=wide),
         "log_sum": hidden.new_empty((counted,), dtype=wide),
+        "label_logit": hidden.new_empty((counted,), dtype=wide),
         "exps": hidden.new_empty((kept, aligned(weight.shape[0])), dtype=options.compute_dtype),
         "maxima": hidden.new_empty((kept, blocks), dtype=wide),
         "jacobian": hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
@@ -107,18 +130,19 @@ def token_stats_backward_op(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias; empty where not in `wanted`, names with commas between.
 
-    grads: of the log-probs and of the entropy. made: log-probs, entropy, and what forward saved.
+    grads: of the log-probs and of the entropy. made: what forward saved, as in `SAVED`.
     """
     options = Options.decode(*encoded)
-    log_probs, entropy, *values = made
-    saved = dict(zip(SAVED, values, strict=True))
+    saved = dict(zip(SAVED, made, strict=True))
     execution = _unpack(saved["execution"])
     tokens = _tokens(labels, options, execution, saved["index"])
     call = _call(hidden, weight, bias, labels, tokens, options)
-    rows = _token_grads(tokens, labels, options, log_probs, entropy, saved, grads)
+    rows = _token_grads(tokens, labels, options, saved, grads)
     # As forward made them, whatever a hook returned.
     exps, maxima = saved["exps"].contiguous(), saved["maxima"].contiguous()
-    of_forward = Saved(TokenStats(rows.log_probs), rows.maximum, rows.log_sum, exps, maxima, saved["jacobian"])
+    of_forward = Saved(
+        TokenStats(rows.log_probs), rows.maximum, rows.log_sum, rows.label_logit, exps, maxima, saved["jacobian"]
+    )
     found = dispatch.backward(call, Grads.of(wanted.split(",")), execution, rows, of_forward)
     return [hidden.new_empty(0) if g is None else g for g in found]
 
@@ -144,10 +168,9 @@ def _(
 
 def _setup_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *ctx.encoded = inputs
-    log_probs, entropy, *_ = output
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, log_probs, entropy, *output[STATS:])
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[STATS:])
 
 
 def _token_stats_backward(ctx: Any, *output_grads: Tensor | None) -> Any:
@@ -174,21 +197,19 @@ def logits_log_probs_op(logits: Tensor, labels: Tensor, *encoded: Any) -> tuple[
     options = Options.decode(*encoded)
     checks.labels_in_range(labels, options.ignore_index, logits.shape[-1])
     tokens = Tokens.of(labels, options.ignore_index)
-    execution, (log_probs, maximum, log_sum) = dispatch.logits_forward(logits, tokens, options)
+    execution, (log_probs, *vectors) = dispatch.logits_forward(logits, tokens, options)
     spread = tokens.spread(log_probs, labels, options.ignore_index)
-    return spread, _index(tokens, labels), maximum, log_sum, _pack(execution)
+    return spread, _index(tokens, labels), log_probs, *vectors, _pack(execution)
 
 
 @logits_log_probs_op.register_fake
 def _(logits: Tensor, labels: Tensor, *encoded: Any) -> tuple[Tensor, ...]:
-    wide, size = accumulate_dtype(logits.dtype), torch.library.get_ctx().new_dynamic_size
-    counted: Any = size()
-    index: Any = size()
+    wide = accumulate_dtype(logits.dtype)
+    counted, index = _size(labels.numel()), _size(labels.numel())
     return (
         logits.new_empty(labels.shape, dtype=wide),
         labels.new_empty((index,), dtype=torch.int64),
-        logits.new_empty((counted,), dtype=wide),
-        logits.new_empty((counted,), dtype=wide),
+        *(logits.new_empty((counted,), dtype=wide) for _ in range(4)),
         torch.empty(EXECUTION_BYTES, dtype=torch.uint8, device="cpu"),
     )
 
@@ -204,7 +225,7 @@ BACKWARD_OF_LOGITS = f"(Tensor grad, Tensor[] made, {{logits}}, Tensor labels, {
 def logits_log_probs_backward_op(
     grad: Tensor, made: list[Tensor], logits: Tensor, labels: Tensor, *encoded: Any
 ) -> Tensor:
-    """made: log-probs, and what forward saved."""
+    """made: what forward saved, as in `SAVED_OF_LOGITS`."""
     options = Options.decode(*encoded)
     out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     tokens = _write_logits_gradient(grad, made, logits, labels, options, out)
@@ -236,11 +257,10 @@ def logits_log_probs_backward_inplace_op(
 def _write_logits_gradient(
     grad: Tensor, made: list[Tensor], logits: Tensor, labels: Tensor, options: Options, out: Tensor
 ) -> Tokens:
-    log_probs, *values = made
-    saved = dict(zip(SAVED_OF_LOGITS, values, strict=True))
+    saved = dict(zip(SAVED_OF_LOGITS, made, strict=True))
     execution = _unpack(saved["execution"])
     tokens = _tokens(labels, options, execution, saved["index"])
-    rows = _token_grads(tokens, labels, options, log_probs, None, saved, [grad, None])
+    rows = _token_grads(tokens, labels, options, saved, [grad, None])
     dispatch.logits_backward(logits, tokens, options, execution, rows, out)
     return tokens
 
@@ -249,7 +269,7 @@ def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     logits, labels, *ctx.encoded = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, *output)
+    ctx.save_for_backward(logits, labels, *output[1:])
 
 
 def _logits_backward(ctx: Any, *output_grads: Tensor | None) -> Any:
@@ -259,22 +279,47 @@ def _logits_backward(ctx: Any, *output_grads: Tensor | None) -> Any:
         return (None, *none)
     logits, labels, *made = ctx.saved_tensors  # raises if the logits were modified since forward, by us or by anyone
     if Options.decode(*ctx.encoded).inplace_backward:
-        torch.ops.dpo_kernels.logits_log_probs_backward_(grad, made, logits, labels, *ctx.encoded)
-        return (logits.detach(), *none)
+        with torch.no_grad():
+            torch.ops.dpo_kernels.logits_log_probs_backward_(grad, made, logits, labels, *ctx.encoded)
+        gradient = logits.detach()
+        if torch.is_grad_enabled():  # create_graph: who differentiates this gradient is told that there is none
+            gradient = _Once.apply(gradient, logits, grad)
+        return (gradient, *none)
     return (torch.ops.dpo_kernels.logits_log_probs_backward(grad, made, logits, labels, *ctx.encoded), *none)
 
 
+class _Once(torch.autograd.Function):
+    """A gradient as a function of what it came from, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(FIRST_DERIVATIVES)
+
+
 def _no_double_backward(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "dpo_kernels computes first derivatives only: double backward (create_graph=True) is not supported; "
-        "use the functions in dpo_kernels.reference, which autograd can differentiate twice"
-    )
+    raise RuntimeError(FIRST_DERIVATIVES)
 
 
 token_stats_op.register_autograd(_token_stats_backward, setup_context=_setup_token_stats)
 logits_log_probs_op.register_autograd(_logits_backward, setup_context=_setup_logits)
 for op in (token_stats_backward_op, logits_log_probs_backward_op):
     op.register_autograd(_no_double_backward)
+
+
+def _size(otherwise: Any) -> Any:
+    """A size that depends on data; `otherwise` for meta and fake tensors that stand in no graph."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except (AttributeError, RuntimeError):
+        return otherwise
 
 
 def _dtypes(wide: torch.dtype) -> list[torch.dtype]:
@@ -309,8 +354,6 @@ def _token_grads(
     tokens: Tokens,
     labels: Tensor,
     options: Options,
-    log_probs: Tensor,
-    entropy: Tensor | None,
     saved: dict[str, Tensor],
     grads: Sequence[Tensor | None],
 ) -> TokenGrads:
@@ -321,13 +364,13 @@ def _token_grads(
         return tokens.take(grad.masked_fill(ignored(labels, options.ignore_index), 0) if tokens.masked else grad)
 
     of_log_probs, of_entropy = (counted(g) for g in grads)
-    log_probs = tokens.take(log_probs)
-    if of_entropy is None or entropy is None:
-        entropy = of_entropy = None
-    else:
-        entropy = tokens.take(entropy)
+    log_probs = saved["log_probs"]
     of_log_probs = torch.zeros_like(log_probs) if of_log_probs is None else of_log_probs
-    return TokenGrads(tokens.labels, log_probs, saved["maximum"], saved["log_sum"], of_log_probs, entropy, of_entropy)
+    entropy = None if of_entropy is None else saved["entropy"]
+    return TokenGrads(
+        tokens.labels, log_probs, saved["maximum"], saved["log_sum"], saved["label_logit"], of_log_probs, entropy,
+        of_entropy,
+    )  # fmt: skip
 
 
 def _pack(execution: Execution) -> Tensor:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from dpo_kernels.call import Grads, accumulate_dtype
+from dpo_kernels.call import DTYPE_NAMES, Grads, accumulate_dtype, whole
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
@@ -190,12 +190,17 @@ def plan(
             raise TypeError(f"{name} is the string {given!r}; expected a sequence of names, such as ({given!r},)")
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"{name} has {unknown}; expected names from {known}")
-    if tokens < 0 or min(hidden_size, vocab_size) < 1:
-        raise ValueError(f"tokens {tokens} must be >= 0, hidden_size {hidden_size} and vocab_size {vocab_size} >= 1")
+    tokens = whole("tokens", tokens, 0)
+    hidden_size, vocab_size = whole("hidden_size", hidden_size, 1), whole("vocab_size", vocab_size, 1)
+    labels = tokens if labels is None else whole("labels", labels, tokens)
+    memory_budget = None if memory_budget is None else whole("memory_budget", memory_budget, 1)
+    for name, kind in (("dtype", dtype), ("compute_dtype", compute_dtype or dtype)):
+        if kind not in DTYPE_NAMES:
+            raise TypeError(f"{name} is {kind!r}; expected one of {', '.join(map(str, DTYPE_NAMES))}")
     wanted = Grads.of(grads)
     shape = _Shape(
         tokens, hidden_size, vocab_size, dtype, compute_dtype or dtype, wanted, "entropy" in outputs,
-        softcap is not None, capabilities, max(tokens, labels or 0),
+        softcap is not None, capabilities, labels,
     )  # fmt: skip
     return _plan(shape, memory_budget)
 

@@ -41,14 +41,15 @@ class LogitsGradient(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward leaves, of the M tokens that count: statistics, max z and log sum exp(z - max z), (M,) each, and
-    what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks), jacobian (M, D). Where the plan
-    saves by vocabulary, the memory of exps and maxima is transposed.
+    """What forward leaves, of the M tokens that count: statistics, max z, log sum exp(z - max z) and the label's
+    logit, (M,) each, and what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks),
+    jacobian (M, D). Where the plan saves by vocabulary, the memory of exps and maxima is transposed.
     """
 
     stats: TokenStats
     maximum: Tensor
     log_sum: Tensor
+    label_logit: Tensor
     exps: Tensor
     maxima: Tensor
     jacobian: Tensor
@@ -118,7 +119,8 @@ class TileOps(Protocol):
 
 
 class Backend(Protocol):
-    """One way to compute. devices: the kinds of device that it was made for.
+    """One way to compute. devices: the kinds of device that it was made for. largest_vocabulary: larger ones are left
+    to the PyTorch back end.
 
     A configuration is a value that `configure` resolves a call to (None where there is nothing to choose). It travels
     with the plan from forward to backward.
@@ -126,6 +128,7 @@ class Backend(Protocol):
 
     name: str
     devices: tuple[str, ...]
+    largest_vocabulary: int
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run there, as far as can be told without building anything; None if it can."""
@@ -134,7 +137,7 @@ class Backend(Protocol):
         """As `unavailable`, but knows: builds and loads what was not tried yet."""
 
     def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
-        """Whether these operands are left to the PyTorch back end, by their layout or size."""
+        """Whether these operands are left to the PyTorch back end, by their layout."""
 
     def leaves_logits(self, logits: Tensor) -> bool: ...
 
@@ -147,8 +150,8 @@ class Backend(Protocol):
 
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """log-probs, max z and log sum exp(z - max z), (M,) each, of logits (..., V)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log-probs, max z, log sum exp(z - max z) and the labels' logits, (M,) each, of logits (..., V)."""
 
     def logits_backward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, grads: TokenGrads, out: Tensor, configuration: Any

@@ -38,6 +38,7 @@ class CppBackend:
 
     name = "cpp"
     devices: tuple[str, ...] = ("cpu",)
+    largest_vocabulary = 2**24  # argmax is held in float32
     failure: str | None = None  # why the kernels could not be built or loaded
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -75,16 +76,15 @@ class CppBackend:
 
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         matrix = as_matrix(logits)
-        log_probs, maximum, log_sum = _ops().logits_forward(matrix, tokens.index, tokens.labels, *_numbers(transform))
-        return log_probs, maximum, log_sum
+        return tuple(_ops().logits_forward(matrix, tokens.index, tokens.labels, *_numbers(transform)))
 
     def logits_backward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, grads: TokenGrads, out: Tensor, configuration: None
     ) -> None:
         _ops().logits_backward(
-            as_matrix(logits), tokens.index, tokens.labels, *_numbers(transform), *_vectors(grads)[:4], as_matrix(out)
+            as_matrix(logits), tokens.index, tokens.labels, *_numbers(transform), *_vectors(grads)[:5], as_matrix(out)
         )
 
     def out_of_reach(self, maximum: Tensor) -> bool:
@@ -200,7 +200,8 @@ def _numbers(transform: Transform) -> tuple[float, float, float | None]:
 def _vectors(grads: TokenGrads) -> tuple[Tensor | None, ...]:
     """In the order of the operators."""
     made = (
-        grads.grad_log_probs, grads.log_probs, grads.maximum, grads.log_sum, grads.entropy, grads.grad_entropy,
+        grads.grad_log_probs, grads.log_probs, grads.maximum, grads.log_sum, grads.label_logit, grads.entropy,
+        grads.grad_entropy,
     )  # fmt: skip
     return tuple(None if t is None else t.contiguous() for t in made)
 

@@ -5,6 +5,7 @@ The gradient at the label is -g * expm1(log p), since 1 - p loses every digit wh
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class PyTorchBackend:
 
     name = "torch"
     devices: tuple[str, ...] = ()  # made for no device in particular
+    largest_vocabulary = sys.maxsize
 
     def unavailable(self, device: torch.device) -> str | None:
         return None
@@ -82,9 +84,9 @@ class PyTorchBackend:
 
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = accumulate_dtype(logits.dtype)
-        results = tuple(torch.empty(tokens.count, dtype=wide, device=logits.device) for _ in range(3))
+        results = tuple(torch.empty(tokens.count, dtype=wide, device=logits.device) for _ in range(4))
         for rows in _row_blocks(logits, tokens.count):
             z = apply_transform(_own(take_rows(logits, tokens.index, rows), wide), transform)
             labels = tokens.labels[rows]
@@ -93,7 +95,7 @@ class PyTorchBackend:
             total = z.sub_(finite(maximum)[:, None]).exp_().sum(1)
             state = SoftmaxState(maximum, total, label_logit, *(total[:0],) * (len(SoftmaxState._fields) - 3))
             done = finish(state, labels, logits.shape[-1], ())
-            for result, value in zip(results, (done.stats.log_probs, done.maximum, done.log_sum), strict=True):
+            for result, value in zip(results, (done.stats.log_probs, *done[1:3], done.label_logit), strict=True):
                 result[rows] = value
         return results  # type: ignore[return-value]
 
@@ -250,8 +252,7 @@ class PyTorchTileOps:
         out.copy_(saved.exps).mul_(factor[:, None])
         at_label = torch.expm1(grads.log_probs) * grads.grad_log_probs * -transform.slope
         if transform.softcap is not None:
-            label_logit = grads.log_probs + grads.log_sum + grads.maximum
-            at_label *= 1 - (label_logit * (transform.temperature / transform.softcap)).square()
+            at_label *= transform.cap_derivative(grads.label_logit)  # type: ignore[arg-type]
         _put_label(out, grads.labels - first, at_label)
         return out
 

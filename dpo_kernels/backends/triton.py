@@ -25,7 +25,6 @@ from dpo_kernels.statistics import Finished, SoftmaxState, finish, finite
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
 SHARE_TOLERANCE = 8.0
-LARGEST_VOCABULARY = 2**24  # argmax is held in float32
 MERGE_BLOCK = 128
 
 # Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
@@ -50,6 +49,7 @@ class TritonBackend:
     """See `dpo_kernels.backends.base.Backend` for what each method does."""
 
     name = "triton"
+    largest_vocabulary = 2**24  # argmax is held in float32
     devices: tuple[str, ...] = ("cuda",)  # ROCm's devices have this name too
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -58,10 +58,10 @@ class TritonBackend:
     cannot_run = unavailable  # nothing is built ahead, so there is nothing more to know
 
     def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
-        return weight.shape[0] >= LARGEST_VOCABULARY
+        return False
 
     def leaves_logits(self, logits: Tensor) -> bool:
-        return as_matrix(logits) is None or logits.shape[-1] >= LARGEST_VOCABULARY
+        return as_matrix(logits) is None
 
     def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> KernelConfig:
         changes = overrides.current()
@@ -80,7 +80,7 @@ class TritonBackend:
 
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: KernelConfig
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         matrix = as_matrix(logits)
         assert matrix is not None
         vocab_size = matrix.shape[1]
@@ -91,7 +91,7 @@ class TritonBackend:
             rows = slice(0, tokens.count)
             _accumulate_rows(state, rows, matrix, tokens.index, tokens.labels, None, transform, 0, split, configuration)
         done = state.finish()
-        return done.stats.log_probs, done.maximum, done.log_sum
+        return done.stats.log_probs, done.maximum, done.log_sum, done.label_logit.clone()
 
     def logits_backward(
         self,
@@ -204,7 +204,9 @@ class TritonTileOps:
         return self._scratch("product" if self.operand == torch.float32 else "dz", n, v, self.operand)
 
     def _bias(self, tile: Tile) -> Tensor | None:
-        return None if self.call.bias is None else self.call.bias[tile.columns].to(self.call.compute_dtype)
+        """Kernels read it without a stride."""
+        bias = self.call.bias
+        return None if bias is None else bias[tile.columns].to(self.call.compute_dtype).contiguous()
 
     def _from_saved(self, grads: TokenGrads, saved: SavedTile, tile: Tile) -> Tensor:
         n, v = saved.exps.shape

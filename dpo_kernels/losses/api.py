@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -195,6 +196,15 @@ class FusedLinearDPOLoss(nn.Module):
             "ignore_index": ignore_index, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
             "memory_budget": memory_budget, "impl": impl,
         }  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Every option that is not at its default."""
+        loss, head = LossOptions(), {"ignore_index": -100, "temperature": 1.0, "logit_scale": 1.0}
+        shown = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        changed = {name: value for name, value in shown.items() if name == "beta" or value != getattr(loss, name)}
+        changed |= {name: value for name, value in self.head_options.items() if value != head.get(name)}
+        changed |= {"reference_free": True} if self.reference_free else {}
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
     def forward(
         self,

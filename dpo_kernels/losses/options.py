@@ -144,5 +144,5 @@ def _number(
     """A finite number in [low, high], and between above and below."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; expected {expected}")
-    if not (math.isfinite(value) and low <= value <= high and above < value < below):
+    if not (-math.inf < value < math.inf and low <= value <= high and above < value < below):
         raise ValueError(f"{name} is {value}; expected {expected}")

@@ -8,6 +8,7 @@ head (a scale, a softcap) is measured on a probe, not guessed from names in a co
 
 from __future__ import annotations
 
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ class FusedHead:
         self.memory_budget, self.impl = memory_budget, impl
         self.outputs = ("log_sum_sq_probs",) if with_log_sum_sq_probs else ()
         self.transform = Transform()
-        self.request = Request()
+        self._requests = threading.local()  # a model may be called from several threads at once
         self.vocab_size = weight.shape[0]
         head.fused = self
         head.__class__ = fused_class(type(head))
@@ -102,7 +103,15 @@ class FusedHead:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy's model is another one; it is found when the copy is fused again."""
-        return {**vars(self), "_model": _no_model, "request": Request()}
+        return {**vars(self), "_model": _no_model, "_requests": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _requests=threading.local())
+
+    @property
+    def request(self) -> Request:
+        """Of the forward that runs in this thread."""
+        return getattr(self._requests, "now", None) or Request()
 
     def unfuse(self, model: Any) -> None:
         """Makes the model what it was; what is no model of this head is left alone."""
@@ -142,11 +151,12 @@ class FusedHead:
 
     @contextmanager
     def asking(self, request: Request) -> Iterator[Request]:
-        before, self.request = self.request, request
+        before = self.request
+        self._requests.now = request
         try:
             yield request
         finally:
-            self.request = before
+            self._requests.now = before
 
 
 def _no_model() -> None:

@@ -44,7 +44,9 @@ class Fused(Protocol):
 
     transform: Transform
     vocab_size: int
-    request: Request
+
+    @property
+    def request(self) -> Request: ...
 
     def token_stats(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> TokenStats:
         """Log-probs, and what else was asked for."""

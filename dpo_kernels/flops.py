@@ -1,0 +1,55 @@
+"""What torch.utils.flop_counter.FlopCounterMode counts of a call: products, 2 * tokens * features * vocabulary each.
+
+Registered once the counter has been imported by whoever counts: importing it takes as long as importing torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+Shape = Sequence[int]
+_registered = False
+
+
+def register() -> None:
+    """Called before every call: a counter that runs already has copied what was registered when it was made."""
+    global _registered
+    if _registered or torch.compiler.is_compiling() or "torch.utils.flop_counter" not in sys.modules:
+        return
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    ops = torch.ops.dpo_kernels
+    for op, formula in ((ops.token_stats, forward), (ops.token_stats_backward, backward)):
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)
+        for mode in _get_current_dispatch_mode_stack():
+            counter = getattr(mode, "counter", mode)
+            if hasattr(counter, "flop_registry"):
+                counter.flop_registry.setdefault(op, flop_registry[op])
+    _registered = True
+
+
+def forward(hidden: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], **__: Any) -> int:
+    """Logits, and a frozen head's Jacobian."""
+    from dpo_kernels.ops import SAVED, STATS
+
+    saved = dict(zip(SAVED, out_shape[STATS:], strict=True))
+    products = 1 + (saved["jacobian"][0] > 0)
+    return 2 * saved["maximum"][0] * weight[0] * weight[1] * products
+
+
+def backward(_: Any, made: Sequence[Shape], wanted: str, hidden: Shape, weight: Shape, *__: Any, **___: Any) -> int:
+    """Logits of the tokens whose exponentials were not saved, and the gradient of each matrix."""
+    from dpo_kernels.ops import SAVED
+
+    saved = dict(zip(SAVED, made, strict=True))
+    if saved["jacobian"][0]:
+        return 0
+    tokens, kept = saved["maximum"][0], saved["exps"][0]
+    matrices = len({"hidden", "weight"} & set(wanted.split(",")))
+    return 2 * weight[0] * weight[1] * (tokens - kept + matrices * tokens)
