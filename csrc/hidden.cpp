@@ -1,10 +1,10 @@
 // Log-probs, statistics and gradients of a tile of logits, straight from hidden states and the head's weight.
 //
-// A block of kBlock columns by kBlock tokens is multiplied, accumulated and forgotten while it is in the L1 cache. Blocks are
-// column by token: z^T = W h^T reads W where it lies, as the left operand, and packs the hidden states, which are few.
-// Each number of a row of z^T belongs to another token, so that maxima and sums run down the columns of vectors and no
+// A block of kBlock columns by kBlock tokens is multiplied, accumulated and forgotten while it is in the L1 cache. Blocks
+// are column by token: z^T = W h^T reads W where it lies, as the left operand, and packs the hidden states, which are
+// few. Each number of a row of z^T belongs to another token, so that maxima and sums run down the columns of vectors and no
 // step adds across a vector.
-//
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 

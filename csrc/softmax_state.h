@@ -1,9 +1,9 @@
 // The statistics of a row of logits over a part of the vocabulary: fields, merge, and how the label joins at the end.
 // dpo_kernels/statistics.py is the same in Python, with the same names (tests/test_statistics.py compares them).
 //
-// Base 2: a sum is over 2^(z log2 e - base) with a whole base >= max z log2 e - 1, so every later rescale is a power of
-// two, which is exact, in bfloat16 too. Sums and saved exponentials do not depend on the order in which maxima were
-// found. `maximum` and `argmax` are kept only where is_top1 is wanted.
+// Two things differ from Python. Sums are over 2^(z log2 e - base), relative to `base` where Python's are relative to
+// `maximum`: a whole number, so every later rescale is a power of two, which is exact, in bfloat16 too. `maximum` is kept
+// only beside `argmax`, and what `finish` calls the maximum is `base`, within 1 above the largest logit.
 //
 // The label's own logit stays out of every sum and joins at the end: where the model is sure, the others' sum is what
 // the log-prob consists of, and 1 + it would lose it.
@@ -79,20 +79,20 @@ struct RowState {
 struct Joined {
   double log_prob;
   double lse;      // log sum exp z over the vocabulary
-  double others;   // the same over all but the label; -inf if all are banned
+  double lse_of_others;  // the same over all but the label; -inf if all are banned
   double maximum;  // a number near the largest logit
 };
 
 inline Joined join(double base, double total, double y) {
   base *= kLn2;
   Joined r;
-  r.others = base + std::log(total);
-  const double ahead = y - r.others;
+  r.lse_of_others = base + std::log(total);
+  const double ahead = y - r.lse_of_others;
   // log sigmoid of how far the label is ahead of the others: exact down to the smallest log-prob
   r.log_prob = ahead > 0 ? -std::log1p(std::exp(-ahead)) : ahead - std::log1p(std::exp(ahead));
   if (std::isinf(y) && y > 0) r.log_prob = std::numeric_limits<double>::quiet_NaN();
   // From the larger of the two: y - log_prob would lose everything where y is finite and hugely negative.
-  r.lse = ahead > 0 ? y + std::log1p(std::exp(-ahead)) : r.others + std::log1p(std::exp(ahead));
+  r.lse = ahead > 0 ? y + std::log1p(std::exp(-ahead)) : r.lse_of_others + std::log1p(std::exp(ahead));
   r.maximum = total > 0 ? std::max(base, y) : y;
   return r;
 }
@@ -107,8 +107,8 @@ inline void finish(
     const float* const* s, const int64_t* labels, double vocab_size, int64_t begin, int64_t end, float* const* r) {
   for (int64_t t = begin; t < end; ++t) {
     const double y = s[kLabelLogit][t], base = s[kBase][t] * kLn2, total = s[kTotal][t];
-    const auto [log_prob, lse, others, maximum] = join(s[kBase][t], total, y);
-    const double share = std::exp(others - lse), p = std::exp(log_prob);
+    const auto [log_prob, lse, lse_of_others, maximum] = join(s[kBase][t], total, y);
+    const double share = std::exp(lse_of_others - lse), p = std::exp(log_prob);
     const double shifted = total > 0 ? kLn2 * s[kShifted][t] / total : 0.;
     r[Finished::kLogProb][t] = static_cast<float>(log_prob);
     r[Finished::kMaximum][t] = static_cast<float>(maximum);

@@ -180,7 +180,7 @@ class Call:
     weight: Tensor
     bias: Tensor | None
     tokens: Tokens
-    labels: int  # how many there are, with those that are ignored
+    label_count: int  # with those that are ignored
     options: Options
 
     @property

@@ -73,6 +73,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, vocab_siz
             raise RuntimeError(f"impl {name!r} cannot run on {device}: {reason}")
         return BACKENDS[name if vocab_size <= BACKENDS[name].largest_vocabulary else FALLBACK]
     asked = overrides.current().backends
+    if unknown := set(asked or ()) - set(NAMES):
+        raise ValueError(f"override has the back ends {sorted(unknown)}; expected names from {NAMES}")
     made_for_it = [name for name, backend in BACKENDS.items() if device.type in backend.devices]
     for candidate in made_for_it if asked is None else asked:
         reason = BACKENDS[candidate].cannot_run(device)
@@ -90,7 +92,7 @@ def capabilities(backend: Backend, device: torch.device, configuration: object) 
 def forward(call: Call) -> tuple[Execution, Saved]:
     """Resolves a call and runs it."""
     chosen = choose(call.options.impl, call.hidden.device, call.hidden.dtype, call.vocab_size)
-    if chosen.leaves_hidden(call.hidden, call.weight):
+    if chosen.declines_head(call.hidden, call.weight):
         chosen = BACKENDS[FALLBACK]
     execution, saved = _run(chosen, call)
     if chosen.out_of_reach(saved.maximum):
@@ -108,7 +110,7 @@ def _run(backend: Backend, call: Call) -> tuple[Execution, Saved]:
     made = plan(
         call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, grads=options.grads.names,
         outputs=options.outputs, softcap=options.transform.softcap, compute_dtype=options.compute_dtype,
-        memory_budget=options.memory_budget, capabilities=capable, labels=call.labels,
+        memory_budget=options.memory_budget, capabilities=capable, labels=call.label_count,
     )  # fmt: skip
     execution = Execution(backend.name, capable, configuration, made, call.tokens.index is None, call.tokens.masked)
     with _as_decided(hidden):
@@ -128,7 +130,7 @@ def logits_forward(
 ) -> tuple[Execution, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """As `forward`, from logits: log-probs, max z, log sum exp(z - max z), labels' logits."""
     chosen = choose(options.impl, logits.device, logits.dtype, logits.shape[-1])
-    if chosen.leaves_logits(logits):
+    if chosen.declines_logits(logits):
         chosen = BACKENDS[FALLBACK]
     execution, made = _run_logits(chosen, logits, tokens, options)
     if chosen.out_of_reach(made[1]):
@@ -151,7 +153,7 @@ def logits_backward(
 ) -> None:
     """Writes d loss / d logits of the tokens that count to out, which may be logits itself."""
     backend, configuration = BACKENDS[execution.backend], execution.configuration
-    if backend.leaves_logits(logits) or backend.leaves_logits(out):
+    if backend.declines_logits(logits) or backend.declines_logits(out):
         # A hook on saved tensors laid the logits out anew: their gradient is the same function of the same numbers.
         backend, configuration = BACKENDS[FALLBACK], None
     with _as_decided(logits):

@@ -26,7 +26,7 @@ def forward(call: Call, plan: Plan, ops: TileOps) -> Saved:
     state = ops.new_state(operands.labels)
     wide = operands.wide
     exps = ops.empty("saved exponentials", plan.kept_tokens, plan.saved_columns, call.compute_dtype)
-    maxima = wide.new_zeros((plan.kept_tokens, plan.maxima))
+    maxima = wide.new_zeros((plan.kept_tokens, plan.blocks))
     jacobian = wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size))
     by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
     for columns in plan.forward_spans:

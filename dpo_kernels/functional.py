@@ -182,6 +182,9 @@ def plan(
 ) -> planner.Plan:
     """What `hidden_to_log_probs` or `token_stats` will do here: mode, tiles, GEMMs and bytes. Print it.
 
+    Two things are known only once the call is made. A weight whose rows are not contiguous, and logits of 1e6 and more,
+    go from "cpp" to "torch", whose plan is another.
+
     Args:
         tokens, hidden_size, vocab_size: N (rows whose label counts), D and V.
         dtype: of hidden states and weight.

@@ -376,10 +376,15 @@ def _token_grads(
 def _pack(execution: Execution) -> Tensor:
     """What forward decided as bytes, always as many: a size that depends on it would be one more dynamic size."""
     written = pickle.dumps(execution)
-    assert len(written) <= EXECUTION_BYTES, f"an execution takes {len(written)} bytes of {EXECUTION_BYTES}"
+    if len(written) > EXECUTION_BYTES:
+        raise ValueError(
+            f"what was decided of this call takes {len(written)} bytes, at most {EXECUTION_BYTES} can be "
+            "saved; give override fewer tiles"
+        )
     return torch.frombuffer(bytearray(written.ljust(EXECUTION_BYTES, b"\0")), dtype=torch.uint8)
 
 
 def _unpack(record: Tensor) -> Execution:
+    """By address: `tolist` takes ten times as long, and numpy need not be there."""
     record = record.cpu().contiguous()  # a hook on saved tensors may have moved it
     return pickle.loads(ctypes.string_at(record.data_ptr(), EXECUTION_BYTES))

@@ -4,8 +4,9 @@
         log_probs = hidden_to_log_probs(...)
     log_probs.sum().backward()      # runs as forward decided
 
-Overrides are read where a call is resolved, in forward, and travel from there to backward. They hold in the thread (and
-its asyncio tasks) that entered the block. `launch` alone is read at every launch.
+Overrides are read where a call is resolved, in forward, and travel from there to backward. They hold in the thread that
+entered the block. What runs in another thread, or after the block, does not see them: a forward that checkpointing runs
+again; and `launch`, which is read at every launch, in a GPU's backward, which autograd runs in a thread of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Overrides:
     """backends: names of those that a call without `impl` may take, on any device, fastest first; None: as ever.
-    capabilities: fields of `planner.Capabilities`.
+    capabilities: fields of `planner.Capabilities`. `tiles`, `scratch` and `widens` may be anything; the others say what
+        the kernels do.
     kernels: fields of `kernels.configs.KernelConfig`; of `product` and `rows` some fields, as a mapping.
     arch: what every device is taken for (`kernels.configs.Arch`); then Triton's kernels need not run here.
     launch: takes the place of every Triton launch: launch(module, kernel, programs, warps, stages, arguments).
@@ -45,16 +47,26 @@ def override(**changes: Any) -> Iterator[None]:
     """Changes fields of `Overrides` within the block; mappings are merged with those of an outer block.
 
     Raises:
-        TypeError: there is no such field.
+        TypeError: there is no such field, or a tile is no pair of numbers.
     """
     outer = _current.get()
     if unknown := set(changes) - {f.name for f in fields(Overrides)}:
         raise TypeError(f"override has no {sorted(unknown)}; it has {[f.name for f in fields(Overrides)]}")
     for name in ("capabilities", "kernels"):
         if name in changes:
-            changes[name] = {**getattr(outer, name), **changes[name]}
+            changes[name] = _merged(getattr(outer, name), changes[name])
+    if tiles := changes.get("capabilities", {}).get("tiles"):
+        changes["capabilities"]["tiles"] = tuple((int(n), int(v)) for n, v in tiles)
     token = _current.set(replace(outer, **changes))
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def _merged(outer: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**outer, **inner}
+    for name in set(outer) & set(inner):
+        if isinstance(outer[name], Mapping) and isinstance(inner[name], Mapping):
+            both[name] = _merged(outer[name], inner[name])
+    return both

@@ -128,7 +128,7 @@ class Plan:
         return [slice(0, self.vocab_size)] if self.one_pass and self.tokens else self.vocab_spans
 
     @property
-    def maxima(self) -> int:
+    def blocks(self) -> int:
         """How many block maxima a row of saved exponentials has; 0 where nothing is saved."""
         return -(-self.vocab_size // self.maxima_columns) if self.kept_tokens else 0
 
@@ -271,7 +271,7 @@ class _Shape:
         )
 
     def tile(self, n: int, v: int) -> int:
-        """The logits tile, what stands beside it while it is folded, and both operands."""
+        """The logits tile, what stands beside it while it is accumulated, and both operands."""
         gathered = n * self.hidden_size * (self.dtype.itemsize + self.operand)
         operands = v * self.hidden_size * self.operand + gathered
         if self.capabilities.packs:

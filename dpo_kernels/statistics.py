@@ -100,18 +100,18 @@ class Scales(NamedTuple):
     log_second: Tensor
 
 
-def scales(first: Tensor, second: Tensor, maximum: Tensor) -> Scales:
-    """Of maxima (M,); `second` is finite, `maximum` is that of both."""
-    log_first, log_second = first - finite(maximum), second - finite(maximum)
-    return Scales(log_first.exp(), log_second.exp(), log_first, log_second)
+def merge_into(state: SoftmaxState, part: SoftmaxState, outputs: tuple[str, ...]) -> Scales:
+    """`state` becomes that of its own vocabulary and, behind it, of the part's: every field, in place.
 
-
-def merge_into(state: SoftmaxState, part: SoftmaxState, base: Tensor, outputs: tuple[str, ...]) -> Scales:
-    """Merges a part of the vocabulary behind `state` into it, in place. The part's sums are relative to `base`, its
-    maximum made finite. The part's label logit and sum of logits are the caller's to add."""
+    Sums of a part in which all logits are banned are 0, relative to the smallest number instead of to -inf.
+    """
     old = state.maximum.clone()
     maximum = torch.maximum(old, part.maximum)
-    scale = scales(old, base, maximum)
+    log_first, log_second = old - finite(maximum), finite(part.maximum) - finite(maximum)
+    scale = Scales(log_first.exp(), log_second.exp(), log_first, log_second)
+    state.label_logit.copy_(torch.where(part.label_logit.isnan(), state.label_logit, part.label_logit))
+    if "mean_logits" in outputs:
+        state.logits.add_(part.logits)
     if "is_top1" in outputs:
         state.argmax.copy_(torch.where(part.maximum > old, part.argmax, state.argmax))
     if "entropy" in outputs:

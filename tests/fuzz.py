@@ -304,7 +304,8 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
     t = spec
     u = t.logit_scale * a
     z = (u if t.softcap is None else t.softcap * torch.tanh(u / t.softcap)) / t.temperature
-    z = torch.where(z.abs() > LARGEST, z.sign() * torch.inf, z)  # beyond float32
+    beyond = (z.detach().abs() > LARGEST) & z.detach().isfinite()
+    z = torch.where(beyond, z.sign() * torch.inf, z)  # float32 ends there
     slope = abs(t.logit_scale / t.temperature)
     zs = z.detach()
     finite = torch.where(zs.isfinite(), zs, 0).abs()

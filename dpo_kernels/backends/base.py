@@ -136,13 +136,13 @@ class Backend(Protocol):
     def cannot_run(self, device: torch.device) -> str | None:
         """As `unavailable`, but knows: builds and loads what was not tried yet."""
 
-    def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
+    def declines_head(self, hidden: Tensor, weight: Tensor) -> bool:
         """Whether these operands are left to the PyTorch back end, by their layout."""
 
-    def leaves_logits(self, logits: Tensor) -> bool: ...
+    def declines_logits(self, logits: Tensor) -> bool: ...
 
-    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> Any:
-        """options: the call has a bias, a cap or statistics."""
+    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, extras: bool) -> Any:
+        """extras: the call has a bias, a cap or statistics."""
 
     def capabilities(self, device: torch.device, configuration: Any) -> Capabilities: ...
 

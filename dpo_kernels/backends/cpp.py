@@ -58,14 +58,14 @@ class CppBackend:
                 self.failure = str(error)
         return self.unavailable(device)
 
-    def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
+    def declines_head(self, hidden: Tensor, weight: Tensor) -> bool:
         """The kernels read the weight where it lies."""
         return not in_rows(weight)
 
-    def leaves_logits(self, logits: Tensor) -> bool:
+    def declines_logits(self, logits: Tensor) -> bool:
         return as_matrix(logits) is None
 
-    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> None:
+    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, extras: bool) -> None:
         return None
 
     def capabilities(self, device: torch.device, configuration: None = None) -> Capabilities:
@@ -120,11 +120,11 @@ class CppState:
 class CppTileOps:
     """See `dpo_kernels.backends.base.TileOps` for what each method does."""
 
-    rounds = True
-
     def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
-        self.call, self.plan = call, plan
+        self.call, self.plan, self.rounds = call, plan, execution.capabilities.rounds
         self.operand = execution.operand(call.compute_dtype)
+        if self.operand == torch.bfloat16 and not _multiplies_bfloat16():
+            self.operand = torch.float32  # oneDNN was switched off since forward
         self._packed: tuple[slice, Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
 

@@ -67,13 +67,13 @@ class PyTorchBackend:
 
     cannot_run = unavailable
 
-    def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
+    def declines_head(self, hidden: Tensor, weight: Tensor) -> bool:
         return False
 
-    def leaves_logits(self, logits: Tensor) -> bool:
+    def declines_logits(self, logits: Tensor) -> bool:
         return False
 
-    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> None:
+    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, extras: bool) -> None:
         return None
 
     def capabilities(self, device: torch.device, configuration: None = None) -> Capabilities:
@@ -93,7 +93,7 @@ class PyTorchBackend:
             label_logit = take_label(z, labels)
             maximum = z.amax(1)
             total = z.sub_(finite(maximum)[:, None]).exp_().sum(1)
-            state = SoftmaxState(maximum, total, label_logit, *(total[:0],) * (len(SoftmaxState._fields) - 3))
+            state = empty_state(0, (), wide, z.device)._replace(maximum=maximum, total=total, label_logit=label_logit)
             done = finish(state, labels, logits.shape[-1], ())
             for result, value in zip(results, (done.stats.log_probs, *done[1:3], done.label_logit), strict=True):
                 result[rows] = value
@@ -145,10 +145,8 @@ class Accumulated(NamedTuple):
 class PyTorchTileOps:
     """See `dpo_kernels.backends.base.TileOps` for what each method does."""
 
-    rounds = False
-
     def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
-        self.call = call
+        self.call, self.rounds = call, execution.capabilities.rounds
         self.wide = call.accumulate_dtype
         self.operand = execution.operand(call.compute_dtype)
         self.room = plan.tile_tokens * plan.tile_vocab
@@ -162,15 +160,13 @@ class PyTorchTileOps:
         return PyTorchState(fields, labels, self.call.vocab_size, self.call.outputs)
 
     def accumulate(self, state: PyTorchState, tile: Tile, saved: SavedTile | None) -> None:
-        z, derivative = self._logits(state, tile)
-        made = self._accumulate(state, tile, z)
+        made, derivative = self._accumulate(state, tile)
         if saved is not None:
             saved.maxima.copy_(made.maximum[:, None])
             saved.exps.copy_(made.exps if derivative is None else made.exps.mul_(derivative))
 
     def accumulate_jacobian(self, state: PyTorchState, tile: Tile, total: Tensor) -> None:
-        z, derivative = self._logits(state, tile)
-        e, _, scales = self._accumulate(state, tile, z)
+        (e, _, scales), derivative = self._accumulate(state, tile)
         if total.device.type != "cpu" or bool((scales.first != 1).any()):  # asking would stall an accelerator
             total.mul_(scales.first[:, None])
         e.mul_(scales.second[:, None])
@@ -211,39 +207,31 @@ class PyTorchTileOps:
             product += self.call.bias[tile.columns].to(self.call.compute_dtype)
         return product
 
-    def _logits(self, state: PyTorchState, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        """Logits of the tile and the cap's derivative; takes the label's logit out (-inf stays)."""
-        fields, rows = state.fields, tile.rows
+    def _accumulate(self, state: PyTorchState, tile: Tile) -> tuple[Accumulated, Tensor | None]:
+        """Merges a tile into the state; also gives the cap's derivative. Exponentials are relative to the tile's own
+        maximum in every mode, so that all modes give the same log-prob to the last bit."""
+        rows, first, outputs = tile.rows, tile.columns.start, state.outputs
         z = apply_transform(self._product(tile), self.call.transform)
         derivative = self.call.transform.cap_derivative(z)
-        if "mean_logits" in state.outputs:
-            fields.logits[rows] += z.sum(1)
-        logit = take_label(z, state.labels[rows] - tile.columns.start)
-        fields.label_logit[rows] = torch.where(logit.isnan(), fields.label_logit[rows], logit)
-        return z, derivative
-
-    def _accumulate(self, state: PyTorchState, tile: Tile, z: Tensor) -> Accumulated:
-        """Merges logits z (n, v), the label's being -inf. They are taken relative to the tile's own maximum in every
-        mode, so that all modes give the same log-prob to the last bit."""
-        outputs, none = state.outputs, z.new_empty(0)
-        argmax, shifted, squares = none, none, none
+        part = {"logits": z.sum(1)} if "mean_logits" in outputs else {}
+        part["label_logit"] = take_label(z, state.labels[rows] - first)  # -inf is left in its place
         if "is_top1" in outputs:
             maximum, at = z.max(1)
-            argmax = at + tile.columns.start
+            part["argmax"] = at + first
         else:
             maximum = z.amax(1)
         base = finite(maximum)
         below = z.sub_(base[:, None])
         if "entropy" in outputs:
             exps = below.exp()
-            shifted = _row_dot(exps, below.clamp_(min=LOG_ZERO))
+            part["shifted"] = _row_dot(exps, below.clamp_(min=LOG_ZERO))
         else:
             exps = below.exp_()
         if "log_sum_sq_probs" in outputs:
-            squares = _row_dot(exps, exps)
-        part = SoftmaxState(maximum, exps.sum(1), none, shifted, squares, none, argmax)
-        scales = merge_into(state.fields.rows(tile.rows), part, base, outputs)
-        return Accumulated(exps, base, scales)
+            part["squares"] = _row_dot(exps, exps)
+        made = empty_state(0, (), self.wide, z.device)._replace(maximum=maximum, total=exps.sum(1), **part)
+        scales = merge_into(state.fields.rows(rows), made, outputs)
+        return Accumulated(exps, base, scales), derivative
 
     def _from_saved(self, grads: TokenGrads, saved: SavedTile, out: Tensor, first: int) -> Tensor:
         transform = self.call.transform

@@ -57,25 +57,37 @@ class TritonBackend:
 
     cannot_run = unavailable  # nothing is built ahead, so there is nothing more to know
 
-    def leaves_hidden(self, hidden: Tensor, weight: Tensor) -> bool:
+    def declines_head(self, hidden: Tensor, weight: Tensor) -> bool:
         return False
 
-    def leaves_logits(self, logits: Tensor) -> bool:
+    def declines_logits(self, logits: Tensor) -> bool:
         return as_matrix(logits) is None
 
-    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, options: bool) -> KernelConfig:
+    def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, extras: bool) -> KernelConfig:
         changes = overrides.current()
         arch = changes.arch or launch.arch_of(device)
         operand = torch.float32 if compute_dtype in CAPABILITIES[arch.kind].widens else compute_dtype
-        return configs.resolve(arch, features, operand, options, changes.kernels)
+        return configs.resolve(arch, features, operand, extras, changes.kernels)
 
     def capabilities(self, device: torch.device, configuration: KernelConfig) -> Capabilities:
-        """cuBLAS may sum a row in another order in a tile of another height: there saved tokens are whole tiles."""
+        """cuBLAS may sum a row in another order in a tile of another height: there saved tokens are whole tiles.
+
+        A block of columns has a maximum of its own: it shares a slot with no other.
+        """
         known = CAPABILITIES[configuration.arch.kind]
-        return known if configuration.strategy == "fused" else replace(known, one_pass=False, saved_multiple=None)
+        if configuration.strategy == "tiles":
+            return replace(known, one_pass=False, saved_multiple=None)
+        assert known.maxima_columns is not None
+        return replace(known, maxima_columns=min(known.maxima_columns, configuration.product.block_n))
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> TritonTileOps:
         fused = execution.configuration.strategy == "fused"
+        block = execution.configuration.product.block_n if fused else plan.maxima_columns
+        if block % plan.maxima_columns or (plan.vocab_tiles > 1 and plan.tile_vocab % block):
+            raise ValueError(
+                f"tiles of {plan.tile_vocab} vocabulary entries in blocks of {block}, whose maxima are held for every "
+                f"{plan.maxima_columns}; expected multiples of each other"
+            )
         return (FusedTileOps if fused else CublasTileOps)(call, plan, execution)
 
     def logits_forward(

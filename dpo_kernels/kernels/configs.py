@@ -101,8 +101,8 @@ ROWS = {
     "interpreted": RowBlocks(64, 512, 4),
 }
 
-# "fused" holds no float32 tile, and saves any number of tokens. That it is the faster one is a model's word and waits
-# for a measurement: on "hip", without an L2 cache that could hold a tile, more surely so than on "cuda".
+# "fused" holds no float32 tile, and saves any number of tokens. A traffic model says that it is faster, more clearly on
+# "hip", where no L2 cache could hold a tile. It waits for a measurement.
 STRATEGIES = {"cuda": "fused", "hip": "fused", "interpreted": "fused"}
 
 
@@ -111,13 +111,20 @@ def resolve(
 ) -> KernelConfig:
     """options: a bias, a cap or statistics. changes: `Overrides.kernels`.
 
-    The fused kernels read 16 bytes at a time: rows that do not start on a multiple of 16 numbers go to cuBLAS.
+    The fused kernels read 16 bytes at a time: rows that do not start on a multiple of 16 numbers go to cuBLAS, unless
+    the strategy is asked for (the fused kernels are right there too).
+
+    Raises:
+        ValueError: a strategy that does not exist.
+        TypeError: a field that does not exist.
     """
     changes = dict(changes or {})
     product = product_blocks(arch, operand, options)._replace(**changes.pop("product", {}))
     rows = ROWS[arch.kind]._replace(**changes.pop("rows", {}))
-    strategy = changes.pop("strategy", STRATEGIES[arch.kind])
-    return replace(KernelConfig(arch, "tiles" if features % 16 else strategy, product, rows), **changes)
+    strategy = changes.pop("strategy", "tiles" if features % 16 else STRATEGIES[arch.kind])
+    if strategy not in ("fused", "tiles"):
+        raise ValueError(f"strategy is {strategy!r}; expected 'fused' or 'tiles'")
+    return replace(KernelConfig(arch, strategy, product, rows), **changes)
 
 
 def product_blocks(arch: Arch, operand: torch.dtype, options: bool) -> ProductBlocks:

@@ -43,8 +43,8 @@ def with_ref_log_probs(dataset: DPODataset, reference: FrozenModel, batch_size: 
     def compute(_: Any, indices: list[int], first: int) -> dict[str, list[list[float]]]:
         inputs = collate([dataset[first + i] for i in indices])
         batch = PairBatch({name: tensor.to(accelerator.device) for name, tensor in inputs.items()})
-        log_probs = reference.log_probs(batch)
-        assert log_probs is not None
+        with torch.no_grad():
+            log_probs = reference.score(batch)  # of this model, also where the dataset holds another's
         ids = dataset.rows.select([first + i for i in indices])
         return {
             f"ref_{side}": [row[: len(x) - 1].tolist() for row, x in zip(half, ids[f"{side}_ids"], strict=True)]

@@ -140,9 +140,9 @@ class DPOTrainer(Trainer):
         """The DPO loss of a batch; with return_outputs also the loss and `PAIR_METRICS` of each pair, (B, 8)."""
         batch, options = PairBatch(inputs), self.args.loss_options
         more = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
+        ref = self.reference.log_probs(batch, options.needs_reference)  # first: it may be missing
         output = model(**batch.model_inputs(self._gives_mask), use_cache=False, **more)
         policy = output["log_probs"]
-        ref = self.reference.log_probs(batch, options.needs_reference)
         if model.training and batch.ref_log_probs is None and ref is not None:
             self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)
         of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else None
