@@ -35,7 +35,7 @@ lint: $(STAMP)
 FUZZ ?= 1000
 SEED ?= 1
 fuzz: $(STAMP)
-	DPO_KERNELS_FUZZ=$(FUZZ) DPO_KERNELS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/test_data_fuzz.py
+	DPO_KERNELS_FUZZ=$(FUZZ) DPO_KERNELS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/training/test_data_fuzz.py
 
 # A tiny instance of every causal class of transformers through the fused head; writes docs/models.md.
 breadth: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from dpo_kernels import TokenStats, reference, token_stats
 
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "dpo.jsonl"
 IMPLS = ("triton", "cpp", "torch")
 
 

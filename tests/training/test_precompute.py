@@ -10,15 +10,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_model import make_model
-from test_trainer import Pairs
+from helpers import EXAMPLE
+from training_helpers import Pairs, make_model
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer
 from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.reference import FrozenModel, model_fingerprint
 from dpo_kernels.training.small_model import make_small_model
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
-from test_model import make_model
-from test_train_script import environment, losses, model_dir, run, small_run  # noqa: F401  (fixtures)
-from test_trainer import Pairs, logs, make_trainer, weights
+from script_helpers import losses, run, small_run
+from training_helpers import Pairs, logs, make_model, make_trainer, weights
 
 from dpo_kernels import dpo_loss, reference
 from dpo_kernels.training import DPOConfig, DPOTrainer, PairCollator
@@ -103,7 +102,7 @@ def test_the_fused_head_gives_log_sum_sq_probs_where_asked_for():
     assert set(plain(input_ids=x, labels=y)) == {"log_probs"}
 
 
-def test_train_py_has_the_options(tmp_path, model_dir, environment):  # noqa: F811
+def test_train_py_has_the_options(tmp_path, model_dir, environment):
     arguments = small_run(model_dir, tmp_path / "out", max_steps=2, label_smoothing=0.1, ld_alpha=0.5,
                           f_divergence_type="js_divergence", use_weighting=True)  # fmt: skip
     done = run(environment, *arguments, "--loss_type", "sigmoid", "sft", "--loss_weights", "1.0", "0.2")
@@ -113,7 +112,7 @@ def test_train_py_has_the_options(tmp_path, model_dir, environment):  # noqa: F8
     assert 0.6 < losses(tmp_path / "out")[1] < 5
 
 
-def test_train_py_without_a_reference(tmp_path, model_dir, environment):  # noqa: F811
+def test_train_py_without_a_reference(tmp_path, model_dir, environment):
     done = run(environment, *small_run(model_dir, tmp_path / "out", max_steps=2, loss_type="orpo"))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out")[1] > 5  # the negative log-likelihood of a model that knows nothing: log 500

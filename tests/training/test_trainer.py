@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import signal
@@ -13,8 +12,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from helpers import assert_close
-from test_model import make_model
+from helpers import EXAMPLE, assert_close
+from training_helpers import LOG2, Pairs, logs, make_model, make_trainer, weights
 from transformers import TrainerCallback
 
 from dpo_kernels import reference
@@ -32,52 +31,7 @@ from dpo_kernels.training.loading import max_positions
 from dpo_kernels.training.small_model import make_small_model
 from dpo_kernels.training.trainer import PAIR_METRICS
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
-LOG2 = torch.tensor(2.0).log().item()
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
-
-
-class Pairs(torch.utils.data.Dataset):
-    """Random pairs: answers of ragged length behind a prompt, as `DPODataset` gives them."""
-
-    def __init__(self, count=8, length=14, vocab=97, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.items = []
-        for _ in range(count):
-            item = {}
-            for side in ("chosen", "rejected"):
-                ids = torch.randint(3, vocab, (length + 1,), generator=generator)
-                first, last = 3, int(torch.randint(6, length + 1, (), generator=generator))
-                mask = torch.zeros(length, dtype=torch.bool)
-                mask[first:last] = True
-                item[f"x_{side}"] = torch.where(torch.arange(length) < last, ids[:-1], 0)
-                item[f"y_{side}"] = torch.where(mask, ids[1:], -100)
-                item[f"mask_{side}"] = mask
-            self.items.append(item)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-def make_trainer(tmp_path, name="Llama", options=(), pairs=None, eval_pairs=None, callbacks=None, **config):
-    config = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no",
-              "disable_tqdm": True, "use_cpu": True} | config  # fmt: skip
-    args = DPOConfig(output_dir=str(tmp_path), **config)
-    return DPOTrainer(
-        make_model(name, options), make_model(name, options), args, pairs or Pairs(), eval_pairs, callbacks=callbacks
-    )
-
-
-def logs(tmp_path, key="loss"):
-    entries = [json.loads(line) for line in (Path(tmp_path) / "log.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if key in entry]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 def test_the_first_step_is_log_2_and_everything_is_logged(tmp_path):

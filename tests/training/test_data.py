@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import templates as t
 import torch
+from helpers import EXAMPLE
 from templates import make_tokenizer, say
 from torch.utils.data import DataLoader
 
@@ -210,7 +210,7 @@ def test_split_holds_pairs_out(load):
 
 
 def test_the_projects_own_example_loads(tmp_path):
-    path = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
+    path = EXAMPLE
     dataset = DPODataset(path, make_tokenizer(), 512, cache_dir=tmp_path)
     assert len(dataset) >= 300
     assert dataset.report.prompts_differ == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_trainer import Pairs
+from training_helpers import Pairs
 
 from dpo_kernels.training import PairCollator
 from dpo_kernels.training.batch import PairBatch, keep_pairs

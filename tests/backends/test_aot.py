@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 pytest.importorskip("triton", reason="nothing to compile with: triton is not installed")
-
-ROOT = Path(__file__).parents[1]
 
 
 def compile_ahead(tmp_path: Path, *options: str) -> tuple[int, list[dict], str]:

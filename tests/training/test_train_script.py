@@ -9,60 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import EXAMPLE, ROOT
 from safetensors.torch import load_file
+from script_helpers import PAIR, command, losses, run, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from dpo_kernels.training.small_model import make_small_model
-
-ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "dpo.jsonl"
-PAIR = {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
-        "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    model, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def environment(tmp_path):
-    return os.environ | {
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def command(*arguments, launcher=()):
-    return [*(launcher or [sys.executable]), str(ROOT / "train.py"), *map(str, arguments)]
-
-
-def run(environment, *arguments, cwd=None, launcher=()):
-    return subprocess.run(
-        command(*arguments, launcher=launcher), env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-
-
-def small_run(model_dir, output_dir, **options):
-    options = {"data_path": EXAMPLE, "ref_weight": model_dir, "output_dir": output_dir, "max_length": 160,
-               "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "max_steps": 6,
-               "save_steps": 2, "disable_tqdm": True} | options  # fmt: skip
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-
-def losses(output_dir):
-    entries = map(json.loads, (Path(output_dir) / "log.jsonl").read_text().splitlines())
-    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
 def test_without_arguments_it_trains_the_example(tmp_path, environment):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import format_cases as f
 import pytest
@@ -12,13 +11,13 @@ import templates as t
 import trl
 from datasets import Dataset
 from format_cases import CASES
+from helpers import EXAMPLE
 from templates import make_tokenizer, say
 
 from dpo_kernels.training import DataError, DPOConfig, DPODataset, DPOTrainer, ReadOptions
 from dpo_kernels.training.formats import FORMATS, ChatPair, TextPair, read_line
 from dpo_kernels.training.small_model import make_small_model
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "dpo.jsonl"
 SMALL = {"vocab_size": 500, "hidden_size": 64, "layers": 1}
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import trl
 import trl.trainer.utils as utils
-from helpers import assert_as_good, assert_close, make_head
-from test_train_script import EXAMPLE
+from helpers import EXAMPLE, assert_as_good, assert_close, make_head
 
 from benchmarks.trl_switch import TRAINERS, run
 from dpo_kernels import TokenStats, reference

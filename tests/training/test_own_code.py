@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
+from helpers import EXAMPLE, ROOT
 from own_code_model import MineForCausalLM, save
 from safetensors.torch import load_file, save_file
-from test_train_script import EXAMPLE, ROOT
-from test_trainer import LOG2, Pairs, logs
+from training_helpers import LOG2, Pairs, logs
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, FusedHead, HeadError, LoadError, PairCollator
 from dpo_kernels.training.aux_loss import decide

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from test_train_script import EXAMPLE, PAIR
+from helpers import EXAMPLE, ROOT
+from script_helpers import PAIR
 from trl import DPOConfig
 
 from dpo_kernels import hidden_to_log_probs
 from dpo_kernels.training.small_model import make_small_model
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PAGE = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
 SECTIONS = {
     title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from dpo_kernels import available_impls, build, dispatch, hidden_to_log_probs
 from dpo_kernels.backends import cpp
 from dpo_kernels.dispatch import BACKENDS
 
-ROOT = Path(__file__).parents[1]
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 CPU = torch.device("cpu")
 

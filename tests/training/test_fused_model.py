@@ -16,8 +16,7 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils.operations import convert_outputs_to_fp32
 from helpers import assert_close
-from test_model import SMALL, batch, make_model
-from test_trainer import LOG2, Pairs, logs, make_trainer
+from training_helpers import LOG2, SMALL, Pairs, batch, logs, make_model, make_trainer
 
 from dpo_kernels import reference
 from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, HeadError

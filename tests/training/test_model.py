@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers import assert_close
 from torch import nn
+from training_helpers import SMALL, batch, make_model
 
 from dpo_kernels import reference
 from dpo_kernels.call import Transform
@@ -17,9 +18,6 @@ from dpo_kernels.training import FusedHead, HeadError
 from dpo_kernels.training.aux_loss import coefficient
 from dpo_kernels.training.randomness import disable_dropout
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-         "eos_token_id": 2}  # fmt: skip
 FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
              "mamba_chunk_size": 8, "lm_head_multiplier": 0.25, "embedding_multiplier": 2.0}  # fmt: skip
 DROPS = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
@@ -38,22 +36,6 @@ MODELS = [  # class, what its config sets, what shall be measured behind its hea
     pytest.param("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, Transform(),
                  id="qwen3-moe"),
 ]  # fmt: skip
-
-
-def make_model(name, options=(), dtype=torch.float32):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**(SMALL | dict(options)))
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter in model.get_output_embeddings().parameters():
-        nn.init.normal_(parameter, std=0.5)  # peaked, and a bias that is not 0
-    return model.to(dtype).eval()
-
-
-def batch():
-    ids = torch.randint(3, 97, (3, 9))
-    labels = ids.roll(-1, 1)
-    labels[:, -1] = labels[0, :4] = -100
-    return ids, labels
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), MODELS)

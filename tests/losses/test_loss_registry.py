@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import FrozenInstanceError, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import make_model
-from test_trainer import Pairs, logs
+from helpers import ROOT
+from training_helpers import Pairs, logs, make_model
 
 from dpo_kernels import FusedLinearDPOLoss, dpo_loss, losses, preference_losses
 from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss
 from dpo_kernels.losses import DIVERGENCES, LOSSES, Loss, LossOptions, Smoothing, check_options, register
 from dpo_kernels.training import DPOConfig, DPOTrainer
-
-ROOT = Path(__file__).parent.parent
 
 
 def toy(pairs, options):

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_model import make_model
-from test_trainer import LOG2, Pairs, logs
+from training_helpers import LOG2, Pairs, logs, make_model
 
 import dpo_kernels.training
 from dpo_kernels.training import DPOConfig, DPOTrainer, HeadError, PairCollator
