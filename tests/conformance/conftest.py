@@ -68,7 +68,7 @@ ON_CPU: dict[str, Any] = {
 }  # fmt: skip
 # The interpreter is slow, so its tiles are small.
 INTERPRETED: dict[str, Any] = {
-    "size": (200, 64, 500), "deep": (160, 96, 400), "long": (300, 32, 130), "wide": 320, "largest": 33_000,
+    "size": (200, 32, 400), "deep": (200, 128, 260), "long": (300, 32, 130), "wide": 320, "largest": 33_000,
     "shapes": {
         "one-token-tiny-vocabulary": (1, 16, 5), "one-past-the-last-block": ((5, 13), 32, 129),
         "one-block": (33, 80, 64), "features-that-fused-kernels-cannot-read": (70, 7, 600),
@@ -111,9 +111,8 @@ TARGETS = targets()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
-    named = {
-        name.strip() for m in metafunc.definition.iter_markers("parametrize") for name in str(m.args[0]).split(",")
-    }
+    given = [m.args[0] for m in metafunc.definition.iter_markers("parametrize")]
+    named = {name.strip() for names in given for name in (names.split(",") if isinstance(names, str) else names)}
     of_target: dict[str, Callable[[Target], dict[str, Any]]] = {
         "shape": lambda target: dict(target.shapes),
         "dtype": lambda target: {str(dtype).removeprefix("torch."): dtype for dtype in target.dtypes},

@@ -202,3 +202,16 @@ def test_fused_linear_loss_wants_one_reference():
         FusedLinearDPOLoss(aggregate="all")
     with pytest.raises(ValueError, match="loss_type is 'all'"):
         FusedLinearDPOLoss(loss_type="all")
+
+
+def test_masked_positions_may_hold_anything():
+    log_probs = torch.randn(4, 6, requires_grad=True)
+    noisy = log_probs.detach().clone()
+    mask = torch.rand(4, 6) < 0.5
+    noisy[~mask] = float("nan")
+    noisy.requires_grad_()
+    losses = [dpo_loss(torch.zeros(4, 6), p, mask, aggregate="mean") for p in (log_probs, noisy)]
+    for loss in losses:
+        loss.loss.backward()
+    assert_close(losses[1].loss, losses[0].loss, 0)
+    assert_close(noisy.grad, log_probs.grad, 0)
