@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, planned
 
-from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, tiled
+from dpo_kernels import driver, hidden_to_log_probs, logits_to_log_probs
+from dpo_kernels.ops import EXECUTION_BYTES
 
 MIB = 2**20
-PROBE = Path(__file__).with_name("memory_probe.py")
+PROBE = ROOT / "tests" / "memory_probe.py"
 
 
 def probe(*arguments: object) -> dict:
@@ -65,10 +67,10 @@ def test_a_budget_holds_where_most_labels_are_ignored(impl):
     assert result["held"] <= 44 * MIB, f"held {result['held'] / MIB:.1f} MiB"
 
 
-def test_nothing_of_a_call_waits_for_the_garbage_collector():
+def test_nothing_of_a_call_waits_for_the_garbage_collector(target):
     """Tiles and operands go when the call ends: a cycle would keep the forward's through backward."""
     made = []
-    original = tiled._Operands.__init__
+    original = driver._Operands.__init__
 
     def remember(self, *args):
         original(self, *args)
@@ -77,9 +79,9 @@ def test_nothing_of_a_call_waits_for_the_garbage_collector():
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiled._Operands, "__init__", remember)
-            hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-            log_probs = hidden_to_log_probs(hidden.bfloat16(), weight.bfloat16(), torch.randint(30, (9,)))
+            patch.setattr(driver._Operands, "__init__", remember)
+            hidden, weight = target.randn(9, 16, grad=True), target.randn(30, 16, grad=True)
+            log_probs = hidden_to_log_probs(hidden.bfloat16(), weight.bfloat16(), target.labels(30, (9,)))
             assert [ref() for ref in made] == [None]
             log_probs.sum().backward()
             assert [ref() for ref in made] == [None, None]
@@ -87,22 +89,23 @@ def test_nothing_of_a_call_waits_for_the_garbage_collector():
         gc.enable()
 
 
-@pytest.mark.parametrize("impl", ["cpp", "torch"])
-@pytest.mark.parametrize("level", ["hidden", "logits"])
-def test_nothing_of_the_size_of_the_logits_is_saved(level, impl):
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        if level == "hidden":
-            hidden = torch.randn(600, 8, requires_grad=True)
-            budget = plan(600, 8, 3000, torch.float32, grads=(), impl=impl).bytes + 200_000
-            assert plan(600, 8, 3000, torch.float32, memory_budget=budget, impl=impl).mode == "recompute"
-            hidden_to_log_probs(
-                hidden, torch.randn(3000, 8, requires_grad=True), torch.randint(3000, (600,)), memory_budget=budget,
-                impl=impl,
-            )  # fmt: skip
-            limit = 3000 * 8
-        else:
-            logits_to_log_probs(torch.randn(600, 3000, requires_grad=True), torch.randint(3000, (600,)), impl=impl)
-            saved.remove(600 * 3000)  # the input itself
-            limit = 600
-    assert max(saved) <= limit
+def saved_by(call) -> list[torch.Tensor]:
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call()
+    return saved
+
+
+def test_recompute_saves_nothing_of_the_size_of_the_logits(target):
+    head = target.head(*target.size, grads="hidden,weight")
+    budget = planned(head, "recompute").bytes
+    saved = saved_by(lambda: hidden_to_log_probs(*head[:3], memory_budget=budget))
+    assert max(t.numel() for t in saved) <= max(head.hidden.numel(), head.weight.numel(), EXECUTION_BYTES)
+
+
+def test_from_logits_only_vectors_are_saved(target):
+    logits, labels = target.randn(600, 3000, grad=True), target.labels(3000, (600,))
+    saved = saved_by(lambda: logits_to_log_probs(logits, labels))
+    beside = [t.nbytes for t in saved if t.data_ptr() != logits.data_ptr()]
+    assert len(beside) == len(saved) - 1
+    assert max(beside) <= max(8 * 600, EXECUTION_BYTES)
