@@ -5,7 +5,7 @@ ARGS ?=
 WORKERS ?= 2
 THREADS ?= 1
 # What `make sanitize` runs, with the C++ kernels built for it: numbers at ragged sizes, every dtype, mode and option.
-SANITIZED ?= $(wildcard tests/test_cpp.py) tests/test_log_probs.py tests/test_edges.py
+SANITIZED ?= $(wildcard tests/backends/test_cpp.py) $(addprefix tests/conformance/test_,numbers.py modes.py edges.py) -k cpp
 BIN := .venv/bin
 STAMP := .venv/.installed
 

@@ -27,7 +27,6 @@ EVERY = [  # the target's size, gradients, mode, outer loops of backward
     pytest.param("size", "hidden,weight", "recompute", "vocab", id="recompute"),
     pytest.param("deep", "hidden", "recompute", "tokens", id="frozen-head-that-does-not-fit"),
     pytest.param("deep", "hidden,weight", "recompute", "tokens,vocab", id="two-sweeps"),
-    pytest.param("deep", "hidden,weight", "mixed", "tokens,vocab", id="two-sweeps-in-part-kept"),
     pytest.param("long", "hidden,weight", "mixed", "tokens", id="tokens-outside"),
 ]
 
@@ -46,19 +45,29 @@ def test_every_mode_is_right(target, size, grads, mode, outer, options, dtype):
     check_against_reference(head, outputs=(), memory_budget=planned(head, mode, outer).bytes, **options)
 
 
+@pytest.mark.parametrize("options", [pytest.param(PLAIN, id="plain"), pytest.param(ALL, id="all")])
+def test_two_sweeps_in_part_kept(target, options):
+    """In float32 a gradient is its own accumulator, so that one sweep fits wherever tokens are kept."""
+    head = target.head(*target.deep, torch.bfloat16, grads="hidden,weight", ignored=0.2)
+    budget = planned(head, "mixed", "tokens,vocab").bytes
+    check_against_reference(head, outputs=(), memory_budget=budget, **options)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_is_right_in_float16(target, mode):
     head = target.head(*target.size, torch.float16, grads=MODES[mode])
     check_against_reference(head, outputs=(), memory_budget=planned(head, mode).bytes, **ALL)
 
 
-@pytest.mark.parametrize("mode", ["keep", "mixed", "recompute"])
 @pytest.mark.parametrize(
-    ("dtype", "options"),
+    ("mode", "dtype", "options"),
     [
-        pytest.param(torch.bfloat16, ALL, id="bfloat16-all"),
-        pytest.param(torch.bfloat16, PLAIN, id="bfloat16-plain"),
-        pytest.param(torch.float32, PLAIN, id="float32-plain"),
+        pytest.param("keep", torch.bfloat16, ALL, id="keep-bfloat16-all"),
+        pytest.param("keep", torch.float32, PLAIN, id="keep-float32-plain"),
+        pytest.param("mixed", torch.bfloat16, PLAIN, id="mixed-bfloat16-plain"),
+        pytest.param("mixed", torch.float32, ALL, id="mixed-float32-all"),
+        pytest.param("recompute", torch.bfloat16, ALL, id="recompute-bfloat16-all"),
+        pytest.param("recompute", torch.float32, PLAIN, id="recompute-float32-plain"),
     ],
 )
 def test_policy_and_reference_get_the_same_log_probs_to_the_last_bit(target, dtype, options, mode):

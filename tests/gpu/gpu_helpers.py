@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
+import helpers
 import torch
 from helpers import Head, Result
 from torch import Tensor
 
 from dpo_kernels import reference
+
+planned = functools.partial(helpers.planned, impl="triton")
+step = functools.partial(helpers.step, impl="triton")
 
 
 def exact(head: Head, cotangent: Tensor, block: int = 512) -> Result:
