@@ -83,7 +83,9 @@ ON_GPU: dict[str, Any] = {
 }  # fmt: skip
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WITH_DOUBLES = (torch.float64, *SINGLE)
+# So small that a target's tokens fill several: where saved tokens are whole tiles, the mode "mixed" needs that.
 SMALL_TILES = {"tiles": ((64, 128),), "scratch": 0}
+SMALL_TILES_ON_GPU = {"tiles": ((256, 1024),)}
 
 
 def targets() -> list[Any]:
@@ -96,12 +98,15 @@ def targets() -> list[Any]:
     for strategy in ("fused", "tiles"):
         changes: dict[str, Any] = {"kernels": {"strategy": strategy}}
         if on_gpu:
+            if strategy == "tiles":
+                changes["capabilities"] = SMALL_TILES_ON_GPU
             found.append(Target(f"triton-{strategy}-cuda", "triton", CUDA, changes=changes, **ON_GPU))
         else:
             changes["capabilities"] = SMALL_TILES
             found.append(Target(f"triton-{strategy}", "triton", CPU, changes=changes, **INTERPRETED))
     if on_gpu:
-        found.append(Target("torch-cuda", "torch", CUDA, dtypes=WITH_DOUBLES, **ON_GPU))
+        on_cuda: dict[str, Any] = {"capabilities": SMALL_TILES_ON_GPU}
+        found.append(Target("torch-cuda", "torch", CUDA, dtypes=WITH_DOUBLES, changes=on_cuda, **ON_GPU))
     return [pytest.param(t, id=t.name, marks=[pytest.mark.gpu] if t.device.type == "cuda" else []) for t in found]
 
 
