@@ -5,7 +5,7 @@ ARGS ?=
 WORKERS ?= 2
 THREADS ?= 1
 # What `make sanitize` runs, with the C++ kernels built for it: numbers at ragged sizes, every dtype, mode and option.
-SANITIZED ?= $(wildcard tests/test_cpp.py) tests/test_log_probs.py tests/test_edges.py
+SANITIZED ?= $(wildcard tests/backends/test_cpp.py) $(addprefix tests/conformance/test_,numbers.py modes.py edges.py) -k cpp
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -35,7 +35,7 @@ lint: $(STAMP)
 FUZZ ?= 1000
 SEED ?= 1
 fuzz: $(STAMP)
-	DPO_KERNELS_FUZZ=$(FUZZ) DPO_KERNELS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/test_data_fuzz.py
+	DPO_KERNELS_FUZZ=$(FUZZ) DPO_KERNELS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/training/test_data_fuzz.py
 
 # A tiny instance of every causal class of transformers through the fused head; writes docs/models.md.
 breadth: $(STAMP)

@@ -20,7 +20,7 @@ constexpr int64_t kWidth = Vec::size();
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// 2^x for x <= 127, to 2 units in the last place (tests/test_cpp.py measures 1.1); 0 below -126.5, NaN for NaN.
+// 2^x for x <= 127, to 2 units in the last place (tests/backends/test_cpp.py measures 1.1); 0 below -126.5, NaN for NaN.
 // x = n + f with n the nearest whole number; 2^f by a polynomial of degree 6 whose relative error is 1.9e-9 on
 // [-1/2, 1/2] (Remez exchange); n goes into the exponent's bits. Adding 1.5 * 2^23 rounds and leaves n in the low bits.
 inline Vec exp2(Vec x) {

@@ -81,27 +81,23 @@ class Options:
         """As the last three arguments of an operator. Numbers stay numbers: torch.compile can keep them symbolic."""
         t = self.transform
         numbers = [t.temperature, t.logit_scale] + ([] if t.softcap is None else [t.softcap])
-        limits, given = [], []
-        if self.ignore_index is not None:
-            limits.append(self.ignore_index)
-            given.append("ignore_index")
-        if self.memory_budget is not None:
-            limits.append(self.memory_budget)
-            given.append("memory_budget")
+        # Always both, with a stand-in for None: autograd of torch.library takes an empty list for a list of tensors.
+        limits = {"ignore_index": self.ignore_index, "memory_budget": self.memory_budget}
+        given = [name for name, value in limits.items() if value is not None]
         flags = "inplace_backward" if self.inplace_backward else ""
         parts = (
             ",".join(self.outputs), ",".join(self.grads.names), DTYPE_NAMES[self.compute_dtype], self.impl or "",
             flags, ",".join(given),
         )  # fmt: skip
-        return numbers, limits, ";".join(parts)
+        return numbers, [0 if value is None else value for value in limits.values()], ";".join(parts)
 
     @staticmethod
     def decode(numbers: Sequence[float], limits: Sequence[int], spec: str) -> Options:
         known, given = _decode(spec)
-        of_limits = dict(zip(given, limits, strict=True))
+        ignore_index, memory_budget = limits
         return replace(
-            known, transform=Transform(*numbers), ignore_index=of_limits.get("ignore_index"),
-            memory_budget=of_limits.get("memory_budget"),
+            known, transform=Transform(*numbers), ignore_index=ignore_index if "ignore_index" in given else None,
+            memory_budget=memory_budget if "memory_budget" in given else None,
         )  # fmt: skip
 
 

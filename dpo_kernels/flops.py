@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dpo_kernels.ops import SAVED, STATS
+
 Shape = Sequence[int]
 _registered = False
 
@@ -36,8 +38,6 @@ def register() -> None:
 
 def forward(hidden: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], **__: Any) -> int:
     """Logits, and a frozen head's Jacobian."""
-    from dpo_kernels.ops import SAVED, STATS
-
     saved = dict(zip(SAVED, out_shape[STATS:], strict=True))
     products = 1 + (saved["jacobian"][0] > 0)
     return 2 * saved["maximum"][0] * weight[0] * weight[1] * products
@@ -45,8 +45,6 @@ def forward(hidden: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], *
 
 def backward(_: Any, made: Sequence[Shape], wanted: str, hidden: Shape, weight: Shape, *__: Any, **___: Any) -> int:
     """Logits of the tokens whose exponentials were not saved, and the gradient of each matrix."""
-    from dpo_kernels.ops import SAVED
-
     saved = dict(zip(SAVED, made, strict=True))
     if saved["jacobian"][0]:
         return 0

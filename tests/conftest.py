@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall where a core is busy
 
+# Tests run with deterministic algorithms, which cuBLAS has with a workspace of this kind alone.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 

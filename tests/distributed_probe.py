@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from helpers import assert_close
-from test_model import make_model
-from test_trainer import Pairs, make_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from training_helpers import Pairs, make_model, make_trainer
 
 from dpo_kernels.training import FusedHead
 

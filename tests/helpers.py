@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import TokenStats, reference, token_stats
+from dpo_kernels import TokenStats, hidden_to_log_probs, plan, reference, token_stats
+from dpo_kernels.planner import Plan
 
-IMPLS = ("triton", "cpp", "torch")
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "dpo.jsonl"
+
+# Transforms of logits that the tests go through.
+PLAIN: dict = {}
+ALL = {"softcap": 9.0, "temperature": 1.5, "logit_scale": 0.7}
 
 
 class Head(NamedTuple):
@@ -45,6 +52,16 @@ def make_head(
     )
 
 
+def head_on(device: torch.device, *shape, **options) -> Head:
+    """As `make_head`, on a device."""
+    head = make_head(*shape, **options)
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(device).requires_grad_(t.requires_grad)
+
+    return Head(leaf(head.hidden), leaf(head.weight), head.labels.to(device), leaf(head.bias))
+
+
 def detached(head: Head, dtype: torch.dtype | None = None) -> Head:
     """The same numbers as leaves of their own, in another dtype if given."""
 
@@ -77,6 +94,58 @@ def run(module_or_function, head: Head, **options) -> tuple[TokenStats, list[Ten
     if any(t is not None and t.requires_grad for t in inputs):
         loss_of(stats).backward()
     return stats, [None if t is None else t.grad for t in inputs]
+
+
+def inputs_of(head: Head) -> list[Tensor]:
+    """Those that want a gradient."""
+    return [t for t in (head.hidden, head.weight, head.bias) if t is not None and t.requires_grad]
+
+
+class Result(NamedTuple):
+    log_probs: Tensor
+    grads: tuple[Tensor, ...]
+
+
+def step(head: Head, cotangent: Tensor | None, budget: int | None = None, **options) -> Result:
+    """Log-probs, and the gradients of what wants one."""
+    log_probs = hidden_to_log_probs(head.hidden, head.weight, head.labels, head.bias, memory_budget=budget, **options)
+    leaves = inputs_of(head)
+    return Result(log_probs.detach(), torch.autograd.grad(log_probs, leaves, cotangent) if leaves else ())
+
+
+# The gradients that lead to a mode, given the budget of `planned`.
+MODES = {
+    "score": "none",
+    "frozen": "hidden",
+    "keep": "hidden,weight",
+    "mixed": "hidden,weight",
+    "recompute": "hidden,weight",
+}
+
+
+def planned(head: Head, mode: str, outer: str | None = None, *, impl: str | None = None, steps: int = 200) -> Plan:
+    """A plan of a call on this head in this mode, with these outer loops ("vocab", "tokens,vocab") if given; its bytes,
+    as a budget, lead to it. The middle one of those that budgets of equal distance lead to."""
+    tokens, labels = int((head.labels != -100).sum()), head.labels.numel()
+    vocab, features = head.weight.shape
+    given = (("hidden", head.hidden), ("weight", head.weight), ("bias", head.bias))
+    grads = tuple(name for name, t in given if t is not None and t.requires_grad)
+
+    def of(budget: int) -> Plan:
+        return plan(
+            tokens, features, vocab, head.hidden.dtype, grads=grads, memory_budget=budget, device=head.hidden.device,
+            impl=impl, labels=labels,
+        )  # fmt: skip
+
+    most = of(2**50).bytes
+    try:
+        least = of(1).bytes
+    except ValueError as error:
+        least = int(str(error).split("at least ")[1].split(" ")[0].replace(",", ""))
+    made = [of(least + (most - least) * i // steps) for i in range(steps + 1)]
+    fit = [p for p in made if p.mode == mode and outer in (None, ",".join(sweep.outer for sweep in p.sweeps))]
+    assert fit, f"no budget leads to {mode} {outer}: {sorted({p.mode for p in made})}"
+    return fit[len(fit) // 2]
 
 
 def assert_close(got: Tensor, exact: Tensor, tolerance: float, what: str = "") -> None:

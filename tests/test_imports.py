@@ -1,116 +1,55 @@
-"""Arrows go one way: which file of dpo_kernels may import which. docs/architecture.md draws it."""
+"""What imports what: the package needs torch alone, and no test file needs another."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+import subprocess
+import sys
 
-import pytest
+from helpers import ROOT
 
-PACKAGE = Path(__file__).parents[1] / "dpo_kernels"
-
-# From the bottom to the top. A file may import what lies below it, and its own layer where `inside` says so.
-LAYERS = (
-    ("call",),
-    ("layout", "statistics"),
-    ("overrides", "reference", "planner", "build"),
-    ("kernels", "backends.base"),
-    ("driver", "backends.pytorch"),
-    ("backends.cpp", "backends.triton", "backends"),
-    ("dispatch",),
-    ("checks",),
-    ("ops",),
-    ("functional",),
-    ("losses",),
-    ("preference_losses",),
-    ("integrations", "training"),
-)
-INSIDE = {"kernels", "losses", "integrations", "training"}  # folders whose files import each other
-LOSSES = ("pairs", "registry", "options", "formulas", "api")  # their own order, from the bottom
+from dpo_kernels import available_impls
 
 
-def modules() -> dict[str, Path]:
-    """Name inside the package -> file; the package itself, which names what is public, is not one of them."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__")
-        if name:
-            found[name] = path
-    return found
+def test_implementations_explain_themselves():
+    reasons = available_impls()
+    assert set(reasons) == {"triton", "cpp", "torch"}
+    assert reasons["torch"] is None
+    assert reasons["triton"] is None or "TRITON_INTERPRET=1" in reasons["triton"]
+    assert "no GPU" in (available_impls("cuda")["triton"] or "no GPU")
+    assert "not on meta" in available_impls("meta")["triton"]
 
 
-def imports(path: Path, known: set[str]) -> set[str]:
-    """Modules of the package that a file imports, anywhere in it but under TYPE_CHECKING."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def test_importing_needs_torch_alone():
+    blocked = ("transformers", "accelerate", "datasets", "triton", "numpy", "matplotlib")
+    code = (
+        "import sys, torch\n"
+        f"before = set(sys.modules)\nimport dpo_kernels\nnew = set(sys.modules) - before\n"
+        f"assert not new & {set(blocked)!r}, new\n"
+        "roots = {name.split('.')[0] for name in new} - set(sys.stdlib_module_names)\n"
+        "assert roots <= {'dpo_kernels', 'torch'}, roots\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def imported(source: str) -> set[str]:
+    """Names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-        else:
-            continue
-        for name in names:
-            short = name.removeprefix("dpo_kernels.")
-            if name.startswith("dpo_kernels.") and short in known:
-                found.add(short)
-    return found
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module or ''}.{alias.name}" for alias in node.names)}
+    return names
 
 
-def layer_of(name: str) -> int:
-    for number, layer in enumerate(LAYERS):
-        if any(name == entry or name.startswith(entry + ".") for entry in layer if entry != "backends"):
-            return number
-        if "backends" in layer and name == "backends":
-            return number
-    raise AssertionError(f"{name} is in no layer: say in LAYERS what it may import")
-
-
-GRAPH = {name: imports(path, set(modules())) for name, path in modules().items()}
-
-
-@pytest.mark.parametrize("name", GRAPH)
-def test_a_file_imports_what_lies_below_it(name):
-    for other in GRAPH[name] - {name}:
-        same_folder = name.split(".")[0] == other.split(".")[0] and name.split(".")[0] in INSIDE
-        assert same_folder or layer_of(other) < layer_of(name), f"{name} imports {other}, which is not below it"
-
-
-def test_no_circle():
-    """Also inside a folder."""
-    done: set[str] = set()
-
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, f"a circle: {' -> '.join((*above, name))}"
-        if name not in done:
-            for other in GRAPH[name] - {name}:
-                if not is_folder_of(other, name):
-                    visit(other, (*above, name))
-            done.add(name)
-
-    for name in GRAPH:
-        visit(name, ())
-
-
-def is_folder_of(folder: str, name: str) -> bool:
-    """A folder's __init__ names what its files make: importing a file runs it anyway."""
-    return name.startswith(folder + ".")
-
-
-def test_the_losses_have_an_order_of_their_own():
-    for number, name in enumerate(LOSSES):
-        above = {f"losses.{other}" for other in LOSSES[number + 1 :]}
-        assert not GRAPH[f"losses.{name}"] & above, f"losses/{name}.py imports from above"
-
-
-def test_what_computes_log_probs_knows_no_loss():
-    below = [name for name in GRAPH if layer_of(name) < layer_of("losses")]
-    assert not any(other.split(".")[0] in ("losses", "preference_losses") for name in below for other in GRAPH[name])
-
-
-def test_a_planted_circle_is_found(monkeypatch):
-    monkeypatch.setitem(GRAPH, "call", {"driver"})
-    with pytest.raises(AssertionError, match="a circle: "):
-        test_no_circle()
-    with pytest.raises(AssertionError, match="call imports driver, which is not below it"):
-        test_a_file_imports_what_lies_below_it("call")
+def test_no_test_file_imports_another():
+    files = sorted(path for path in (ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in files if path.name.startswith("test_")}
+    assert len(tests) == sum(path.name.startswith("test_") for path in files), "two test files have one name"
+    assert len(tests) > 30
+    for path in files:
+        found = {part for name in imported(path.read_text(encoding="utf-8")) for part in name.split(".")}
+        assert not found & (tests | {"conftest"}), path
+    assert "test_data" in imported("def f():\n    from test_data import PAIR")
+    assert "tests.test_data" in imported("from tests import test_data")

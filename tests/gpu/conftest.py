@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-# Every test runs with deterministic algorithms, which cuBLAS has with a workspace of this kind alone.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

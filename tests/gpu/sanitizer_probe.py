@@ -6,7 +6,8 @@ import itertools
 import sys
 
 import torch
-from gpu_helpers import ALL, MODES, PLAIN, head_on, planned
+from gpu_helpers import planned
+from helpers import ALL, MODES, PLAIN, head_on
 
 from dpo_kernels import logits_to_log_probs, token_stats
 from dpo_kernels.overrides import override

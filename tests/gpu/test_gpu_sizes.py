@@ -6,8 +6,8 @@ import gc
 
 import pytest
 import torch
-from gpu_helpers import MODES, assert_relative, exact, head_on, planned, step
-from helpers import assert_close
+from gpu_helpers import assert_relative, exact, planned, step
+from helpers import MODES, assert_close, head_on
 
 from dpo_kernels import logits_to_log_probs, reference
 

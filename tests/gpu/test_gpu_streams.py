@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_helpers import MODES, head_on, inputs_of, planned, step
-from helpers import assert_close
+from gpu_helpers import planned, step
+from helpers import MODES, assert_close, head_on, inputs_of
 
 from dpo_kernels import logits_to_log_probs
 

@@ -1,0 +1,54 @@
+"""Ahead-of-time compilation of the Triton kernels for four chips; see aot.py. The default run takes one chip and dtype,
+`pytest -m aot` all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+pytest.importorskip("triton", reason="nothing to compile with: triton is not installed")
+
+
+def compile_ahead(tmp_path: Path, *options: str) -> tuple[int, list[dict], str]:
+    """The exit code of aot.py, a row for each kernel, and what it printed."""
+    out = tmp_path / "aot.json"
+    made = subprocess.run(
+        [sys.executable, "tests/aot.py", "--json", str(out), *options], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert out.exists(), made.stderr[-2000:]
+    return made.returncode, json.loads(out.read_text()), made.stdout
+
+
+def test_every_kernel_of_one_chip(tmp_path):
+    code, rows, printed = compile_ahead(tmp_path, "--targets", "sm_90", "--dtypes", "bfloat16")
+    assert code == 0, printed
+    kernels = {"forward_kernel", "recompute_kernel", "accumulate_kernel", "exps_kernel"}
+    kernels |= {"gradient_kernel", "saved_kernel", "rebase_kernel"}
+    assert {row["kernel"] for row in rows} == kernels | {"merge_kernel"}
+    products = [row["products"] for row in rows if row["kernel"] in ("forward_kernel", "recompute_kernel")]
+    assert min(products) > 0
+
+
+def test_a_block_that_is_too_large_is_found(tmp_path):
+    """The planted regression: blocks of 256 x 256 do not fit the registers."""
+    options = ("--targets", "sm_90", "--dtypes", "bfloat16", "--kernels", "recompute_kernel")
+    code, rows, printed = compile_ahead(tmp_path, *options, "--replace", "block_m=256", "block_n=256")
+    assert code == 1
+    assert all(row["spills"] for row in rows if "error" not in row)
+    assert "spills" in printed.splitlines()[-3]
+
+
+@pytest.mark.aot
+def test_every_kernel_of_every_chip(tmp_path, capsys):
+    code, rows, printed = compile_ahead(tmp_path)
+    with capsys.disabled():
+        print("\n" + printed)
+    assert code == 0
+    assert {row["target"] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}

@@ -1,0 +1,215 @@
+"""What is the Triton back end's own: splits, buffers, strategies, functions of kernels, reasons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from helpers import assert_close, check_against_reference, loss_of, make_head
+
+from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
+from dpo_kernels.backends import triton as triton_backend
+from dpo_kernels.backends.pytorch import PyTorchBackend
+from dpo_kernels.kernels import configs, launch
+from dpo_kernels.kernels.configs import Arch
+from dpo_kernels.kernels.softmax_state import expm1, tanh
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS
+
+MIB = 2**20
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"softcap": 6.0, "temperature": 1.5, "logit_scale": 0.7}, id="capped"),
+]
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="these look at what the interpreter is given")
+pytestmark = needs_interpreter
+
+
+@pytest.fixture(params=["fused", "tiles"])
+def strategy(request, override) -> str:
+    """Everything by one strategy."""
+    override(kernels={"strategy": request.param})
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(override):
+    """Tiles that a small shape has many of."""
+    return lambda *tiles: override(capabilities={"tiles": tiles, "scratch": 0})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", TRANSFORMS)
+def test_shorter_splits_at_the_end_change_no_bit(strategy, small_tiles, override, options, dtype):
+    """Also in part kept, in tiles wider than what a program folds at once, which end in shorter ones."""
+    small_tiles((128, 256))
+    override(kernels={"rows": {"block_m": 32, "block_n": 64}, "programs": 2})
+    results = []
+    for grads, budget in (
+        ("none", 900),
+        ("hidden", 900),
+        ("hidden,weight", 900),
+        ("weight", 900),
+        ("hidden,weight", 420),
+    ):
+        torch.manual_seed(0)
+        head = make_head(150, 64, 500, dtype, grads=grads, ignored=0)
+        results.append(
+            hidden_to_log_probs(
+                head.hidden, head.weight, head.labels, impl="triton", memory_budget=budget * 1024, **options
+            )
+        )
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_logits_are_split_over_programs_where_rows_are_few(override):
+    labels, logits = torch.randint(5000, (3,)), torch.randn(3, 5000)
+    launched = []
+    override(launch=lambda *a: (launched.append(a[:3]), launch.run_kernel(*a)))
+    assert_close(
+        logits_to_log_probs(logits, labels, impl="triton"), reference.logits_to_log_probs(logits, labels), 1e-5
+    )
+    assert launched[0] == ("logits", "accumulate_kernel", 10)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_splits_do_not_change_the_answer(override, programs):
+    head = make_head(20, 32, 640, bias=True)
+    override(kernels={"programs": programs})
+    check_against_reference(head, outputs=OPTIONAL_OUTPUTS, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grads", ["hidden", "hidden,weight"])
+def test_operands_in_half_precision(strategy, override, monkeypatch, dtype, grads):
+    """As on a GPU: shares, kept exponentials and gradients of logits are rounded, and logits rise from tile to tile."""
+    override(capabilities={"tiles": ((64, 64),), "scratch": 0, "widens": ()})
+    monkeypatch.setattr(
+        triton_backend, "library_multiply",
+        lambda out, a, b, add: out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=float(add)),
+    )  # fmt: skip
+    head = make_head(100, 32, 300, dtype, grads=grads)
+    rising = head._replace(bias=torch.linspace(0, 40, 300, dtype=torch.float64).to(dtype))
+    for budget in (900, 130):
+        check_against_reference(rising, 3e-4, outputs=(), impl="triton", memory_budget=budget * 1024)
+
+
+def test_buffers_are_those_of_a_tile(small_tiles, monkeypatch):
+    """A first tile that is shorter than the next (fewer tokens are kept than a tile has) allocates no second buffer."""
+    small_tiles((128, 128))
+    sizes = []
+    scratch = triton_backend.TritonTileOps._scratch
+
+    def record(self, *arguments):
+        made = scratch(self, *arguments)
+        sizes.append((arguments[0], made.untyped_storage().nbytes()))
+        return made
+
+    monkeypatch.setattr(triton_backend.TritonTileOps, "_scratch", record)
+    head = make_head(200, 64, 500, torch.bfloat16, grads="hidden,weight", ignored=0)
+    loss_of(token_stats(*head[:3], outputs=(), impl="triton", memory_budget=400 * 1024)).backward()
+    assert {name for name, _ in sizes} <= {"product", "dz", "maxima"}
+    assert all(size <= 128 * 128 * 4 for _, size in sizes)
+
+
+@triton.jit
+def both(x, t, d, e, N: tl.constexpr):
+    at = tl.arange(0, N)
+    value = tl.load(x + at)
+    capped, derivative = tanh(value)
+    tl.store(t + at, capped)
+    tl.store(d + at, derivative)
+    tl.store(e + at, expm1(-tl.abs(value)))
+
+
+def test_functions_of_the_kernels():
+    """tanh, its derivative and expm1 keep their relative precision where Triton's own building blocks lose it."""
+    x = torch.cat([torch.logspace(-6, 1.5, 511), torch.zeros(1)]) * torch.tensor([1.0, -1.0]).repeat(256)
+    exact = x.double()
+    t, d, e = torch.empty(512), torch.empty(512), torch.empty(512)
+    both[(1,)](x, t, d, e, N=512)
+    for got, truth in ((t, exact.tanh()), (d, exact.cosh() ** -2), (e, torch.expm1(-exact.abs()))):
+        bound = 4e-6 if got is d else 4e-7  # exp(-60) itself has rounded its argument
+        assert ((got.double() - truth).abs() <= bound * truth.abs()).all()
+
+
+class TestConfigs:
+    def test_later_devices_take_the_last_row_of_their_kind(self):
+        newest = configs.product_blocks(Arch("cuda", 12), torch.bfloat16, options=False)
+        assert configs.product_blocks(Arch("cuda", 13), torch.bfloat16, options=False) == newest
+        assert newest != configs.product_blocks(Arch("cuda", 11), torch.bfloat16, options=False)
+        assert configs.product_blocks(Arch("cuda", 9), torch.float16, options=True).block_n == 128
+
+    def test_splits_are_wide_only_where_programs_are_enough(self):
+        config = configs.resolve(Arch("cuda", 9), 4096, torch.bfloat16, options=False)
+        block = config.product
+        assert block.block_n == 256
+        assert config.split(block, 8192, 151936, 2**30) == 8192
+        assert config.split(block, 1, 151936, 2**30) == 256
+        assert config.split(block, 8192, 151936, 1024) == 1024
+        for tokens in (1, 100, 1000, 8192):
+            assert config.split(block, tokens, 151936, 2**30) % 256 == 0
+
+    @pytest.mark.parametrize("kind", ["cuda", "hip"])
+    def test_strategies(self, kind):
+        assert configs.resolve(Arch(kind, 9), 4096, torch.bfloat16, False).strategy == "fused"
+        assert configs.resolve(Arch(kind, 9), 4090, torch.bfloat16, False).strategy == "tiles"
+        asked = configs.resolve(Arch(kind, 9), 4096, torch.bfloat16, False, {"strategy": "tiles"})
+        assert asked.strategy == "tiles"
+
+    def test_changes_replace_fields_of_a_row(self):
+        changes = {"product": {"block_n": 64}, "rows": {"warps": 2}, "programs": 7}
+        made = configs.resolve(Arch("cuda", 9), 64, torch.bfloat16, False, changes)
+        assert (made.product.block_n, made.rows.warps, made.programs) == (64, 2, 7)
+        with pytest.raises(TypeError, match="no_such_field"):
+            configs.resolve(Arch("cuda", 9), 64, torch.bfloat16, False, {"no_such_field": 1})
+
+    def test_blocks_hold_whole_slots_of_block_maxima(self):
+        """And tiles hold whole blocks."""
+        for (arch, _, _), product in configs.PRODUCTS.items():
+            capable = triton_backend.CAPABILITIES[arch.kind]
+            assert product.block_n % capable.maxima_columns == 0
+            assert all(vocab % product.block_n == 0 for _, vocab in capable.tiles if vocab >= product.block_n)
+
+
+def test_vast_vocabularies_go_to_pytorch(monkeypatch):
+    head = make_head(9, 16, 40)
+    monkeypatch.setattr(triton_backend, "LARGEST_VOCABULARY", 40)
+    called = []
+    for name in ("tile_ops", "logits_forward"):
+        original = getattr(PyTorchBackend, name)
+        monkeypatch.setattr(
+            PyTorchBackend, name, lambda *a, name=name, original=original: called.append(name) or original(*a)
+        )
+    single = [t.detach().float().requires_grad_() for t in head[:2]]
+    hidden_to_log_probs(*single, head.labels, impl="triton").sum().backward()
+    logits_to_log_probs(torch.randn(2, 40), torch.tensor([1, 2]), impl="triton")
+    assert called == ["tile_ops", "tile_ops", "logits_forward"]  # forward, backward; logits
+
+
+def test_logits_that_are_no_matrix_go_to_torch():
+    logits = torch.randn(3, 4, 20).transpose(0, 1).requires_grad_()
+    labels = torch.randint(20, (4, 3))
+    got = logits_to_log_probs(logits, labels, impl="triton")
+    assert_close(got, reference.logits_to_log_probs(logits.double(), labels), 1e-5)
+    got.sum().backward()
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "set TRITON_INTERPRET=1" in available_impls()["triton"]
+    with pytest.raises(RuntimeError, match=r"impl 'triton' cannot run on cpu: .*TRITON_INTERPRET=1"):
+        logits_to_log_probs(torch.randn(2, 5), torch.tensor([1, 2]), impl="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability (7, 5) is older than (8, 0)" in available_impls("cuda")["triton"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    launch._no_triton.cache_clear()
+    monkeypatch.setattr("triton.__version__", "3.4.0")
+    assert "triton is 3.4.0, and 3.5 or later is needed" in available_impls("cuda")["triton"]
+    launch._no_triton.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    assert "triton cannot be imported" in available_impls("cuda")["triton"]
+    launch._no_triton.cache_clear()
