@@ -31,11 +31,16 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Lines of preference data mutated at random, 1,000 of a seed; the suite has a short fixed part of it.
+# Lines of preference data mutated at random, 1,000 of a seed, and random calls of the kernels against float64, CALLS of
+# each implementation (a tenth in Triton's interpreter). The suite has a short fixed part of both.
 FUZZ ?= 1000
+CALLS ?= 1000
 SEED ?= 1
 fuzz: $(STAMP)
 	DPO_KERNELS_FUZZ=$(FUZZ) DPO_KERNELS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/training/test_data_fuzz.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/fuzz.py --impl cpp --calls $(CALLS) --seed $(SEED)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/fuzz.py --impl torch --calls $(CALLS) --seed $(SEED)
+	TRITON_INTERPRET=1 $(BIN)/python tests/fuzz.py --impl triton --calls $$(($(CALLS) / 10)) --seed $(SEED)
 
 # A tiny instance of every causal class of transformers through the fused head; writes docs/models.md.
 breadth: $(STAMP)

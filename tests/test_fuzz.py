@@ -1,0 +1,75 @@
+"""A short part of `make fuzz` with a fixed seed, and the fuzzer itself: planted faults are found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fuzz import SIZES, CallSpec, as_script, compare, fuzz, shrink
+
+from dpo_kernels.backends import pytorch
+from dpo_kernels.backends import triton as triton_backend
+
+CALLS = {"cpp": 400, "torch": 300, "triton": 40}
+
+
+@pytest.mark.parametrize("impl", CALLS)
+def test_no_wrong_number(impl, override):
+    if impl == "triton":
+        override(capabilities={"tiles": ((64, 64), (32, 64)), "scratch": 0})
+    assert fuzz(impl, range(CALLS[impl]), SIZES[impl]) is None
+
+
+def no_label(*_):
+    """The correction at the label is lost."""
+
+
+def other_sign(z, grads, first, derivative, slope, own=pytorch.logits_gradient):
+    return own(z, grads, first, derivative, -slope)
+
+
+def one_column_twice(self, tile, own=pytorch.PyTorchTileOps._product):
+    product = own(self, tile)
+    if product.shape[1] > 3:
+        product[:, -1] = product[:, -2]
+    return product
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [
+        (pytorch, "_put_label", no_label),
+        (pytorch, "logits_gradient", other_sign),
+        (pytorch.PyTorchTileOps, "_product", one_column_twice),
+    ],
+    ids=["label", "sign", "column"],
+)
+def test_a_planted_fault_is_found(monkeypatch, where, name, fault):
+    monkeypatch.setattr(where, name, fault)
+    found = fuzz("torch", range(500), SIZES["torch"])
+    assert found is not None
+    number, spec, said = found
+    assert number < 100
+    assert "right is" in said
+    assert spec.shape == (1,)
+
+
+def test_a_stride_that_is_forgotten_is_found(monkeypatch):
+    def bias(self, tile):
+        """Contiguous numbers from where the bias begins."""
+        own = self.call.bias
+        if own is None:
+            return None
+        n = len(tile.weight)
+        return own.as_strided((n,), (1,), own.storage_offset() + tile.columns.start).to(self.call.compute_dtype)
+
+    monkeypatch.setattr(triton_backend.TritonTileOps, "_bias", bias)
+    spec = CallSpec(seed=1, shape=(3,), features=8, vocab=40, bias="strided")
+    assert compare(spec, "triton") is not None
+    assert compare(CallSpec(seed=1, shape=(3,), features=8, vocab=40, bias="contiguous"), "triton") is None
+
+
+def test_a_failure_is_shrunk_and_printed_as_a_script():
+    spec = CallSpec(seed=7, shape=(2, 9), features=12, vocab=40, softcap=3.0, dtype=torch.bfloat16)
+    small = shrink(spec, lambda s: s.vocab >= 10)
+    assert small == CallSpec(seed=7, shape=(1,), features=1, vocab=10)
+    assert as_script(small, "cpp").endswith("print(compare(CallSpec(seed=7, shape=(1,), features=1, vocab=10), 'cpp'))")
