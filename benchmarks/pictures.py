@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from benchmarks.cases import MIB
 from benchmarks.results import Results, Row, case_names, is_ours, milliseconds
 
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 # One look a name, the same in every picture.
 LOOKS: dict[str, dict[str, Any]] = {
     "bare GEMMs": {"marker": "", "linestyle": ":", "color": "0.3"},
@@ -28,21 +29,22 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 def draw(run: Results, out: Path) -> list[str]:
     """Writes the pictures of a run and returns their file names; those without data are left out."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
-    names = []
     makers: dict[str, Callable[[Results], plt.Figure | None]] = {
         "cases": _cases, "tokens": partial(_curve, "tokens"), "vocabulary": partial(_curve, "vocabulary"),
         "budget": _budget,
     }  # fmt: skip
-    for kind, make in makers.items():
-        figure = make(run)
-        if figure is not None:
-            figure.suptitle(f"{run.machine}, {run.date}", fontsize=9, color="0.3", y=0.995)
-            names.append(f"{run.name}-{kind}.png")
-            figure.tight_layout()
-            figure.savefig(out / names[-1], bbox_inches="tight")
-            plt.close(figure)
-    return names
+    figures = {f"{run.name}-{kind}.png": make(run) for kind, make in makers.items()}
+    return [
+        name for name, figure in figures.items() if figure and save(figure, f"{run.machine}, {run.date}", out / name)
+    ]
+
+
+def save(figure: plt.Figure, title: str, path: Path) -> Path:
+    figure.suptitle(title, fontsize=9, color="0.3", y=0.995)
+    figure.tight_layout()
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+    return path
 
 
 def _cases(run: Results) -> plt.Figure | None:
@@ -51,9 +53,8 @@ def _cases(run: Results) -> plt.Figure | None:
     names = case_names(timed)
     if not names:
         return None
-    columns = 3
-    lines = -(-len(names) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(15, 2.7 * lines), squeeze=False)
+    lines = -(-len(names) // 3)
+    figure, grid = plt.subplots(lines, 3, figsize=(15, 2.7 * lines), squeeze=False)
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     for axes, name in zip(grid.flat, names, strict=False):

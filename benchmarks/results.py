@@ -105,10 +105,8 @@ class Results:
 
 
 def of_this_run(rows: Sequence[Row], size: str, device: torch.device) -> Results:
-    return Results(
-        datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        size, machine(device), threads(), versions(), commit(), list(rows),
-    )  # fmt: skip
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    return Results(today, size, machine(device), threads(), versions(), commit(), list(rows))
 
 
 def load(path: Path) -> Results:
@@ -128,17 +126,21 @@ def load(path: Path) -> Results:
 def save(results: Results, path: Path) -> None:
     """One row a line: a committed file stays small, and a diff of two readable."""
     section = results.to_json()
-    rows = ",\n".join("  " + json.dumps(row) for row in section.pop("rows"))
-    head = json.dumps(section)[:-1]
-    path.write_text(f'{{"{SECTION}": {head}, "rows": [\n{rows}\n]}}}}\n')
+    path.write_text(f'{{"{SECTION}": {one_a_line("rows", section.pop("rows"), section)}}}\n')
+
+
+def one_a_line(name: str, rows: Iterable[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The JSON of facts and, as their last member, rows."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    return f'{json.dumps(facts)[:-1]}, "{name}": [\n{lines}\n]}}'
 
 
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"1 {torch.cuda.get_device_name(device)}"
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} cores"
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} cores"
 
 
 def threads() -> str:
@@ -154,12 +156,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(("git", *arguments), cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ("git", "describe", "--always", "--exclude=*", "--dirty=+")
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -179,6 +178,14 @@ def is_ours(peer: str) -> bool:
 
 def milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:,.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
+
+
+def markdown_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A column whose name ends with a colon is aligned to the right."""
+    heads = [name.rstrip(":") for name in names]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    lines.insert(1, "|" + "".join("---:|" if name.endswith(":") else "---|" for name in names))
+    return "\n".join(lines)
 
 
 def mib(size: int | None, digits: int = 0) -> str:

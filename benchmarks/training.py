@@ -111,7 +111,7 @@ def ours(case: Case, device: torch.device, folder: str) -> Made:
         for side, part in zip(("chosen", "rejected"), t.chunk(2), strict=True)
     }
     items = [{name: t[i] for name, t in batch.items()} for i in range(case.sequences // 2)]
-    trainer = DPOTrainer(make_model(case, 1), make_model(case, 2), DPOConfig(**_options(device, folder)), items)
+    trainer = DPOTrainer(make_model(case, 1), make_model(case, 2), DPOConfig(**options_of(device, folder)), items)
     return Made(partial(trainer.training_step, trainer.model, batch), trainer.model)
 
 
@@ -127,7 +127,9 @@ def trl(case: Case, device: torch.device, folder: str) -> Made:
     }
     # The trainer wants texts to tokenize; the step is then given the same token ids as the others.
     texts = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-    config = DPOConfig(**_options(device, folder), beta=BETA, bf16=False, gradient_checkpointing=False, max_length=None)
+    config = DPOConfig(
+        **options_of(device, folder), beta=BETA, bf16=False, gradient_checkpointing=False, max_length=None
+    )
     trainer = DPOTrainer(
         make_model(case, 1), make_model(case, 2), config, train_dataset=texts, processing_class=_tokenizer()
     )
@@ -179,7 +181,7 @@ def clear(leaves: Iterable[Tensor]) -> None:
         leaf.grad = None
 
 
-def _options(device: torch.device, folder: str) -> dict[str, Any]:
+def options_of(device: torch.device, folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder, "report_to": "none", "disable_tqdm": True,
         "use_cpu": device.type == "cpu", "save_strategy": "no",
