@@ -46,12 +46,9 @@ class Configuration:
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
         """For calls within the block."""
-        kernels: dict[str, Any] = {"product": self.product, "rows": self.rows}
-        if self.strategy is not None:
-            kernels["strategy"] = self.strategy
+        kernels = {"product": self.product, "rows": self.rows} | ({"strategy": self.strategy} if self.strategy else {})
         known = CAPABILITIES[arch_of(device).kind].tiles
-        capabilities = {} if self.tile is None else {"tiles": (self.tile, *known)}
-        with override(kernels=kernels, capabilities=capabilities):
+        with override(kernels=kernels, capabilities={"tiles": (self.tile, *known)} if self.tile else {}):
             yield
 
 
@@ -106,27 +103,28 @@ def _tiles(*tiles: tuple[int, int]) -> dict[str, Configuration]:
     return {f"dpo_kernels tiles, {n:,} x {v:,}": Configuration("tiles", tile=(n, v)) for n, v in tiles}
 
 
-# Each by the name of its row.
-TRITON = {"dpo_kernels triton": Configuration()}
-STRATEGIES = {f"dpo_kernels {name}": Configuration(name) for name in ("fused", "tiles")}
-MODES = {
-    f"dpo_kernels {name}, {mode}": Configuration(name, keeps=mode == "keep")
-    for mode in ("keep", "recompute") for name in ("fused", "tiles")
+# By what a case compares; each by the name of its row. Those for Triton's interpreter prove the code.
+TABLES: dict[str, dict[str, Configuration]] = {
+    "triton": {"dpo_kernels triton": Configuration()},
+    "strategies": {f"dpo_kernels {name}": Configuration(name) for name in ("fused", "tiles")},
+    "modes": {
+        f"dpo_kernels {name}, {mode}": Configuration(name, keeps=mode == "keep")
+        for mode in ("keep", "recompute") for name in ("fused", "tiles")
+    },
+    "products": _products(
+        "fused", {}, {"group": 8}, {"group": 32}, {"stages": 2}, {"stages": 4}, {"block_k": 128, "stages": 2},
+        {"block_n": 128}, {"block_n": 128, "stages": 4}, {"block_n": 128, "warps": 4}, {"block_n": 64},
+        {"block_n": 128, "descriptors": False},
+    ),
+    # Of a full step: writing what it keeps takes registers and shared memory.
+    "products that keep": _products("fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4}),
+    "tiles": _tiles(
+        (4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048)
+    ),
+    "rows": _rows({}, {"block_n": 2048, "warps": 4}, {"block_n": 8192}, {"block_n": 8192, "warps": 16}, {"warps": 4}),
+    "tiny products": _products("fused", {}, {"group": 1}),
+    "tiny products that keep": _products("fused, keep", {}),
+    "tiny tiles": _tiles((64, 64)),
+    "tiny rows": _rows({"block_n": 64}),
 }  # fmt: skip
-PRODUCTS = _products(
-    "fused", {}, {"group": 8}, {"group": 32}, {"stages": 2}, {"stages": 4}, {"block_k": 128, "stages": 2},
-    {"block_n": 128}, {"block_n": 128, "stages": 4}, {"block_n": 128, "warps": 4}, {"block_n": 64},
-    {"block_n": 128, "descriptors": False},
-)  # fmt: skip
-# Of a full step: writing what it keeps takes registers and shared memory.
-KEEPING_PRODUCTS = _products("fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4})
-TILES = _tiles((4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048))
-ROWS = _rows({}, {"block_n": 2048, "warps": 4}, {"block_n": 8192}, {"block_n": 8192, "warps": 16}, {"warps": 4})
-# For Triton's interpreter.
-TINY_PRODUCTS, TINY_KEEPING_PRODUCTS = _products("fused", {}, {"group": 1}), _products("fused, keep", {})
-TINY_TILES, TINY_ROWS = _tiles((64, 64)), _rows({"block_n": 64})
-
-CONFIGURATIONS = {
-    **TRITON, **STRATEGIES, **MODES, **PRODUCTS, **KEEPING_PRODUCTS, **TILES, **ROWS,
-    **TINY_PRODUCTS, **TINY_KEEPING_PRODUCTS, **TINY_TILES, **TINY_ROWS,
-}  # fmt: skip
+CONFIGURATIONS = {name: configuration for table in TABLES.values() for name, configuration in table.items()}

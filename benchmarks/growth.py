@@ -3,8 +3,8 @@
 python -m benchmarks.growth --out docs/growth
 
 Writes growth.json, growth.md and growth.png. The bare products are `torch.mm` into tensors that exist: 1 for a forward,
-3 for a full step. Measured as `pytest benchmarks/` measures; small sizes get many rounds, and those of many seconds 2 or 1,
-so that all takes some minutes.
+3 for a full step. Verified and timed as `pytest benchmarks/` does it; small sizes get many rounds, and those of many
+seconds 2 or 1, so that all takes some minutes.
 """
 
 from __future__ import annotations

@@ -33,18 +33,17 @@ def draw(run: Results, out: Path) -> list[str]:
         "cases": _cases, "tokens": partial(_curve, "tokens"), "vocabulary": partial(_curve, "vocabulary"),
         "budget": _budget,
     }  # fmt: skip
-    figures = {f"{run.name}-{kind}.png": make(run) for kind, make in makers.items()}
-    return [
-        name for name, figure in figures.items() if figure and save(figure, f"{run.machine}, {run.date}", out / name)
-    ]
+    figures = {f"{run.name}-{kind}.png": figure for kind, make in makers.items() if (figure := make(run))}
+    for name, figure in figures.items():
+        save(figure, f"{run.machine}, {run.date}", out / name)
+    return list(figures)
 
 
-def save(figure: plt.Figure, title: str, path: Path) -> Path:
+def save(figure: plt.Figure, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=9, color="0.3", y=0.995)
     figure.tight_layout()
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
-    return path
 
 
 def _cases(run: Results) -> plt.Figure | None:

@@ -97,8 +97,8 @@ def _cells(row: Row) -> list[str]:
     if row.bytes_reason:
         notes.append(f"memory: {row.bytes_reason}")
     return [
-        _label(row.peer), milliseconds(row.seconds), " to ".join(map(milliseconds, row.quartiles)), str(row.rounds or ""),
-        _number(row.to_floor), _number(row.to_ours), rate, mib(row.bytes),
+        _label(row.peer), milliseconds(row.seconds), " to ".join(map(milliseconds, row.quartiles)),
+        str(row.rounds or ""), _number(row.to_floor), _number(row.to_ours), rate, mib(row.bytes),
         *_error_cells(row), "; ".join(notes),
     ]  # fmt: skip
 

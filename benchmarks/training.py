@@ -130,9 +130,8 @@ def trl(case: Case, device: torch.device, folder: str) -> Made:
     config = DPOConfig(
         **options_of(device, folder), beta=BETA, bf16=False, gradient_checkpointing=False, max_length=None
     )
-    trainer = DPOTrainer(
-        make_model(case, 1), make_model(case, 2), config, train_dataset=texts, processing_class=_tokenizer()
-    )
+    policy, frozen = make_model(case, 1), make_model(case, 2)
+    trainer = DPOTrainer(policy, frozen, config, train_dataset=texts, processing_class=_tokenizer())
     trainer.current_gradient_accumulation_steps = 1  # which train() sets before its first step
     return Made(partial(trainer.training_step, trainer.model, inputs), trainer.model)
 

@@ -5,8 +5,8 @@
 
 Calls of every mode and option run on CPU tensors, with the target's configurations, and every launch is recorded
 instead of made; a launch is compiled as the runtime would specialise it (integers that are 1 or divisible by 16,
-aligned pointers, tensor descriptors). --replace plants other numbers in the blocks of products. Must run in a process of its
-own: the kernels must not be interpreted here.
+aligned pointers, tensor descriptors). --replace plants other numbers in the blocks of products. Must run in a process
+of its own: the kernels must not be interpreted here.
 """
 
 from __future__ import annotations
