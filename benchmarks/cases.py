@@ -64,9 +64,13 @@ class Case:
         return self.tokens // self.sequences
 
     @property
+    def prompt(self) -> int:
+        """Positions of a sequence that carry no label: its first."""
+        return round(self.masked * self.length)
+
+    @property
     def counted_tokens(self) -> int:
-        """Positions that carry a label."""
-        return self.sequences * (self.length - round(self.masked * self.length))
+        return self.sequences * (self.length - self.prompt)
 
     @property
     def needed_gemms(self) -> int:

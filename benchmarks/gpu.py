@@ -15,7 +15,6 @@ import os
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -38,25 +37,25 @@ def summary(row: Row) -> dict[str, Any]:
     to_own_gemms: the time over that of as many bare products as this mode makes (recompute: 4), where to_floor counts
     those that the task needs (3). tflops: of the needed products. terabytes_per_second: of what must be moved.
     """
-    case = row.case
+    case, moved, flop, beyond = row.case, 0, 0.0, row.beyond(row.bytes)
+    if row.peer == "a large copy":
+        moved = 2 * case.copied
+    elif case.level == "logits":
+        passes = PASSES[case.mode][row.status == "floor"]
+        moved = passes * case.tokens * case.vocab_size * case.torch_dtype.itemsize
+    else:
+        flop = case.needed_gemms * case.gemm_flop
     said: dict[str, Any] = {"case": case.name, "peer": row.peer, "status": row.status, "reason": row.reason or None}
     if row.seconds is not None:
-        said |= {"ms": 1000 * row.seconds, "rounds": row.rounds, "to_floor": row.to_floor}
-        if row.peer == "a large copy":
-            said["terabytes_per_second"] = 2 * case.copied / row.seconds / 1e12
-        elif case.level == "logits":
-            size = case.tokens * case.vocab_size * case.torch_dtype.itemsize
-            said["terabytes_per_second"] = PASSES[case.mode][row.status == "floor"] * size / row.seconds / 1e12
-        else:
-            said["tflops"] = case.needed_gemms * case.gemm_flop / row.seconds / 1e12
-            if row.gemms and row.to_floor:
-                said["to_own_gemms"] = row.to_floor * case.needed_gemms / row.gemms
-    beyond = row.beyond(row.bytes)
+        own = row.to_floor * case.needed_gemms / row.gemms if flop and row.gemms and row.to_floor else None
+        said |= {
+            "ms": 1000 * row.seconds, "rounds": row.rounds, "to_floor": row.to_floor, "to_own_gemms": own,
+            "tflops": flop / row.seconds / 1e12 or None, "terabytes_per_second": moved / row.seconds / 1e12 or None,
+        }  # fmt: skip
     said["holds_mib"] = None if beyond is None else beyond / MIB
     said["planned_mib"] = None if row.predicted_bytes is None else row.predicted_bytes / MIB
-    return {name: value for name, value in said.items() if value is not None} | {
-        "errors": row.errors, "marks": row.marks,
-    }  # fmt: skip
+    known = {name: value for name, value in said.items() if value is not None}
+    return known | {"errors": row.errors, "marks": row.marks}
 
 
 COLUMNS = (
@@ -78,10 +77,8 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": results.machine(device), "cuda": torch.version.cuda, "hip": torch.version.hip}
     if device.type == "cuda":
         known = torch.cuda.get_device_properties(device)
-        facts |= {
-            "capability": f"{known.major}.{known.minor}", "multiprocessors": known.multi_processor_count,
-            "memory": known.total_memory, "l2": known.L2_cache_size, "devices": torch.cuda.device_count(),
-        }  # fmt: skip
+        names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+        facts |= {name: getattr(known, name) for name in names} | {"devices": torch.cuda.device_count()}
     return facts
 
 
@@ -113,21 +110,20 @@ class Report:
     def __init__(self, path: Path, size: str, device: torch.device, tests: dict[str, Any] | None) -> None:
         self.path, self.size, self.device = path, size, device
         self.rows: list[Row] = []
-        self.told: dict[str, Any] = {
-            "device": device_facts(device), "tests": tests, "finished": False, "failed": {}, "left_out": {},
-        }  # fmt: skip
+        self.told: dict[str, Any] = {"device": device_facts(device), "tests": tests, "finished": False}
+        self.told |= {"failed": {}, "left_out": {}}
 
     def write(self) -> None:
         run = results.of_this_run(self.rows, self.size, self.device)
         told = self.told | {"summary": [summary(row) for row in self.rows]}
         beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(json.dumps({results.SECTION: run.to_json(samples=True), "gpu": told}, indent=1))
+        beside.write_text(json.dumps({results.SECTION: run.to_json(), "gpu": told}, indent=1))
         beside.replace(self.path)
 
 
 def measure_all(cases: Sequence[Case], report: Report, effort: Effort) -> None:
-    report.write()
     for case in cases:
+        report.write()
         before = effort.left()
         if before < case.needs:
             report.told["left_out"][case.name] = f"{max(before, 0):.0f} s left, {case.needs:.0f} needed to start"
@@ -142,7 +138,6 @@ def measure_all(cases: Sequence[Case], report: Report, effort: Effort) -> None:
             report.rows += rows
             print(*(line(summary(row)) for row in rows), f"  {before - effort.left():.1f} s", sep="\n", flush=True)
         free(report.device)
-        report.write()
     report.told["finished"] = True
     report.write()
 
@@ -153,19 +148,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, required=True, help="the file to write")
     parser.add_argument("--seconds", type=float, default=280.0, help="no case is started after these")
-    parser.add_argument("--each", type=float, default=5.0, help="seconds of timing a case")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these")
     parser.add_argument("--tests", nargs=2, metavar=("JUNIT", "STATUS"),
                         help="pytest's --junitxml and exit status, to be told in the file")  # fmt: skip
     parser.add_argument("--try", dest="tiny", action="store_true", help="tiny sizes on a CPU, interpreted")
     options = parser.parse_args(argv)
-    effort = Effort(options.each, options.each, end=time.monotonic() + options.seconds)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --try proves the code without one")
     size, device = ("tiny", torch.device("cpu")) if options.tiny else ("gpu", torch.device("cuda", 0))
     if options.tiny:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-        effort = replace(effort, seconds=0.0, patience=0.0)
+    each = 0.0 if options.tiny else 5.0  # seconds of timing a case
+    effort = Effort(each, each, end=time.monotonic() + options.seconds)
     tests = None if options.tests is None else test_outcomes(Path(options.tests[0]), int(options.tests[1]))
     cases = [case for case in SIZES[size] if any(part in case.name for part in options.only)]
     measure_all(cases, Report(options.json, size, device, tests), effort)

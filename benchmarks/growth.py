@@ -23,14 +23,14 @@ from benchmarks.cases import Case
 from benchmarks.measure import Effort, measure
 from benchmarks.peers import ours
 
-FEATURES = 1024
+IMPL, FEATURES = "cpp", 1024
 THREADS = (1, 2)
 TOKENS, VOCAB = 512, 32_000  # what stays while the other grows
 GROWING = {
     "tokens": (1, 4, 16, 64, 256, 1024, 4096, 16_384),
     "vocabulary": (1000, 4000, 16_000, 32_000, 64_000, 128_000, 260_000),
 }
-PRODUCTS = {"forward": 1, "full step": 3}
+PRODUCTS = {"forward": 1, "full step": 3}  # by mode, as the next
 MODES = {"forward": "score", "full step": "full"}
 FIXED = {"tokens": f"{VOCAB:,} vocabulary entries", "vocabulary": f"{TOKENS:,} tokens"}  # by what grows
 VERIFIED = 8  # tokens
@@ -62,14 +62,12 @@ class Point:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="path of the files, without .json, .md and .png")
-    parser.add_argument("--largest", type=int, default=0, help="leave out sizes beyond this many logits; 0: none")
-    parser.add_argument("--impl", default="cpp")
     options = parser.parse_args(argv)
-    facts = results.of_this_run([], "", torch.device("cpu")).to_json() | {"impl": options.impl}
+    facts = results.of_this_run([], "", torch.device("cpu")).to_json() | {"impl": IMPL}
     del facts["rows"], facts["size"]
     threads = torch.get_num_threads()
     try:
-        points = list(measured(options.largest, options.impl))
+        points = list(measured())
     finally:
         torch.set_num_threads(threads)
     out = options.out
@@ -81,13 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     print(report)
 
 
-def measured(largest: int, impl: str) -> Iterable[Point]:
-    peer = ours("dpo_kernels", impl)
+def measured() -> Iterable[Point]:
+    peer = ours("dpo_kernels", IMPL)
     for curve, sizes in GROWING.items():
         for size, what, threads in itertools.product(sizes, MODES, THREADS):
             tokens, vocab = (size, VOCAB) if curve == "tokens" else (TOKENS, size)
-            if largest and tokens * vocab > largest:
-                continue
             case = Case(curve, "hidden", MODES[what], tokens, FEATURES, vocab, "bfloat16", inputs="noise", sequences=1,
                         verified=VERIFIED, min_rounds=4, memory_of=())  # fmt: skip
             torch.set_num_threads(threads)
@@ -146,9 +142,7 @@ def draw(points: list[Point], facts: dict[str, Any], path: Path) -> None:
             axes.minorticks_off()
             axes.grid(True, color="0.9")
     grid[0, 0].set_ylabel("time, ms")
-    low, high = grid[0, 0].get_ylim()
-    ticks = [10.0**e for e in range(-3, 7) if low <= 10.0**e <= high]
-    grid[0, 0].set_yticks(ticks, [f"{t:,.10g}" for t in ticks])
+    pictures.plain_ticks(grid[0, 0], of_a_decade=(1,))
     grid[1, 0].set_ylabel("GFLOP/s of the products")
     grid[1, 0].set_ylim(bottom=0)
     versions = facts["versions"]

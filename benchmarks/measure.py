@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.cases import MIB, Case
 from benchmarks.floors import make_floor
-from benchmarks.inputs import make_inputs
-from benchmarks.memory import Prepared, in_a_process, on_device
+from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.memory import Held, OfAllocator, Prepared, held, in_a_process
 from benchmarks.peers import Peer, default_impl, find, first_line, peers_of
 from benchmarks.results import Row, is_ours
 from benchmarks.training import TrainingProblem, clear
@@ -51,9 +51,9 @@ class Effort:
 class HeadProblem(Problem):
     """The inputs of a case, which its peers share. Nothing is computed before it is asked for."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        self.inputs = make_inputs(case, device)
+    @cached_property
+    def inputs(self) -> Inputs:
+        return make_inputs(self.case, self.device)
 
     @cached_property
     def truth(self) -> Truth:  # type: ignore[override]
@@ -65,14 +65,13 @@ class HeadProblem(Problem):
 
     def step(self, peer: Peer) -> Step:
         """One forward, and a backward where the case wants gradients."""
-        case, inputs, leaves = self.case, self.inputs, self.inputs.leaves()
-        planned = peer.plan(case, self.device) if peer.configuration else None
-        given = inputs if planned is None else replace(inputs, memory_budget=planned.memory_budget)
+        case, inputs, leaves, own = self.case, self.inputs, self.inputs.leaves(), peer.configuration
+        planned = peer.plan(case, self.device) if own else None
+        given = replace(inputs, memory_budget=planned.memory_budget) if planned else inputs
 
         def run() -> Outcome:
             self.clear()
-            applied = peer.configuration and peer.configuration.applied(self.device)
-            with applied or contextlib.nullcontext():
+            with own.applied(self.device) if own else contextlib.nullcontext():
                 with torch.set_grad_enabled(bool(case.wanted)):
                     out = peer.adapters[case.level](given)
                 if case.wanted:
@@ -84,16 +83,7 @@ class HeadProblem(Problem):
         return run
 
     def floor(self, name: str) -> Step:
-        """Its tensors are made when it runs for the first time."""
-        made: list[Callable[[], None]] = []
-
-        def run() -> Outcome:
-            if not made:
-                made.append(make_floor(name, self.case, self.inputs))
-            made[0]()
-            return {}
-
-        return run
+        return make_floor(name, self.case, self.inputs)
 
     def run(self, step: Step) -> Outcome:
         assert self.saved  # before a step can change anything
@@ -123,9 +113,8 @@ class HeadProblem(Problem):
         self.__dict__.pop("saved", None)
 
     def forget(self) -> None:
-        if self.case.verified:
-            for name in ("truth", "saved"):
-                self.__dict__.pop(name, None)
+        for name in ("truth", "saved") if self.case.verified else ():
+            self.__dict__.pop(name, None)
 
     def clear(self) -> None:
         clear(self.inputs.leaves().values())
@@ -136,11 +125,7 @@ def problem_of(case: Case, device: torch.device) -> Problem:
 
 
 def measure(
-    case: Case,
-    *,
-    peers: Sequence[Peer] | None = None,
-    device: torch.device | str = "cpu",
-    effort: Effort = Effort(),
+    case: Case, *, peers: Sequence[Peer] | None = None, device: torch.device | str = "cpu", effort: Effort = Effort()
 ) -> list[Row]:
     """All rows of a case: the floors, then each peer, verified against float64 and, where right, timed; their memory.
 
@@ -148,19 +133,20 @@ def measure(
         peers: those of the case, unless given.
     """
     device = torch.device(device)
+    problem = problem_of(case, device)
     peers = peers_of(case) if peers is None else peers
-    rows = [new_row(case, peer, device) for peer in peers]
-    problem, steps = None, {}
-    if case.floors or (case.timed and not all(row.reason for row in rows)):
-        problem = problem_of(case, device)
-        steps = {name: problem.floor(name) for name in case.floors}
-        for peer, row in zip(peers, rows, strict=True):
-            if not row.reason:
-                try:
-                    steps[peer.name] = problem.step(peer)
-                except Exception as error:
-                    row.fail("failed", first_line(error))
-        rows = [*(Row(case, name, "floor", gemms=case.needed_gemms) for name in case.floors), *rows]
+    makers = {name: partial(problem.floor, name) for name in case.floors}
+    makers |= {peer.name: partial(problem.step, peer) for peer in peers}
+    rows = [Row(case, name, "floor", gemms=case.needed_gemms) for name in case.floors]
+    rows += [new_row(case, peer, device) for peer in peers]
+    steps = {}
+    for row in rows:
+        if not row.reason and (case.timed or device.type == "cuda"):
+            try:
+                steps[row.peer] = makers[row.peer]()
+            except Exception as error:
+                row.fail("failed", first_line(error))
+    if case.timed:
         compare(rows, steps, problem, effort, device)
         problem.forget()
     measure_memory(rows, case, device, effort, problem, steps)
@@ -168,32 +154,28 @@ def measure(
 
 
 def new_row(case: Case, peer: Peer, device: torch.device) -> Row:
-    """What is known before it runs."""
-    row = Row(case, peer.name, "unavailable", peer.unavailable(device) or "", peer.notes(case))
-    row.gemms = case.needed_gemms
-    if is_ours(peer.name) and not row.reason:
-        row.marks.insert(0, f"impl {peer.impl or default_impl(device)}")
-        describe_plan(row, peer, device)
-    if not row.reason and not case.timed:
+    """What is known before it runs, for ours with what it plans."""
+    row = Row(case, peer.name, "unavailable", peer.unavailable(device) or "", peer.notes(case), gemms=case.needed_gemms)
+    if row.reason:
+        return row
+    if not case.timed:
         row.status = "memory"
         row.marks.append("memory alone: not verified, not timed")
-    return row
-
-
-def describe_plan(row: Row, peer: Peer, device: torch.device) -> None:
-    """What dpo_kernels plans; its bytes where the case is one call."""
+    if not is_ours(peer.name):
+        return row
+    row.marks.insert(0, f"impl {peer.impl or default_impl(device)}")
     try:
-        planned = peer.plan(row.case, device)
+        planned = peer.plan(case, device)
     except Exception as error:
         row.fail("failed", first_line(error))
-        return
-    if planned is None:
-        return
-    row.mode, row.gemms = planned.mode, planned.gemms + (row.case.level == "dpo")
-    if row.case.level == "hidden":
-        row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
-    if peer.configuration is not None:
-        row.marks.append(f"tiles of {planned.tile_tokens:,} x {planned.tile_vocab:,}")
+        return row
+    if planned is not None:
+        row.mode, row.gemms = planned.mode, planned.gemms + (case.level == "dpo")
+        if case.level == "hidden":  # its bytes: the case is one call
+            row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
+        if peer.configuration is not None:
+            row.marks.append(f"tiles of {planned.tile_tokens:,} x {planned.tile_vocab:,}")
+    return row
 
 
 def compare(
@@ -201,11 +183,11 @@ def compare(
 ) -> None:
     """Verifies the rows that have no reason yet, times those that are right, and verifies those again on other values.
 
-    Args:
-        rows: to be filled in; those of status "floor" are timed without being verified.
-        steps: by the row's peer.
+    Rows of status "floor" are timed without being verified.
     """
-    for row in [row for row in rows if not row.reason]:
+    for row in rows:
+        if row.reason:
+            continue
         if effort.left() < 0:
             row.fail("unavailable", TIME_IS_UP)
         else:
@@ -313,7 +295,6 @@ def free(device: torch.device) -> None:
 
 
 def ratio(rounds: Sequence[dict[str, float]], name: str, other: str) -> float | None:
-    """The median of name / other over the rounds in which both took part."""
     both = [times[name] / times[other] for times in rounds if name in times and other in times]
     return statistics.median(both) if both else None
 
@@ -334,15 +315,13 @@ def fill_times(rows: Sequence[Row], rounds: list[dict[str, float]]) -> None:
 
 def prepare(case: Case, name: str, device: torch.device) -> Prepared:
     """A peer's step of a case, and what frees the gradients that it left."""
-    peer = find(name)
     problem = problem_of(replace(case, inputs="noise"), device)  # quicker to make, and the bytes are the same
-    return problem.step(peer), problem.clear
+    return problem.step(find(name)), problem.clear
 
 
 def measure_memory(
-    rows: Sequence[Row], case: Case, device: torch.device, effort: Effort, problem: Problem | None,
-    made: Mapping[str, Step],
-) -> None:  # fmt: skip
+    rows: Sequence[Row], case: Case, device: torch.device, effort: Effort, problem: Problem, made: Mapping[str, Step]
+) -> None:
     """Peak memory of what was timed, and of what is not timed at all.
 
     Ours fails if its first step, which has the library's share in it, holds more than its budget.
@@ -353,19 +332,17 @@ def measure_memory(
         row.bytes_reason = "not measured in this case"
     steps = 2 if case.timed else 1
 
-    def held(row: Row) -> tuple[list, str]:
+    def measured(row: Row) -> tuple[list[Held], str]:
         if device.type != "cuda":
             return in_a_process(steps, prepare, case, row.peer, device)
         if effort.left() < 0:
             return [], TIME_IS_UP
         free(device)
-        if problem is None:
-            return on_device(device, steps, partial(prepare, case, row.peer, device))
-        return on_device(device, steps, lambda: (made[row.peer], problem.clear))
+        return held(OfAllocator(device), steps, lambda: (made[row.peer], problem.clear))
 
     # Processes of their own hold what they hold whatever runs beside them; on a GPU there is only this one.
     with ThreadPoolExecutor(1 if device.type == "cuda" else 2) as pool:
-        for row, (found, row.bytes_reason) in zip(wanted, list(pool.map(held, wanted)), strict=True):
+        for row, (found, row.bytes_reason) in zip(wanted, list(pool.map(measured, wanted)), strict=True):
             if not found:
                 continue
             row.returned_bytes, row.first_bytes = found[0].returned, found[0].peak

@@ -107,35 +107,36 @@ def _curve(name: str, run: Results) -> plt.Figure | None:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
     for peer in dict.fromkeys(r.peer for r in rows):
-        mine = [r for r in rows if r.peer == peer]
-        look = LOOKS.get(peer, {})
-        times.plot([getattr(r.case, field) for r in mine], [1e3 * (r.seconds or 0) for r in mine], label=peer, **look)
-        measured = [r for r in mine if r.bytes is not None]
+        look = {"label": peer, **LOOKS.get(peer, {})}
+        mine = [(getattr(r.case, field), r) for r in rows if r.peer == peer]
+        times.plot(*zip(*((size, 1e3 * (r.seconds or 0)) for size, r in mine), strict=True), **look)
+        measured = [(size, r.bytes / MIB) for size, r in mine if r.bytes is not None]
         if measured:
-            bytes_.plot(
-                [getattr(r.case, field) for r in measured], [(r.bytes or 0) / MIB for r in measured], label=peer, **look
-            )
+            bytes_.plot(*zip(*measured, strict=True), **look)
     for axes, unit in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         points = sorted({getattr(r.case, field) for r in rows})
         axes.set_xticks(points, [f"{x:,}" for x in points], rotation=30)
         axes.minorticks_off()
-        _plain_ticks(axes)
-        axes.set_xlabel(label)
-        axes.set_ylabel(unit)
-        axes.grid(True, color="0.9")
-        axes.legend(fontsize=8, frameon=False)
+        plain_ticks(axes)
+        _finish(axes, label, unit)
     fixed = [f"{getattr(rows[0].case, size):,} {axis}" for axis, size in _SIZES.items() if axis != name]
     times.set_title(", ".join([*fixed, rows[0].case.dtype]), fontsize=9, loc="left")
     return figure
 
 
-def _plain_ticks(axes: Axes) -> None:
-    """1, 2 and 5 of each decade, as plain numbers."""
+def plain_ticks(axes: Axes, of_a_decade: tuple[float, ...] = (1, 2, 5)) -> None:
     low, high = axes.get_ylim()
-    ticks = [m * 10**e for e in range(-3, 7) for m in (1, 2, 5) if low <= m * 10**e <= high]
+    ticks = [m * 10**e for e in range(-3, 7) for m in of_a_decade if low <= m * 10**e <= high]
     axes.set_yticks(ticks, [f"{t:,.10g}" for t in ticks])
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, color="0.9")
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _budget(run: Results) -> plt.Figure | None:
@@ -145,17 +146,15 @@ def _budget(run: Results) -> plt.Figure | None:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
     look, floors = LOOKS["dpo_kernels"], [r.to_floor or 0 for r in rows]
-    budgets, gemms = _budgets(rows), [(r.gemms or 0) / (rows[-1].gemms or 1) for r in rows]
+    budgets = [(r.case.memory_budget or 0) / MIB for r in rows]
+    gemms = [(r.gemms or 0) / (rows[-1].gemms or 1) for r in rows]
     label = f"measured: {floors[-1]:.2f} x bare GEMMs at the largest"
     times.plot(budgets, [f / floors[-1] for f in floors], label=label, **look)
     times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {rows[-1].gemms:.3g} at the largest")
-    measured = [r for r in rows if r.bytes is not None]
-    for label, white, peaks in (
-        ("first step", {}, [r.first_bytes for r in measured]),
-        ("second step", {"markerfacecolor": "white"}, [r.bytes for r in measured]),
-    ):
-        held = [(r.beyond(peak) or 0) / MIB for r, peak in zip(measured, peaks, strict=True)]
-        bytes_.plot(_budgets(measured), held, label=f"measured, {label}", **look, **white)
+    measured = [(budget, r) for budget, r in zip(budgets, rows, strict=True) if r.bytes is not None]
+    for step, field, white in (("first", "first_bytes", {}), ("second", "bytes", {"markerfacecolor": "white"})):
+        held = [(r.beyond(getattr(r, field)) or 0) / MIB for _, r in measured]
+        bytes_.plot([budget for budget, _ in measured], held, label=f"measured, {step} step", **look, **white)
     for row, budget in zip(rows, budgets, strict=True):
         times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
     driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
@@ -164,16 +163,8 @@ def _budget(run: Results) -> plt.Figure | None:
     bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
     times.margins(x=0.1)
     times.set_ylim(0.8 * min(gemms), None)
-    times.set_ylabel("time of a step, relative to the largest budget")
     bytes_.set_ylim(bottom=0)
-    bytes_.set_ylabel("held beyond inputs, outputs, gradients, MiB")
     times.set_title(rows[0].case.shape, fontsize=9, loc="left")
-    for axes in (times, bytes_):
-        axes.set_xlabel("memory budget, MiB")
-        axes.grid(True, color="0.9")
-        axes.legend(fontsize=8, frameon=False)
+    _finish(times, "memory budget, MiB", "time of a step, relative to the largest budget")
+    _finish(bytes_, "memory budget, MiB", "held beyond inputs, outputs, gradients, MiB")
     return figure
-
-
-def _budgets(rows: list[Row]) -> list[float]:
-    return [(r.case.memory_budget or 0) / MIB for r in rows]

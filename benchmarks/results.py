@@ -93,15 +93,13 @@ class Results:
         """Machine and date, as a file name."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.machine} {self.date}".lower()).strip("-")
 
-    def to_json(self, samples: bool = False) -> dict[str, Any]:
-        """samples: with every single time; the committed files go without."""
-        section = asdict(self)
-        for row in section["rows"]:
-            if not samples:
-                del row["samples"]
-            for key in [k for k, v in row.items() if v in (None, "", [], {})]:
-                del row[key]
-        return section
+    def to_json(self) -> dict[str, Any]:
+        """Without single times and empty fields."""
+        rows = [
+            {k: v for k, v in asdict(row).items() if v not in (None, "", [], {}) and k != "samples"}
+            for row in self.rows
+        ]
+        return vars(self) | {"rows": rows}
 
 
 def of_this_run(rows: Sequence[Row], size: str, device: torch.device) -> Results:

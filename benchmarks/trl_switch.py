@@ -33,14 +33,7 @@ SIDES = ("TRL", "enabled")
 
 
 def run(
-    trainer: str,
-    enabled: bool,
-    model: str,
-    data_path: str,
-    steps: int,
-    batch: int,
-    length: int,
-    memory_budget: int | None = None,
+    trainer: str, enabled: bool, model: str, data_path: str, steps: int, batch: int, length: int
 ) -> dict[str, list[float]]:
     """Trains; the log's losses and gradient norms, seconds of each step, peak resident MiB."""
     from transformers import TrainerCallback
@@ -59,7 +52,7 @@ def run(
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(sys.stderr),  # the trainer's log is not the table
-        enable(memory_budget=memory_budget) if enabled else contextlib.nullcontext(),
+        enable() if enabled else contextlib.nullcontext(),
     ):
         made = make_trainer(trainer, folder, model, data_path, steps, batch, length)
         made.add_callback(Clock())
@@ -112,12 +105,12 @@ def in_a_process(*arguments: Any) -> dict[str, list[float]]:
 
 def report(trainer: str, rounds: list[dict[str, dict[str, list[float]]]]) -> None:
     """Curves and peak of the first round; seconds of each round, without a run's first step."""
-    trl, ours = (rounds[0][side] for side in SIDES)
     names = ("step", "loss, TRL", "loss, enabled", "grad norm, TRL", "grad norm, enabled")
-    curves = zip(trl["loss"], ours["loss"], trl["grad_norm"], ours["grad_norm"], strict=True)
+    trl, ours, *norms = (rounds[0][side][what] for what in ("loss", "grad_norm") for side in SIDES)
+    curves = zip(trl, ours, *norms, strict=True)
     rows = ([str(step), *(f"{value:.6g}" for value in values)] for step, values in enumerate(curves, 1))
     print(f"\n{trainer.upper()}Trainer\n\n{markdown_table(names, rows)}")
-    apart = max(abs(a - b) for a, b in zip(trl["loss"], ours["loss"], strict=True))
+    apart = max(abs(a - b) for a, b in zip(trl, ours, strict=True))
     print(f"\nlargest difference of the loss {apart:.1e}")
     for side in SIDES:
         print(f"{side}: peak {rounds[0][side]['peak_mib'][0]:,.0f} MiB resident")
@@ -136,15 +129,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--memory_budget", type=int, help="of enable(), in bytes")
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     a = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for trainer in a.trainers:
+    for trainer in TRAINERS:
         rounds = [(a.steps, SIDES), (min(a.steps, 6), SIDES[::-1])] if trainer == "dpo" else [(2, SIDES)]
         report(trainer, [
-            {side: in_a_process(trainer, side == "enabled", a.model, a.data_path, steps, a.batch, a.length,
-                                a.memory_budget)
+            {side: in_a_process(trainer, side == "enabled", a.model, a.data_path, steps, a.batch, a.length)
              for side in order}
             for steps, order in rounds
         ])  # fmt: skip

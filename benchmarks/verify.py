@@ -51,39 +51,36 @@ def answer(case: Case, inputs: Inputs, dtype: torch.dtype) -> Answer:
         return t.detach().to(dtype).requires_grad_(name in case.wanted)
 
     labels, counts = inputs.labels.flatten(), inputs.labels != IGNORE
-    if inputs.logits is not None:
-        source, head = leaf(inputs.logits.flatten(0, 1), "logits"), None
-    else:
-        source, head = leaf(inputs.hidden.flatten(0, 1), "hidden"), leaf(inputs.weight, "weight")
-
-    def log_probs(rows: slice, source: Tensor, head: Tensor | None) -> Tensor:
-        if head is None:
-            return reference.logits_to_log_probs(source[rows], labels[rows])
-        return reference.hidden_to_log_probs(source[rows], head, labels[rows])
 
     def all_rows(source: Tensor, head: Tensor | None, cotangent: Tensor | None = None) -> Tensor:
         """Log-probs (R, S); with a cotangent gradients too."""
         parts = []
         for rows in row_blocks(len(labels), case.vocab_size):
             with torch.set_grad_enabled(cotangent is not None):
-                part = log_probs(rows, source, head)
+                if head is None:
+                    part = reference.logits_to_log_probs(source[rows], labels[rows])
+                else:
+                    part = reference.hidden_to_log_probs(source[rows], head, labels[rows])
             if cotangent is not None:
                 part.backward(cotangent.flatten()[rows].to(part.dtype))
             parts.append(part.detach())
         return torch.cat(parts).view(counts.shape)
 
+    if inputs.logits is not None:
+        source, head = leaf(inputs.logits.flatten(0, 1), "logits"), None
+    else:
+        source, head = leaf(inputs.hidden.flatten(0, 1), "hidden"), leaf(inputs.weight, "weight")
+    outcome, cotangent = {}, inputs.cotangent
     if case.level == "dpo":
         frozen = inputs.reference()
         of_reference = all_rows(leaf(frozen.hidden.flatten(0, 1), ""), leaf(frozen.weight, ""))
         values = all_rows(source, head).requires_grad_()
         loss = reference.dpo_loss(of_reference, values, counts, BETA)[0]
         (cotangent,) = torch.autograd.grad(loss, values)
-        values = all_rows(source, head, cotangent if case.wanted else None)
-        outcome = {"loss": loss.detach()}
-    else:
-        cotangent = inputs.cotangent
-        values = all_rows(source, head, cotangent if case.wanted else None)
-        outcome = {"log_probs": values}
+        outcome["loss"] = loss.detach()
+    values = all_rows(source, head, cotangent if case.wanted else None)
+    if case.level != "dpo":
+        outcome["log_probs"] = values
     grads = {"logits": source.grad} if head is None else {"hidden": source.grad, "weight": head.grad}
     outcome |= {name: g.view(inputs.leaves()[name].shape) for name, g in grads.items() if g is not None}
     return Answer(outcome, values, cotangent)
@@ -176,9 +173,7 @@ class Truth:
     def check(self, outcome: Outcome, ours: bool) -> tuple[dict[str, float], str]:
         """The errors, and "" or what is wrong."""
         if self.rows is not None:
-            outcome = {
-                n: _part(t, self.rows) if n in ("log_probs", "logits", "hidden") else t for n, t in outcome.items()
-            }
+            outcome = {name: _part(t, self.rows) if name in PER_TOKEN else t for name, t in outcome.items()}
         errors, allowed = errors_of(outcome, self.exact, self.counts), self.allowed_ours if ours else self.allowed
         wrong = [
             f"error of {name} {error:.1e}, allowed {allowed[name]:.1e}"
@@ -197,6 +192,9 @@ class Problem:
     """What the peers of a case have in common: their inputs, and the truth about them."""
 
     truth: Truth
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
 
     def step(self, peer: Any) -> Step:
         raise NotImplementedError

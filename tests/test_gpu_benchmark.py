@@ -147,7 +147,7 @@ def test_what_is_right_but_comes_too_late_has_no_time():
 
 
 def test_a_case_that_breaks_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.measure.make_inputs", raises)
+    monkeypatch.setattr("benchmarks.measure.problem_of", raises)
     written = gpu.Report(tmp_path / "gpu.json", "tiny", CPU, gpu.test_outcomes(tmp_path / "absent.xml", 4))
     gpu.measure_all([FULL], written, ONCE)
     told = json.loads((tmp_path / "gpu.json").read_text())["gpu"]
