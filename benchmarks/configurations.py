@@ -1,6 +1,6 @@
 """Other strategies, tiles and budgets of the Triton kernels than those that the package chooses, to be measured beside.
 
-All that the benchmarks override in dpo_kernels is in this file. Nothing else differs while a configuration is applied,
+Nothing else differs while a configuration is applied,
 so a row's number is that of a package whose own configurations say the same.
 """
 
@@ -9,22 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from dpo_kernels import plan
 from dpo_kernels.backends.triton import CAPABILITIES
-from dpo_kernels.kernels.configs import Arch, resolve
 from dpo_kernels.kernels.launch import arch_of
 from dpo_kernels.overrides import override
-from dpo_kernels.planner import Plan
-
-if TYPE_CHECKING:
-    from benchmarks.cases import Case
-
-HOPPER = Arch("cuda", 9)
-UNLIMITED = 2**50  # bytes: the plan takes what the shape can use
 
 
 @dataclass(frozen=True)
@@ -50,41 +41,6 @@ class Configuration:
         known = CAPABILITIES[arch_of(device).kind].tiles
         with override(kernels=kernels, capabilities={"tiles": (self.tile, *known)} if self.tile else {}):
             yield
-
-
-def plan_of(case: Case, device: torch.device, impl: str | None, configuration: Configuration | None) -> Plan | None:
-    """What dpo_kernels will do in a case; None where it plans nothing.
-
-    A configuration has a budget of its own: in a full step all that the shape can use, or that without what is kept.
-    """
-    if case.level not in ("hidden", "dpo"):
-        return None
-
-    def under(budget: int | None) -> Plan:
-        return plan(
-            case.counted_tokens, case.hidden_size, case.vocab_size, case.torch_dtype, grads=case.wanted,
-            memory_budget=budget, device=device, impl=impl, labels=case.tokens,
-        )  # fmt: skip
-
-    if configuration is None:
-        return under(case.memory_budget)
-    with configuration.applied(device):
-        if case.mode != "full":
-            return under(None)
-        most = under(UNLIMITED)
-        kept = ("kept probabilities", "hidden states, gathered and converted once")
-        return under(most.bytes - (0 if configuration.keeps else sum(most.memory[name] for name in kept)))
-
-
-def plan_of_strategy(name: str, tokens: int, features: int, vocab: int, grads: tuple[str, ...], budget: int) -> Plan:
-    """Of a bfloat16 call on Hopper, which need not be there."""
-    with override(arch=HOPPER, kernels={"strategy": name}):
-        return plan(tokens, features, vocab, torch.bfloat16, grads=grads, memory_budget=budget, impl="triton")
-
-
-def chosen_strategy(features: int) -> str:
-    """The package's choice on Hopper."""
-    return resolve(HOPPER, features, torch.bfloat16, options=False).strategy
 
 
 def _said(replacement: dict[str, Any]) -> str:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.inputs import Inputs
-from benchmarks.verify import Outcome, Step
+from benchmarks.inputs import Inputs, Outcome, Step
 
 FLOOR_ROWS = 8192  # tokens whose logits the floor holds at once
 

@@ -25,6 +25,7 @@ from benchmarks import results
 from benchmarks.cases import MIB, SIZES, Case
 from benchmarks.measure import Effort, free, measure
 from benchmarks.peers import first_line
+from benchmarks.report import table
 from benchmarks.results import Row
 
 # How often the logits go through memory, by mode: of a peer, and of the floor, whose copies read and write.
@@ -56,21 +57,6 @@ def summary(row: Row) -> dict[str, Any]:
     said["planned_mib"] = None if row.predicted_bytes is None else row.predicted_bytes / MIB
     known = {name: value for name, value in said.items() if value is not None}
     return known | {"errors": row.errors, "marks": row.marks}
-
-
-COLUMNS = (
-    ("ms", "9.3f", "ms"), ("to_floor", "6.3f", "x floor"), ("to_own_gemms", "6.3f", "x own GEMMs"),
-    ("tflops", "5.0f", "TFLOP/s"), ("terabytes_per_second", "5.2f", "TB/s"), ("holds_mib", "8.0f", "MiB"),
-    ("planned_mib", "8.0f", "MiB planned"),
-)  # fmt: skip
-
-
-def line(said: dict[str, Any]) -> str:
-    """A summary as one line of a table."""
-    numbers = [f"{said[name]:{form}} {unit}" for name, form, unit in COLUMNS if name in said]
-    errors = " ".join(f"{name} {error:.1e}" for name, error in said["errors"].items())
-    status = "" if said["status"] in ("timed", "floor") else f"{said['status'].upper()} {said.get('reason', '')}"
-    return "  ".join(filter(None, [f"{said['case']:16} {said['peer']:44}", status, *numbers, errors]))
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -136,7 +122,7 @@ def measure_all(cases: Sequence[Case], report: Report, effort: Effort) -> None:
             print(f"{case.name}: {first_line(error)}", flush=True)
         else:
             report.rows += rows
-            print(*(line(summary(row)) for row in rows), f"  {before - effort.left():.1f} s", sep="\n", flush=True)
+            print(table(rows), f"{before - effort.left():.1f} s", sep="\n", flush=True)
         free(report.device)
     report.told["finished"] = True
     report.write()

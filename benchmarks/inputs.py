@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,9 @@ from benchmarks.cases import Case
 IGNORE = -100
 # Float64 numbers that one block of rows may take while inputs and exact answers are made.
 BLOCK_NUMBERS = 2**26
+
+Outcome = dict[str, Tensor]  # "log_probs" (R, S) or "loss" (), and the gradients by the input's name
+Step = Callable[[], Outcome]  # a peer's, run once to verify and then to time
 
 
 @dataclass

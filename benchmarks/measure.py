@@ -14,19 +14,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import MIB, Case
-from benchmarks.floors import make_floor
-from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.inputs import Step
 from benchmarks.memory import Held, OfAllocator, Prepared, held, in_a_process
 from benchmarks.peers import Peer, default_impl, find, first_line, peers_of
 from benchmarks.results import Row, is_ours
-from benchmarks.training import TrainingProblem, clear
-from benchmarks.verify import Outcome, Problem, Step, Truth
+from benchmarks.training import TrainingProblem
+from benchmarks.verify import Problem
 
 TIME_IS_UP = "left out: time was up"
 
@@ -48,80 +46,8 @@ class Effort:
         return self.end - time.monotonic()
 
 
-class HeadProblem(Problem):
-    """The inputs of a case, which its peers share. Nothing is computed before it is asked for."""
-
-    @cached_property
-    def inputs(self) -> Inputs:
-        return make_inputs(self.case, self.device)
-
-    @cached_property
-    def truth(self) -> Truth:  # type: ignore[override]
-        return Truth.of(self.case, self.inputs)
-
-    @cached_property
-    def saved(self) -> dict[str, Tensor]:
-        return {name: t.detach().clone() for name, t in self.inputs.tensors().items()}
-
-    def step(self, peer: Peer) -> Step:
-        """One forward, and a backward where the case wants gradients."""
-        case, inputs, leaves, own = self.case, self.inputs, self.inputs.leaves(), peer.configuration
-        planned = peer.plan(case, self.device) if own else None
-        given = replace(inputs, memory_budget=planned.memory_budget) if planned else inputs
-
-        def run() -> Outcome:
-            self.clear()
-            with own.applied(self.device) if own else contextlib.nullcontext():
-                with torch.set_grad_enabled(bool(case.wanted)):
-                    out = peer.adapters[case.level](given)
-                if case.wanted:
-                    out.backward(None if case.level == "dpo" else inputs.cotangent.to(out.dtype))
-            grads = {name: leaves[name].grad for name in case.wanted}
-            value = {"loss" if case.level == "dpo" else "log_probs": out.detach()}
-            return value | {name: g for name, g in grads.items() if g is not None}
-
-        return run
-
-    def floor(self, name: str) -> Step:
-        return make_floor(name, self.case, self.inputs)
-
-    def run(self, step: Step) -> Outcome:
-        assert self.saved  # before a step can change anything
-        own = self.inputs.cotangent
-        self.inputs.cotangent = own if self.truth.cotangent is None else self.truth.cotangent
-        try:
-            return step()
-        finally:
-            self.inputs.cotangent = own
-
-    def restore(self) -> bool:
-        tensors = self.inputs.tensors()
-        changed = [name for name, t in tensors.items() if not torch.equal(t, self.saved[name])]
-        for name in changed:
-            tensors[name].detach().copy_(self.saved[name])
-        return bool(changed)
-
-    def change(self) -> None:
-        """Where a part of the tokens is verified, another part is from now on."""
-        if self.case.verified:
-            self.inputs.change()
-            self.truth = Truth.of(self.case, self.inputs, first=1 if self.case.tokens > self.case.verified else 0)
-        else:
-            self.restore()  # whoever may have changed them while it was timed
-            self.inputs.change()
-            self.truth = self.truth.changed(self.case)
-        self.__dict__.pop("saved", None)
-
-    def forget(self) -> None:
-        for name in ("truth", "saved") if self.case.verified else ():
-            self.__dict__.pop(name, None)
-
-    def clear(self) -> None:
-        clear(self.inputs.leaves().values())
-
-
 def problem_of(case: Case, device: torch.device) -> Problem:
-    return TrainingProblem(case, device) if case.level == "train" else HeadProblem(case, device)
+    return TrainingProblem(case, device) if case.level == "train" else Problem(case, device)
 
 
 def measure(

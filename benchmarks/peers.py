@@ -21,12 +21,13 @@ from torch import Tensor
 import dpo_kernels
 from benchmarks import training
 from benchmarks.cases import Case
-from benchmarks.configurations import CONFIGURATIONS, Configuration, plan_of
+from benchmarks.configurations import CONFIGURATIONS, Configuration
 from benchmarks.inputs import IGNORE, Inputs
 from benchmarks.verify import BETA
 from dpo_kernels.planner import Plan
 
 Adapter = Callable[[Inputs], Tensor]
+UNLIMITED = 2**50  # bytes: the plan takes what the shape can use
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,27 @@ class Peer:
         return next(filter(None, map(import_failure, self.modules)), None)
 
     def plan(self, case: Case, device: torch.device) -> Plan | None:
-        """Of ours: what it will do, where that is planned."""
-        return plan_of(case, device, self.impl, self.configuration)
+        """What dpo_kernels will do in a case; None where it plans nothing.
+
+        A configuration has a budget of its own: in a full step all that a shape can use, or that without what is kept.
+        """
+        if case.level not in ("hidden", "dpo"):
+            return None
+
+        def under(budget: int | None) -> Plan:
+            return dpo_kernels.plan(
+                case.counted_tokens, case.hidden_size, case.vocab_size, case.torch_dtype, grads=case.wanted,
+                memory_budget=budget, device=device, impl=self.impl, labels=case.tokens,
+            )  # fmt: skip
+
+        if self.configuration is None:
+            return under(case.memory_budget)
+        with self.configuration.applied(device):
+            if case.mode != "full":
+                return under(None)
+            most = under(UNLIMITED)
+            kept = ("kept probabilities", "hidden states, gathered and converted once")
+            return under(most.bytes - (0 if self.configuration.keeps else sum(most.memory[name] for name in kept)))
 
 
 def default_impl(device: torch.device) -> str:

@@ -12,10 +12,16 @@ import itertools
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.cases import GPU
-from benchmarks.configurations import UNLIMITED, chosen_strategy, plan_of_strategy
-from benchmarks.results import markdown_table
+import torch
 
+from benchmarks.cases import GPU
+from benchmarks.peers import UNLIMITED
+from benchmarks.results import markdown_table
+from dpo_kernels import plan
+from dpo_kernels.kernels.configs import Arch, resolve
+from dpo_kernels.overrides import override
+
+HOPPER = Arch("cuda", 9)
 FLOPS, BYTES = 780e12, 4.3e12
 # Of the cases that compare strategies, and not other tiles.
 SHAPES = tuple(
@@ -39,10 +45,11 @@ class Prediction(NamedTuple):
 
 
 def predict(tokens: int, features: int, vocab: int, mode: str, strategy: str) -> Prediction:
-    call = partial(plan_of_strategy, strategy, tokens, features, vocab, MODES[mode])
-    made = call(UNLIMITED)
-    if mode == "recompute":  # all that the same tiles need, and nothing for what could be kept
-        made = call(made.bytes - made.memory["kept probabilities"])
+    call = partial(plan, tokens, features, vocab, torch.bfloat16, grads=MODES[mode], impl="triton")
+    with override(arch=HOPPER, kernels={"strategy": strategy}):
+        made = call(memory_budget=UNLIMITED)
+        if mode == "recompute":  # all that the same tiles need, and nothing for what could be kept
+            made = call(memory_budget=made.bytes - made.memory["kept probabilities"])
     logits = tokens * vocab
     tile = 0 if strategy == "fused" else 8 * logits  # float32, written and read
     sums, tiles = 0.0, float(tile)
@@ -65,12 +72,13 @@ def table() -> str:
         "tokens x features x vocabulary", "mode", "strategy", "GEMMs:", "bare GEMMs, ms:", "sums, ms:", "tiles, ms:",
         "ratio",
     )  # fmt: skip
+    chosen = {shape: resolve(HOPPER, shape[1], torch.bfloat16, options=False).strategy for shape in SHAPES}
     lines = []
     for shape, mode, strategy in itertools.product(SHAPES, MODES, ("tiles", "fused")):
         made = predict(*shape, mode, strategy)
         lines.append((
             " x ".join(f"{size:,}" for size in shape), mode,
-            f"**{strategy}**" if strategy == chosen_strategy(shape[1]) else strategy, f"{made.gemms:.3g}",
+            f"**{strategy}**" if strategy == chosen[shape] else strategy, f"{made.gemms:.3g}",
             f"{made.products:.1f}", f"{made.sums:.1f}", f"{made.tiles:.1f}",
             f"{made.ratio(tiles=0):.2f} to {made.ratio(made.tiles):.2f}",
         ))  # fmt: skip

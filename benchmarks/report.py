@@ -55,7 +55,7 @@ def markdown(run: Results, picture_names: Iterable[str] = ()) -> str:
         f"# Benchmarks: {run.machine}, {run.date}",
         facts(run),
         HOW_TO_READ,
-        table(run),
+        table(run.rows),
         "## Peers that did not run, and wrong results",
         absent(run),
     ]
@@ -70,19 +70,19 @@ def facts(run: Results) -> str:
     return f"Size `{run.size}`, {run.threads}, commit {run.commit}. {versions}."
 
 
-def table(run: Results) -> str:
+def table(rows: Iterable[Row]) -> str:
     """Every case that is no point of a curve, the floor first, then by time."""
     names = (
         "case", "what", "time", "quartiles", "rounds", "x floor", "x ours", "GFLOP/s", "peak memory", "error",
         "error of gradients", "notes",
     )  # fmt: skip
-    shown = [row for row in run.rows if row.case.curve is None and row.status != "unavailable"]
+    shown = [row for row in rows if row.case.curve is None and row.status != "unavailable"]
     lines = []
     for case in case_names(shown):
-        rows = [row for row in shown if row.case.name == case]
-        rows.sort(key=lambda row: (row.status != "floor", row.seconds or float("inf")))
-        heads = [f"**{case}**<br>{rows[0].case.shape}", *[""] * len(rows)]
-        lines += [[head, *_cells(row)] for head, row in zip(heads, rows, strict=False)]
+        of_case = [row for row in shown if row.case.name == case]
+        of_case.sort(key=lambda row: (row.status != "floor", row.seconds or float("inf")))
+        heads = [f"**{case}**<br>{of_case[0].case.shape}", *[""] * len(of_case)]
+        lines += [[head, *_cells(row)] for head, row in zip(heads, of_case, strict=False)]
     return markdown_table(names, lines)
 
 

@@ -7,7 +7,7 @@ for all, is left out. Policy and reference are random Qwen3 models that differ a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import Case
-from benchmarks.inputs import IGNORE
-from benchmarks.verify import BETA, Outcome, Problem, Step, Truth
+from benchmarks.inputs import IGNORE, Outcome, Step
+from benchmarks.verify import BETA, Problem, Truth
 from dpo_kernels import reference
 
 # Gradients that are verified, by the name that the table gives them.
@@ -63,7 +63,7 @@ class Made:
     policy: nn.Module
 
     def run(self) -> Outcome:
-        clear(self.policy.parameters())
+        self.policy.zero_grad()
         loss = self.step()
         grads = {name: self.policy.get_parameter(path).grad for name, path in CHECKED.items()}
         return {"loss": loss.detach()} | {name: g for name, g in grads.items() if g is not None}
@@ -145,7 +145,7 @@ class TrainingProblem(Problem):
         self.changed = False
 
     @cached_property
-    def truth(self) -> Truth:  # type: ignore[override]
+    def truth(self) -> Truth:
         both = [with_logits(self.case, self.device, dtype=dtype) for dtype in (torch.float64, self.case.torch_dtype)]
         for made in both if self.changed else ():
             made.change()
@@ -156,6 +156,12 @@ class TrainingProblem(Problem):
         made = self.made[peer.name] = peer.adapters["train"](self.case, self.device, self.folder.name)
         return made.run
 
+    def run(self, step: Step) -> Outcome:
+        return step()
+
+    def restore(self) -> bool:
+        return False
+
     def change(self) -> None:
         self.changed = True
         self.__dict__.pop("truth", None)
@@ -164,12 +170,7 @@ class TrainingProblem(Problem):
 
     def clear(self) -> None:
         for made in self.made.values():
-            clear(made.policy.parameters())
-
-
-def clear(leaves: Iterable[Tensor]) -> None:
-    for leaf in leaves:
-        leaf.grad = None
+            made.policy.zero_grad()
 
 
 def options_of(device: torch.device, folder: str) -> dict[str, Any]:

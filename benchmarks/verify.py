@@ -6,15 +6,17 @@ is then compared with a gradient that is 0 at all other tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.inputs import IGNORE, Inputs, other_order, row_blocks
+from benchmarks.floors import make_floor
+from benchmarks.inputs import IGNORE, Inputs, Outcome, Step, make_inputs, other_order, row_blocks
 from dpo_kernels import reference
 
 BETA = 0.1  # DPO's, in every case
@@ -27,11 +29,6 @@ PROMISED = {torch.bfloat16: 1e-4, torch.float32: 1e-5}
 OUR_FACTOR, OUR_ULPS = 2.0, 2.0
 # The loss is a difference of float32 sums of some hundred log-probs: this is what those round by.
 LOSS_FLOOR = 1e-5
-
-# A peer's step, run once to verify and then to time; what it returns is verified.
-Step = Callable[[], "Outcome"]
-Outcome = dict[str, Tensor]  # "log_probs" (R, S) or "loss" (), and the gradients by the input's name
-
 
 PER_TOKEN = ("log_probs", "logits", "hidden")  # of an outcome, what is (R, S, ...)
 
@@ -189,34 +186,79 @@ def _part(t: Tensor, rows: Tensor) -> Tensor:
 
 
 class Problem:
-    """What the peers of a case have in common: their inputs, and the truth about them."""
-
-    truth: Truth
+    """The inputs of a case, which its peers share, and the truth. Nothing is computed before it is asked for."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
 
+    @cached_property
+    def inputs(self) -> Inputs:
+        return make_inputs(self.case, self.device)
+
+    @cached_property
+    def truth(self) -> Truth:
+        return Truth.of(self.case, self.inputs)
+
+    @cached_property
+    def saved(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self.inputs.tensors().items()}
+
     def step(self, peer: Any) -> Step:
-        raise NotImplementedError
+        """One forward, and a backward where the case wants gradients."""
+        case, inputs, leaves, own = self.case, self.inputs, self.inputs.leaves(), peer.configuration
+        planned = peer.plan(case, self.device) if own else None
+        given = replace(inputs, memory_budget=planned.memory_budget) if planned else inputs
+
+        def run() -> Outcome:
+            self.clear()
+            with own.applied(self.device) if own else contextlib.nullcontext():
+                with torch.set_grad_enabled(bool(case.wanted)):
+                    out = peer.adapters[case.level](given)
+                if case.wanted:
+                    out.backward(None if case.level == "dpo" else inputs.cotangent.to(out.dtype))
+            grads = {name: leaves[name].grad for name in case.wanted}
+            value = {"loss" if case.level == "dpo" else "log_probs": out.detach()}
+            return value | {name: g for name, g in grads.items() if g is not None}
+
+        return run
 
     def floor(self, name: str) -> Step:
-        raise NotImplementedError
+        return make_floor(name, self.case, self.inputs)
 
     def run(self, step: Step) -> Outcome:
         """As it is verified."""
-        return step()
+        assert self.saved  # before a step can change anything
+        own = self.inputs.cotangent
+        self.inputs.cotangent = own if self.truth.cotangent is None else self.truth.cotangent
+        try:
+            return step()
+        finally:
+            self.inputs.cotangent = own
 
     def restore(self) -> bool:
         """Puts the inputs back as they were; whether a step had changed them."""
-        return False
+        tensors = self.inputs.tensors()
+        changed = [name for name, t in tensors.items() if not torch.equal(t, self.saved[name])]
+        for name in changed:
+            tensors[name].detach().copy_(self.saved[name])
+        return bool(changed)
 
     def change(self) -> None:
-        """Changes values in place, so that a result that was kept is wrong, and knows the new truth."""
-        raise NotImplementedError
+        """Other values, so that a result that was kept is wrong. Of a part of the tokens, another part from now on."""
+        if self.case.verified:
+            self.inputs.change()
+            self.truth = Truth.of(self.case, self.inputs, first=1 if self.case.tokens > self.case.verified else 0)
+        else:
+            self.restore()  # whoever may have changed them while it was timed
+            self.inputs.change()
+            self.truth = self.truth.changed(self.case)
+        self.__dict__.pop("saved", None)
 
     def forget(self) -> None:
         """Frees what only verification needs, where it is large."""
+        for name in ("truth", "saved") if self.case.verified else ():
+            self.__dict__.pop(name, None)
 
     def clear(self) -> None:
-        """Frees gradients."""
-        raise NotImplementedError
+        for leaf in self.inputs.leaves().values():
+            leaf.grad = None
