@@ -85,11 +85,8 @@ class Case:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The inputs that want a gradient."""
-        if self.mode == "score":
-            return ()
-        if self.level == "logits":
-            return ("logits",)
-        return ("hidden",) if self.mode == "frozen" else ("hidden", "weight")
+        of_full = ("logits",) if self.level == "logits" else ("hidden", "weight")
+        return of_full[: {"score": 0, "frozen": 1, "full": 2}[self.mode]]
 
     @property
     def floors(self) -> tuple[str, ...]:
@@ -106,13 +103,14 @@ class Case:
         return " x ".join(f"{size:,}" for size in sizes) + f", {self.dtype}{masked}"
 
 
-def _curve(base: Case, axis: str, field: str, values: tuple[int, ...]) -> list[Case]:
+# The field of a case that a curve is drawn over.
+CURVES = {"tokens": "tokens", "vocabulary": "vocab_size", "budget": "memory_budget"}
+
+
+def _curve(base: Case, curve: str, *values: int) -> list[Case]:
     """The points of a curve; a budget is in MiB."""
-    unit = MIB if field == "memory_budget" else 1
-    return [
-        replace(base, **{"name": f"{axis}-{value}", "curve": axis, field: value * unit})  # type: ignore[arg-type]
-        for value in values
-    ]
+    unit = MIB if curve == "budget" else 1
+    return [replace(base, name=f"{curve}-{x}", curve=curve, **{CURVES[curve]: x * unit}) for x in values]  # type: ignore
 
 
 # Peers that a curve compares: the others say nothing new there.
@@ -149,12 +147,9 @@ SMALL = [
     replace(_DPO, name="dpo-90%-masked", masked=0.9),
     replace(_DPO, name="dpo-60%-masked-frozen", masked=0.6, mode="frozen", memory_of=_MAIN),
     *_UNDER_A_BUDGET,
-    *_curve(replace(_POINT, vocab_size=32_000), "tokens", "tokens", (64, 256, 512, 1024)),
-    *_curve(replace(_POINT, tokens=128), "vocabulary", "vocab_size", (8_000, 32_000, 151_936)),
-    *_curve(
-        Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=("dpo_kernels",)), "budget", "memory_budget",
-        (28, 36, 48, 72),
-    ),
+    *_curve(replace(_POINT, vocab_size=32_000), "tokens", 64, 256, 512, 1024),
+    *_curve(replace(_POINT, tokens=128), "vocabulary", 8_000, 32_000, 151_936),
+    *_curve(Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=("dpo_kernels",)), "budget", 28, 36, 48, 72),
     _TRAIN,
 ]  # fmt: skip
 
@@ -173,11 +168,10 @@ REAL = [
     replace(_REAL, name="hidden-frozen-bf16", mode="frozen"),
     *(replace(_REAL, name=f"dpo-{share}%-masked", level="dpo", masked=share / 100) for share in (30, 60, 90)),
     replace(_REAL, name="dpo-60%-masked-frozen", level="dpo", mode="frozen", masked=0.6),
-    *_curve(_REAL_CURVE, "tokens", "tokens", tuple(2**n for n in range(10, 18))),
-    *_curve(_REAL_CURVE, "vocabulary", "vocab_size", (32_000, 64_000, 128_256, 151_936, 262_144)),
+    *_curve(_REAL_CURVE, "tokens", *(2**n for n in range(10, 18))),
+    *_curve(_REAL_CURVE, "vocabulary", 32_000, 64_000, 128_256, 151_936, 262_144),
     *_curve(
-        replace(_REAL_CURVE, peers=("dpo_kernels",)), "budget", "memory_budget",
-        (256, 512, 1024, 1536, 2048, 2560, 3072, 4096),
+        replace(_REAL_CURVE, peers=("dpo_kernels",)), "budget", 256, 512, 1024, 1536, 2048, 2560, 3072, 4096
     ),
     replace(_TRAIN, tokens=8192, hidden_size=1024, vocab_size=151_936, sequences=8),
 ]  # fmt: skip

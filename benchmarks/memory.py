@@ -35,19 +35,13 @@ class Held(NamedTuple):
 
 
 def in_a_process(steps: int, prepare: Callable[..., Prepared], *arguments: Any) -> tuple[list[Held], str]:
-    """What each of a number of steps holds; none and the reason where that is not known.
-
-    Args:
-        prepare: called with *arguments; must be importable by name.
-    """
+    """What each of a number of steps holds; none and the reason where that is not known."""
     if not CLEAR_REFS.exists():
         return [], "the high-water mark is read from Linux' /proc"
     context = multiprocessing.get_context("forkserver")
-    here = [peer for peer in PEERS if peer.modules and peer.unavailable(torch.device("cpu")) is None]
     # All that a child could need, so that no import is measured.
-    context.set_forkserver_preload(
-        ["benchmarks.measure", "torch._inductor.compile_fx", *(m for p in here for m in p.modules)]
-    )
+    modules = [m for peer in PEERS if peer.unavailable(torch.device("cpu")) is None for m in peer.modules]
+    context.set_forkserver_preload(["benchmarks.measure", "torch._inductor.compile_fx", *modules])
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(send, steps, prepare, *arguments), daemon=True)
     child.start()

@@ -87,7 +87,7 @@ class Peer:
 
 
 def default_impl(device: torch.device) -> str:
-    """What dpo_kernels takes where nothing is asked for: the first that can run."""
+    """What dpo_kernels takes where nothing is asked for."""
     return next(name for name, reason in dpo_kernels.available_impls(device).items() if reason is None)
 
 

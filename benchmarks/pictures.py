@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
-from benchmarks.cases import MIB
+from benchmarks.cases import CURVES, MIB
 from benchmarks.results import Results, Row, case_names, is_ours, milliseconds
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
@@ -29,14 +27,14 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 def draw(run: Results, out: Path) -> list[str]:
     """Writes the pictures of a run and returns their file names; those without data are left out."""
-    makers: dict[str, Callable[[Results], plt.Figure | None]] = {
-        "cases": _cases, "tokens": partial(_curve, "tokens"), "vocabulary": partial(_curve, "vocabulary"),
-        "budget": _budget,
+    figures = {
+        "cases": _cases(run), "tokens": _curve("tokens", run), "vocabulary": _curve("vocabulary", run),
+        "budget": _budget(run),
     }  # fmt: skip
-    figures = {f"{run.name}-{kind}.png": figure for kind, make in makers.items() if (figure := make(run))}
-    for name, figure in figures.items():
+    drawn = {f"{run.name}-{kind}.png": figure for kind, figure in figures.items() if figure}
+    for name, figure in drawn.items():
         save(figure, f"{run.machine}, {run.date}", out / name)
-    return list(figures)
+    return list(drawn)
 
 
 def save(figure: plt.Figure, title: str, path: Path) -> None:
@@ -61,11 +59,12 @@ def _cases(run: Results) -> plt.Figure | None:
         floor = next((r for r in run.rows if r.case.name == name and r.status == "floor"), None)
         _bars(axes, rows, floor)
         axes.set_title(f"{name}\n{rows[0].case.shape}", fontsize=9, loc="left")
-    marks: dict[str, dict[str, None]] = {}
+    marks: dict[str, list[str]] = {}
     for r in timed:
         if r.marks and not is_ours(r.peer):
-            marks.setdefault(r.peer, {}).update(dict.fromkeys(r.marks))
-    figure.text(0.01, -0.01, "\n".join(f"* {p}: {'; '.join(said)}" for p, said in marks.items()), fontsize=7, va="top")
+            marks.setdefault(r.peer, []).extend(r.marks)
+    notes = (f"* {peer}: {'; '.join(dict.fromkeys(said))}" for peer, said in marks.items())
+    figure.text(0.01, -0.01, "\n".join(notes), fontsize=7, va="top")
     return figure
 
 
@@ -95,13 +94,12 @@ def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
     axes.set_xlabel(f"time, ms{dotted}")
 
 
-# By curve: a field of the case, and the axis' label.
-_AXES = {"tokens": ("tokens", "tokens"), "vocabulary": ("vocab_size", "vocabulary, entries")}
+_LABELS = {"tokens": "tokens", "vocabulary": "vocabulary, entries"}
 _SIZES = {"tokens": "tokens", "features": "hidden_size", "vocabulary": "vocab_size"}
 
 
 def _curve(name: str, run: Results) -> plt.Figure | None:
-    field, label = _AXES[name]
+    field = CURVES[name]
     rows = [r for r in run.rows if r.case.curve == name and r.seconds]
     if not rows:
         return None
@@ -120,7 +118,7 @@ def _curve(name: str, run: Results) -> plt.Figure | None:
         axes.set_xticks(points, [f"{x:,}" for x in points], rotation=30)
         axes.minorticks_off()
         plain_ticks(axes)
-        _finish(axes, label, unit)
+        _finish(axes, _LABELS[name], unit)
     fixed = [f"{getattr(rows[0].case, size):,} {axis}" for axis, size in _SIZES.items() if axis != name]
     times.set_title(", ".join([*fixed, rows[0].case.dtype]), fontsize=9, loc="left")
     return figure

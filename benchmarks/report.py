@@ -6,6 +6,7 @@ python -m benchmarks.report results.json [other.json] --out DIR
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -111,35 +112,26 @@ def _error_cells(row: Row) -> tuple[str, str]:
 
 
 def absent(run: Results) -> str:
-    """One line a peer and reason, with the cases that it holds for."""
-    cases: dict[tuple[str, str], list[str]] = {}
-    for row in run.rows:
-        if row.reason:
-            cases.setdefault((row.peer, f"{row.status}: {row.reason}"), []).append(row.case.name)
-    lines = [f"- {peer}: {reason} ({len(names)} cases)" for (peer, reason), names in cases.items()]
+    """One line a peer and reason."""
+    cases = Counter(f"- {row.peer}: {row.status}: {row.reason}" for row in run.rows if row.reason)
+    lines = [f"{said} ({count} cases)" for said, count in cases.items()]
     return "\n".join(lines) or "None: every peer ran and was right."
 
 
 def budget_table(rows: list[Row]) -> str:
     """Planned bytes beside measured ones: what is held beyond inputs, outputs and gradients."""
-    names = (
-        "case", "budget", "mode", "GEMMs", "time, x floor", "planned", "first step", "difference",
-        "planned for the driver", "second step", "difference",
-    )  # fmt: skip
+    names = ("case", "budget", "mode", "GEMMs", "time, x floor")
+    beside = ("planned", "first step", "difference", "planned for the driver", "second step", "difference")
     lines = []
     for row in rows:
-        first, second = row.beyond(row.first_bytes), row.beyond(row.bytes)
+        cells = [row.case.name, mib(row.case.memory_budget), row.mode, _number(row.gemms), _number(row.to_floor)]
         driver = (row.predicted_bytes or 0) - (row.library_bytes or 0)
-        lines.append([
-            row.case.name, mib(row.case.memory_budget), row.mode, _number(row.gemms), _number(row.to_floor),
-            mib(row.predicted_bytes, 1), mib(first, 1), _difference(first, row.predicted_bytes), mib(driver, 1),
-            mib(second, 1), _difference(second, driver),
-        ])  # fmt: skip
-    return f"{markdown_table(names, lines)}\n\n{BUDGET_NOTE}"
-
-
-def _difference(measured: int | None, planned: int | None) -> str:
-    return f"{measured / planned - 1:+.0%}" if measured is not None and planned else ""
+        for planned, peak in ((row.predicted_bytes, row.first_bytes), (driver, row.bytes)):
+            held = row.beyond(peak)
+            change = f"{held / planned - 1:+.0%}" if held is not None and planned else ""
+            cells += [mib(planned, 1), mib(held, 1), change]
+        lines.append(cells)
+    return f"{markdown_table((*names, *beside), lines)}\n\n{BUDGET_NOTE}"
 
 
 def comparison(before: Results, after: Results) -> str:

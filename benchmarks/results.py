@@ -104,7 +104,13 @@ class Results:
 
 def of_this_run(rows: Sequence[Row], size: str, device: torch.device) -> Results:
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    return Results(today, size, machine(device), threads(), versions(), commit(), list(rows))
+    threads, policy = f"{torch.get_num_threads()} threads", os.environ.get("OMP_WAIT_POLICY")
+    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    return Results(
+        today, size, machine(device), threads + (f" (OMP_WAIT_POLICY {policy})" if policy else ""),
+        {"python": platform.python_version()} | versions, commit(), list(rows),
+    )  # fmt: skip
 
 
 def load(path: Path) -> Results:
@@ -139,18 +145,6 @@ def machine(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} cores"
-
-
-def threads() -> str:
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    return f"{torch.get_num_threads()} threads" + (f" (OMP_WAIT_POLICY {policy})" if policy else "")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of those PACKAGES that are installed."""
-    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    found = {name: installed[name] for name in PACKAGES if name in installed}
-    return {"python": platform.python_version()} | found
 
 
 def commit() -> str:
