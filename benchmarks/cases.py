@@ -79,7 +79,6 @@ class Case:
 
     @property
     def gemm_flop(self) -> float:
-        """Of one such product, for the tokens that count."""
         return 2.0 * self.counted_tokens * self.hidden_size * self.vocab_size
 
     @property

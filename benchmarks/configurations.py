@@ -36,7 +36,6 @@ class Configuration:
 
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
-        """For calls within the block."""
         kernels = {"product": self.product, "rows": self.rows} | ({"strategy": self.strategy} if self.strategy else {})
         known = CAPABILITIES[arch_of(device).kind].tiles
         with override(kernels=kernels, capabilities={"tiles": (self.tile, *known)} if self.tile else {}):

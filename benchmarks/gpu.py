@@ -59,15 +59,6 @@ def summary(row: Row) -> dict[str, Any]:
     return known | {"errors": row.errors, "marks": row.marks}
 
 
-def device_facts(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {"name": results.machine(device), "cuda": torch.version.cuda, "hip": torch.version.hip}
-    if device.type == "cuda":
-        known = torch.cuda.get_device_properties(device)
-        names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
-        facts |= {name: getattr(known, name) for name in names} | {"devices": torch.cuda.device_count()}
-    return facts
-
-
 def test_outcomes(junit: Path, status: int) -> dict[str, Any]:
     """How many tests passed, and which failed or were skipped and why, of a file of pytest's --junitxml.
 
@@ -96,8 +87,12 @@ class Report:
     def __init__(self, path: Path, size: str, device: torch.device, tests: dict[str, Any] | None) -> None:
         self.path, self.size, self.device = path, size, device
         self.rows: list[Row] = []
-        self.told: dict[str, Any] = {"device": device_facts(device), "tests": tests, "finished": False}
-        self.told |= {"failed": {}, "left_out": {}}
+        facts = {"name": results.machine(device), "cuda": torch.version.cuda, "hip": torch.version.hip}
+        if device.type == "cuda":
+            known = torch.cuda.get_device_properties(device)
+            names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+            facts |= {name: getattr(known, name) for name in names} | {"devices": torch.cuda.device_count()}
+        self.told: dict[str, Any] = {"device": facts, "tests": tests, "finished": False, "failed": {}, "left_out": {}}
 
     def write(self) -> None:
         run = results.of_this_run(self.rows, self.size, self.device)

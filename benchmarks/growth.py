@@ -51,7 +51,6 @@ class Point:
     bare: float
 
     def rate(self, seconds: float) -> float:
-        """GFLOP/s of the bare products."""
         return 2e-9 * self.tokens * FEATURES * self.vocab_size * PRODUCTS[self.what] / seconds
 
     @property

@@ -50,7 +50,6 @@ class Inputs:
         self.cotangent.mul_(0.5)
 
     def leaves(self) -> dict[str, Tensor]:
-        """What may want a gradient."""
         return {name: t for name, t in self.tensors().items() if name in ("hidden", "weight", "logits")}
 
     def reference(self) -> Inputs:

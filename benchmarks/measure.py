@@ -21,7 +21,7 @@ import torch
 from benchmarks.cases import MIB, Case
 from benchmarks.inputs import Step
 from benchmarks.memory import Held, OfAllocator, Prepared, held, in_a_process
-from benchmarks.peers import Peer, default_impl, find, first_line, peers_of
+from benchmarks.peers import CONFIGURED, PEERS, Peer, default_impl, first_line, peers_of
 from benchmarks.results import Row, is_ours
 from benchmarks.training import TrainingProblem
 from benchmarks.verify import Problem
@@ -53,11 +53,7 @@ def problem_of(case: Case, device: torch.device) -> Problem:
 def measure(
     case: Case, *, peers: Sequence[Peer] | None = None, device: torch.device | str = "cpu", effort: Effort = Effort()
 ) -> list[Row]:
-    """All rows of a case: the floors, then each peer, verified against float64 and, where right, timed; their memory.
-
-    Args:
-        peers: those of the case, unless given.
-    """
+    """The rows of a case: the floors, then each peer, verified against float64 and, where right, timed; its memory."""
     device = torch.device(device)
     problem = problem_of(case, device)
     peers = peers_of(case) if peers is None else peers
@@ -73,9 +69,9 @@ def measure(
             except Exception as error:
                 row.fail("failed", first_line(error))
     if case.timed:
-        compare(rows, steps, problem, effort, device)
+        compare(rows, steps, problem, effort)
         problem.forget()
-    measure_memory(rows, case, device, effort, problem, steps)
+    measure_memory(rows, steps, problem, effort)
     return rows
 
 
@@ -104,9 +100,7 @@ def new_row(case: Case, peer: Peer, device: torch.device) -> Row:
     return row
 
 
-def compare(
-    rows: Sequence[Row], steps: Mapping[str, Step], problem: Problem, effort: Effort, device: torch.device
-) -> None:
+def compare(rows: Sequence[Row], steps: Mapping[str, Step], problem: Problem, effort: Effort) -> None:
     """Verifies the rows that have no reason yet, times those that are right, and verifies those again on other values.
 
     Rows of status "floor" are timed without being verified.
@@ -117,13 +111,13 @@ def compare(
         if effort.left() < 0:
             row.fail("unavailable", TIME_IS_UP)
         else:
-            verify(row, steps[row.peer], problem, device)
+            verify(row, steps[row.peer], problem)
     right = {row.peer: row for row in rows if row.status in ("timed", "floor")}
     if not right:
         return
     problem.forget()
-    least = rows[0].case.min_rounds
-    rounds, failures = interleave({name: steps[name] for name in right}, effort, device, least)
+    runs = {name: steps[name] for name in right}
+    rounds, failures = interleave(runs, effort, problem.device, problem.case.min_rounds)
     for name, row in right.items():
         if name in failures:
             row.fail("failed", f"while it was timed: {failures[name]}")
@@ -132,17 +126,17 @@ def compare(
     problem.change()
     for row in right.values():
         if row.status == "timed":
-            verify(row, steps[row.peer], problem, device, "after it was timed, on other values: ")
+            verify(row, steps[row.peer], problem, "after it was timed, on other values: ")
     fill_times([row for row in right.values() if row.status in ("timed", "floor")], rounds)
 
 
-def verify(row: Row, step: Step, problem: Problem, device: torch.device, when: str = "") -> None:
+def verify(row: Row, step: Step, problem: Problem, when: str = "") -> None:
     """Runs a step once and fills in errors and status, and the reason unless it is right."""
     ours, truth, start = is_ours(row.peer), problem.truth, time.monotonic()
     try:
         outcome = problem.run(step)
-        if device.type == "cuda" and not when and row.status != "floor":
-            torch.cuda.synchronize(device)
+        if problem.device.type == "cuda" and not when and row.status != "floor":
+            torch.cuda.synchronize(problem.device)
             row.marks.append(f"first call {time.monotonic() - start:.1f} s, compiling included")
         changed = problem.restore()
         errors, wrong = ({}, "") if changed or row.status == "floor" else truth.check(outcome, ours)
@@ -150,7 +144,7 @@ def verify(row: Row, step: Step, problem: Problem, device: torch.device, when: s
         row.fail("failed", when + first_line(error))
         return
     finally:
-        free(device)
+        free(problem.device)
     if changed:
         row.fail("wrong", when + "it changes its inputs")
     elif row.status != "floor":
@@ -226,7 +220,6 @@ def ratio(rounds: Sequence[dict[str, float]], name: str, other: str) -> float | 
 
 
 def fill_times(rows: Sequence[Row], rounds: list[dict[str, float]]) -> None:
-    """Times and ratios of rows that were timed and are right."""
     floor = next((row.peer for row in rows if row.status == "floor"), "")
     ours = next((row.peer for row in rows if is_ours(row.peer)), "")
     for row in rows:
@@ -241,17 +234,19 @@ def fill_times(rows: Sequence[Row], rounds: list[dict[str, float]]) -> None:
 
 def prepare(case: Case, name: str, device: torch.device) -> Prepared:
     """A peer's step of a case, and what frees the gradients that it left."""
+    peer = next((peer for peer in (*PEERS, *CONFIGURED) if peer.name == name), None)
+    if peer is None:
+        raise LookupError(f"{name} is none of PEERS, where a process of its own looks for it")
     problem = problem_of(replace(case, inputs="noise"), device)  # quicker to make, and the bytes are the same
-    return problem.step(find(name)), problem.clear
+    return problem.step(peer), problem.clear
 
 
-def measure_memory(
-    rows: Sequence[Row], case: Case, device: torch.device, effort: Effort, problem: Problem, made: Mapping[str, Step]
-) -> None:
+def measure_memory(rows: Sequence[Row], made: Mapping[str, Step], problem: Problem, effort: Effort) -> None:
     """Peak memory of what was timed, and of what is not timed at all.
 
     Ours fails if its first step, which has the library's share in it, holds more than its budget.
     """
+    case, device = problem.case, problem.device
     rows = [row for row in rows if row.status in ("timed", "memory")]
     wanted = [row for row in rows if case.memory_of is None or row.peer in case.memory_of]
     for row in rows:

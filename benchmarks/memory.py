@@ -65,7 +65,6 @@ def _child(send: Connection, steps: int, prepare: Callable[..., Prepared], *argu
 def held(
     mark: OfProcess | OfAllocator, steps: int, prepare: Callable[..., Prepared], *arguments: Any
 ) -> tuple[list[Held], str]:
-    """The same in this process."""
     found = []
     try:
         step, clear = prepare(*arguments)
@@ -81,8 +80,6 @@ def held(
 
 
 class OfProcess:
-    """The high-water mark of this process."""
-
     def start(self) -> int:
         """Bytes in use; the mark starts again from here."""
         empty_cache()  # what waits for this step is held by it
@@ -93,13 +90,10 @@ class OfProcess:
         return self._status("VmHWM")
 
     def _status(self, name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
+        return int(Path("/proc/self/status").read_text().partition(name)[2].split()[1]) * 1024
 
 
 class OfAllocator:
-    """That of a GPU's allocator."""
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
 

@@ -48,7 +48,6 @@ class Peer:
     configuration: Configuration | None = None
 
     def notes(self, case: Case) -> list[str]:
-        """The marks that hold in a case."""
         now = {"always", case.level, case.mode} | ({"masked"} if case.masked else set())
         return [mark for when, mark in self.marks.items() if when in now]
 
@@ -60,7 +59,16 @@ class Peer:
             if self.configuration is None and default_impl(device) == self.impl:
                 return "it is what dpo_kernels takes here"
             return dpo_kernels.available_impls(device)[self.impl]
-        return next(filter(None, map(import_failure, self.modules)), None)
+        module = ""
+        try:
+            for module in self.modules:
+                importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            missing = error.name or module
+            return "not installed" if module.startswith(missing) else f"needs {missing}, which is not installed"
+        except Exception as error:  # an import may fail in any way that its authors did not think of
+            return f"import fails: {first_line(error)}"
+        return None
 
     def plan(self, case: Case, device: torch.device) -> Plan | None:
         """What dpo_kernels will do in a case; None where it plans nothing.
@@ -89,18 +97,6 @@ class Peer:
 def default_impl(device: torch.device) -> str:
     """What dpo_kernels takes where nothing is asked for."""
     return next(name for name, reason in dpo_kernels.available_impls(device).items() if reason is None)
-
-
-def import_failure(module: str) -> str | None:
-    """Why a module cannot be imported; None if it can."""
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = error.name or module
-        return "not installed" if module.startswith(missing) else f"needs {missing}, which is not installed"
-    except Exception as error:  # an import may fail in any way that its authors did not think of
-        return f"import fails: {first_line(error)}"
-    return None
 
 
 def first_line(error: BaseException) -> str:
@@ -285,14 +281,3 @@ def peers_of(case: Case) -> list[Peer]:
     names = set(case.peers if case.peers is not None else (p.name for p in PEERS)) - set(case.without)
     configured = [p for p in CONFIGURED if p.name in case.configurations]
     return configured + [p for p in PEERS if case.level in p.adapters and p.name in names]
-
-
-def find(name: str) -> Peer:
-    """
-    Raises:
-        LookupError: it is in no table, so that a process of its own cannot know it.
-    """
-    for peer in (*PEERS, *CONFIGURED):
-        if peer.name == name:
-            return peer
-    raise LookupError(f"{name} is none of PEERS, where a process of its own looks for it")

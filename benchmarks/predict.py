@@ -40,7 +40,6 @@ class Prediction(NamedTuple):
     tiles: float
 
     def ratio(self, tiles: float) -> float:
-        """Of the step to its bare products."""
         return 1 + (self.sums + tiles) / self.products
 
 

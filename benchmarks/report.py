@@ -112,7 +112,6 @@ def _error_cells(row: Row) -> tuple[str, str]:
 
 
 def absent(run: Results) -> str:
-    """One line a peer and reason."""
     cases = Counter(f"- {row.peer}: {row.status}: {row.reason}" for row in run.rows if row.reason)
     lines = [f"{said} ({count} cases)" for said, count in cases.items()]
     return "\n".join(lines) or "None: every peer ran and was right."

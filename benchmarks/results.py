@@ -90,7 +90,6 @@ class Results:
 
     @property
     def name(self) -> str:
-        """Machine and date, as a file name."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.machine} {self.date}".lower()).strip("-")
 
     def to_json(self) -> dict[str, Any]:

@@ -123,10 +123,9 @@ def trl(case: Case, device: torch.device, folder: str) -> Made:
     texts = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate("pqabc")}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="p", eos_token="q")
-    config = DPOConfig(
-        **options_of(device, folder), beta=BETA, bf16=False, gradient_checkpointing=False, max_length=None
-    )
+    options = options_of(device, folder) | {"beta": BETA, "bf16": False, "gradient_checkpointing": False}
     policy, frozen = make_model(case, 1), make_model(case, 2)
+    config = DPOConfig(**options, max_length=None)
     trainer = DPOTrainer(policy, frozen, config, train_dataset=texts, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = 1  # which train() sets before its first step
     return Made(partial(trainer.training_step, trainer.model, inputs), trainer.model)

@@ -98,11 +98,6 @@ def _distinct_letters(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(set(c[0]["content"]))) for c in completions]
 
 
-def in_a_process(*arguments: Any) -> dict[str, list[float]]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
-
-
 def report(trainer: str, rounds: list[dict[str, dict[str, list[float]]]]) -> None:
     """Curves and peak of the first round; seconds of each round, without a run's first step."""
     names = ("step", "loss, TRL", "loss, enabled", "grad norm, TRL", "grad norm, enabled")
@@ -124,20 +119,21 @@ def report(trainer: str, rounds: list[dict[str, dict[str, list[float]]]]) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data_path", required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
+    for name in ("--model", "--data_path"):
+        parser.add_argument(name, required=True)
+    for name, default in (("--steps", 20), ("--batch", 2), ("--length", 256)):
+        parser.add_argument(name, type=int, default=default)
     a = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for trainer in TRAINERS:
-        rounds = [(a.steps, SIDES), (min(a.steps, 6), SIDES[::-1])] if trainer == "dpo" else [(2, SIDES)]
-        report(trainer, [
-            {side: in_a_process(trainer, side == "enabled", a.model, a.data_path, steps, a.batch, a.length)
-             for side in order}
-            for steps, order in rounds
-        ])  # fmt: skip
+        rounds: list[dict[str, dict[str, list[float]]]] = []
+        for steps, order in [(a.steps, SIDES), (min(a.steps, 6), SIDES[::-1])] if trainer == "dpo" else [(2, SIDES)]:
+            rounds.append({})
+            for side in order:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    job = pool.submit(run, trainer, side == "enabled", a.model, a.data_path, steps, a.batch, a.length)
+                    rounds[-1][side] = job.result()
+        report(trainer, rounds)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,6 @@ def answer(case: Case, inputs: Inputs, dtype: torch.dtype) -> Answer:
     labels, counts = inputs.labels.flatten(), inputs.labels != IGNORE
 
     def all_rows(source: Tensor, head: Tensor | None, cotangent: Tensor | None = None) -> Tensor:
-        """Log-probs (R, S); with a cotangent gradients too."""
         parts = []
         for rows in row_blocks(len(labels), case.vocab_size):
             with torch.set_grad_enabled(cotangent is not None):
@@ -120,17 +119,14 @@ class Truth:
     @classmethod
     def of(cls, case: Case, inputs: Inputs, first: int = 0) -> Truth:
         """first: where a part of the tokens starts."""
-        if not case.verified:
-            return cls.of_all(case, inputs)
-        tokens = inputs.labels.numel()
-        rows = torch.arange(first, tokens, max(1, tokens // case.verified), device=inputs.labels.device)
-        cotangent = torch.zeros_like(inputs.cotangent)
-        cotangent.view(-1)[rows] = inputs.cotangent.flatten()[rows]
-        per_token: dict[str, Any] = {name: _part(t.detach(), rows) for name, t in inputs.per_token().items()}
-        return replace(cls.of_all(case, replace(inputs, **per_token)), rows=rows, cotangent=cotangent)
-
-    @classmethod
-    def of_all(cls, case: Case, inputs: Inputs) -> Truth:
+        rows = cotangent = None
+        if case.verified:
+            tokens = inputs.labels.numel()
+            rows = torch.arange(first, tokens, max(1, tokens // case.verified), device=inputs.labels.device)
+            cotangent = torch.zeros_like(inputs.cotangent)
+            cotangent.view(-1)[rows] = inputs.cotangent.flatten()[rows]
+            per_token: dict[str, Any] = {name: _part(t.detach(), rows) for name, t in inputs.per_token().items()}
+            inputs = replace(inputs, **per_token)
         dtype = case.torch_dtype
         exact, plain = answer(case, inputs, torch.float64), answer(case, inputs, dtype)
         slopes = exact.slopes.abs().double()
@@ -138,7 +134,8 @@ class Truth:
         # peers return them; and if each is off by what is promised.
         rounded = torch.finfo(dtype).eps * (slopes * exact.log_probs.abs()).sum().item()
         promised = 2 * PROMISED[dtype] * slopes.sum().item()
-        return cls.beside(exact.outcome, plain.outcome, dtype, inputs.labels != IGNORE, rounded, promised)
+        truth = cls.beside(exact.outcome, plain.outcome, dtype, inputs.labels != IGNORE, rounded, promised)
+        return replace(truth, rows=rows, cotangent=cotangent)
 
     @classmethod
     def beside(
@@ -159,25 +156,17 @@ class Truth:
 
     def changed(self, case: Case) -> Truth:
         """Of the same inputs after `Inputs.change`: every token's numbers move with it, gradients are halved."""
-
-        def moved(name: str, t: Tensor) -> Tensor:
-            t = other_order(t) if name in PER_TOKEN else t
-            return t if name in ("log_probs", "loss") or case.level == "dpo" else 0.5 * t
-
-        exact = {name: moved(name, t) for name, t in self.exact.items()}
+        exact = {name: other_order(t) if name in PER_TOKEN else t for name, t in self.exact.items()}
+        if case.level != "dpo":
+            exact = {name: t if name == "log_probs" else 0.5 * t for name, t in exact.items()}
         return replace(self, exact=exact, counts=other_order(self.counts))
 
     def check(self, outcome: Outcome, ours: bool) -> tuple[dict[str, float], str]:
-        """The errors, and "" or what is wrong."""
         if self.rows is not None:
             outcome = {name: _part(t, self.rows) if name in PER_TOKEN else t for name, t in outcome.items()}
         errors, allowed = errors_of(outcome, self.exact, self.counts), self.allowed_ours if ours else self.allowed
-        wrong = [
-            f"error of {name} {error:.1e}, allowed {allowed[name]:.1e}"
-            for name, error in errors.items()
-            if not error <= allowed[name]
-        ]
-        return errors, "; ".join(wrong)
+        wrong = {name: error for name, error in errors.items() if not error <= allowed[name]}
+        return errors, "; ".join(f"error of {n} {error:.1e}, allowed {allowed[n]:.1e}" for n, error in wrong.items())
 
 
 def _part(t: Tensor, rows: Tensor) -> Tensor:
@@ -206,7 +195,7 @@ class Problem:
     def step(self, peer: Any) -> Step:
         """One forward, and a backward where the case wants gradients."""
         case, inputs, leaves, own = self.case, self.inputs, self.inputs.leaves(), peer.configuration
-        planned = peer.plan(case, self.device) if own else None
+        planned = own and peer.plan(case, self.device)
         given = replace(inputs, memory_budget=planned.memory_budget) if planned else inputs
 
         def run() -> Outcome:
