@@ -21,9 +21,9 @@ import torch
 from benchmarks import results
 from benchmarks.cases import Case
 from benchmarks.measure import Effort, measure
-from benchmarks.peers import ours
+from benchmarks.peers import default_impl, ours
 
-IMPL, FEATURES = "cpp", 1024
+FEATURES = 1024
 THREADS = (1, 2)
 TOKENS, VOCAB = 512, 32_000  # what stays while the other grows
 GROWING = {
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="path of the files, without .json, .md and .png")
     options = parser.parse_args(argv)
-    facts = results.of_this_run([], "", torch.device("cpu")).to_json() | {"impl": IMPL}
+    facts = results.of_this_run([], "", torch.device("cpu")).to_json() | {"impl": default_impl(torch.device("cpu"))}
     del facts["rows"], facts["size"]
     threads = torch.get_num_threads()
     try:
@@ -79,14 +79,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measured() -> Iterable[Point]:
-    peer = ours("dpo_kernels", IMPL)
     for curve, sizes in GROWING.items():
         for size, what, threads in itertools.product(sizes, MODES, THREADS):
             tokens, vocab = (size, VOCAB) if curve == "tokens" else (TOKENS, size)
             case = Case(curve, "hidden", MODES[what], tokens, FEATURES, vocab, "bfloat16", inputs="noise", sequences=1,
                         verified=VERIFIED, min_rounds=4, memory_of=())  # fmt: skip
             torch.set_num_threads(threads)
-            bare, mine = measure(case, peers=[peer], effort=EFFORT)
+            bare, mine = measure(case, peers=[ours("dpo_kernels")], effort=EFFORT)
             if not (mine.seconds and bare.seconds):
                 raise RuntimeError(f"{mine.status}: {mine.reason}{bare.reason}")
             yield Point(curve, what, threads, tokens, vocab, mine.rounds, mine.seconds, bare.seconds)
