@@ -179,15 +179,13 @@ REAL = [
 _STEP = Case(
     "", "hidden", "full", 1024, 1024, 32_000, "bfloat16", without=(_SLOW, "TRL ChunkedLogProbFunction"), memory_of=()
 )
+_KINDS = (
+    ("forward", "score", None), ("full", "full", None), ("full-64MiB", "full", 64 * MIB), ("frozen", "frozen", None),
+)  # fmt: skip
 CPU = [
     *(
         replace(_STEP, name=f"{name}-{short}", mode=mode, dtype=dtype, memory_budget=budget)
-        for name, mode, budget in (
-            ("forward", "score", None),
-            ("full", "full", None),
-            ("full-64MiB", "full", 64 * MIB),
-            ("frozen", "frozen", None),
-        )
+        for name, mode, budget in _KINDS
         for short, dtype in (("bf16", "bfloat16"), ("f32", "float32"))
     ),
     replace(_STEP, name="full-151936-bf16", tokens=512, vocab_size=151_936),

@@ -123,13 +123,11 @@ def draw(points: list[Point], facts: dict[str, Any], path: Path) -> None:
             mine = [p for p in points if (p.curve, p.what, p.threads) == (curve, what, threads)]
             sizes = [p.size for p in mine]
             white = {"linestyle": "--", "color": "0.45", "markerfacecolor": "white"}
-            for name, seconds, look in (
-                ("dpo_kernels", [p.ours for p in mine], {"linestyle": "-", "color": "black"}),
-                (f"torch.mm x {PRODUCTS[what]}", [p.bare for p in mine], white),
-            ):
-                label = f"{name}, {threads} thread{'s'[: threads - 1]}"
-                times.plot(sizes, [1e3 * s for s in seconds], marker=marker, label=label, **look)
-                rates.plot(sizes, [p.rate(s) for p, s in zip(mine, seconds, strict=True)], marker=marker, **look)
+            black = {"linestyle": "-", "color": "black"}
+            for name, field, look in (("dpo_kernels", "ours", black), (f"torch.mm x {PRODUCTS[what]}", "bare", white)):
+                look |= {"marker": marker, "label": f"{name}, {threads} thread{'s'[: threads - 1]}"}
+                times.plot(sizes, [1e3 * getattr(p, field) for p in mine], **look)
+                rates.plot(sizes, [p.rate(getattr(p, field)) for p in mine], **look)
         times.set_title(f"{what}, {FIXED[curve]}", fontsize=9, loc="left")
         times.set_yscale("log")
         times.legend(fontsize=7, frameon=False, loc="lower right")

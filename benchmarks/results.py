@@ -19,9 +19,16 @@ import torch
 from benchmarks.cases import MIB, Case
 
 SECTION = "dpo_kernels"
-PACKAGES = (
-    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "dpo-kernels",
-)  # fmt: skip
+PACKAGES = [
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "dpo-kernels",
+]
 
 
 @dataclass
@@ -104,12 +111,10 @@ class Results:
 def of_this_run(rows: Sequence[Row], size: str, device: torch.device) -> Results:
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     threads, policy = f"{torch.get_num_threads()} threads", os.environ.get("OMP_WAIT_POLICY")
+    threads += f" (OMP_WAIT_POLICY {policy})" if policy else ""
     installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
-    return Results(
-        today, size, machine(device), threads + (f" (OMP_WAIT_POLICY {policy})" if policy else ""),
-        {"python": platform.python_version()} | versions, commit(), list(rows),
-    )  # fmt: skip
+    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
+    return Results(today, size, machine(device), threads, versions, commit(), list(rows))
 
 
 def load(path: Path) -> Results:
