@@ -11,20 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.configurations import (
-    KEEPING_PRODUCTS,
-    MODES,
-    PRODUCTS,
-    ROWS,
-    STRATEGIES,
-    TILES,
-    TINY_KEEPING_PRODUCTS,
-    TINY_PRODUCTS,
-    TINY_ROWS,
-    TINY_TILES,
-    TRITON,
-    Configuration,
-)  # fmt: skip
+from benchmarks.configurations import TABLES
 
 MIB = 2**20
 
@@ -77,9 +64,13 @@ class Case:
         return self.tokens // self.sequences
 
     @property
+    def prompt(self) -> int:
+        """Positions of a sequence that carry no label: its first."""
+        return round(self.masked * self.length)
+
+    @property
     def counted_tokens(self) -> int:
-        """Positions that carry a label."""
-        return self.sequences * (self.length - round(self.masked * self.length))
+        return self.sequences * (self.length - self.prompt)
 
     @property
     def needed_gemms(self) -> int:
@@ -88,17 +79,13 @@ class Case:
 
     @property
     def gemm_flop(self) -> float:
-        """Of one such product, for the tokens that count."""
         return 2.0 * self.counted_tokens * self.hidden_size * self.vocab_size
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The inputs that want a gradient."""
-        if self.mode == "score":
-            return ()
-        if self.level == "logits":
-            return ("logits",)
-        return ("hidden",) if self.mode == "frozen" else ("hidden", "weight")
+        of_full = ("logits",) if self.level == "logits" else ("hidden", "weight")
+        return of_full[: {"score": 0, "frozen": 1, "full": 2}[self.mode]]
 
     @property
     def floors(self) -> tuple[str, ...]:
@@ -115,13 +102,14 @@ class Case:
         return " x ".join(f"{size:,}" for size in sizes) + f", {self.dtype}{masked}"
 
 
-def _curve(base: Case, axis: str, field: str, values: tuple[int, ...]) -> list[Case]:
-    """The points of a curve; a budget is named in MiB."""
-    labels = [value // MIB if field == "memory_budget" else value for value in values]
-    return [
-        replace(base, **{"name": f"{axis}-{label}", "curve": axis, field: value})  # type: ignore[arg-type]
-        for label, value in zip(labels, values, strict=True)
-    ]
+# The field of a case that a curve is drawn over.
+CURVES = {"tokens": "tokens", "vocabulary": "vocab_size", "budget": "memory_budget"}
+
+
+def _curve(base: Case, curve: str, *values: int) -> list[Case]:
+    """The points of a curve; a budget is in MiB."""
+    unit = MIB if curve == "budget" else 1
+    return [replace(base, name=f"{curve}-{x}", curve=curve, **{CURVES[curve]: x * unit}) for x in values]  # type: ignore
 
 
 # Peers that a curve compares: the others say nothing new there.
@@ -133,6 +121,7 @@ _SLOW = "torch F.linear_cross_entropy, chunked"
 
 _LOGITS = Case("", "logits", "full", 512, 64, 32_000, "bfloat16", memory_of=())
 _HIDDEN = Case("", "hidden", "full", 256, 512, 32_000, "bfloat16", without=(_SLOW,))
+_POINT = Case("", "hidden", "full", 0, 256, 0, "bfloat16", peers=_ON_CURVES)
 _DPO = Case("", "dpo", "full", 512, 512, 32_000, "bfloat16", without=(_SLOW,), memory_of=())
 _LARGE = Case(
     "large-full-256MiB", "hidden", "full", 8192, 512, 151_936, "bfloat16", memory_budget=256 * MIB,
@@ -157,18 +146,9 @@ SMALL = [
     replace(_DPO, name="dpo-90%-masked", masked=0.9),
     replace(_DPO, name="dpo-60%-masked-frozen", masked=0.6, mode="frozen", memory_of=_MAIN),
     *_UNDER_A_BUDGET,
-    *_curve(
-        Case("", "hidden", "full", 0, 256, 32_000, "bfloat16", peers=_ON_CURVES), "tokens", "tokens",
-        (64, 256, 512, 1024),
-    ),
-    *_curve(
-        Case("", "hidden", "full", 128, 256, 0, "bfloat16", peers=_ON_CURVES), "vocabulary", "vocab_size",
-        (8_000, 32_000, 151_936),
-    ),
-    *_curve(
-        Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=("dpo_kernels",)), "budget", "memory_budget",
-        tuple(size * MIB for size in (28, 36, 48, 72)),
-    ),
+    *_curve(replace(_POINT, vocab_size=32_000), "tokens", 64, 256, 512, 1024),
+    *_curve(replace(_POINT, tokens=128), "vocabulary", 8_000, 32_000, 151_936),
+    *_curve(Case("", "hidden", "full", 2048, 512, 8_000, "bfloat16", peers=("dpo_kernels",)), "budget", 28, 36, 48, 72),
     _TRAIN,
 ]  # fmt: skip
 
@@ -187,11 +167,10 @@ REAL = [
     replace(_REAL, name="hidden-frozen-bf16", mode="frozen"),
     *(replace(_REAL, name=f"dpo-{share}%-masked", level="dpo", masked=share / 100) for share in (30, 60, 90)),
     replace(_REAL, name="dpo-60%-masked-frozen", level="dpo", mode="frozen", masked=0.6),
-    *_curve(_REAL_CURVE, "tokens", "tokens", tuple(2**n for n in range(10, 18))),
-    *_curve(_REAL_CURVE, "vocabulary", "vocab_size", (32_000, 64_000, 128_256, 151_936, 262_144)),
+    *_curve(_REAL_CURVE, "tokens", *(2**n for n in range(10, 18))),
+    *_curve(_REAL_CURVE, "vocabulary", 32_000, 64_000, 128_256, 151_936, 262_144),
     *_curve(
-        replace(_REAL_CURVE, peers=("dpo_kernels",)), "budget", "memory_budget",
-        tuple(size * MIB for size in (256, 512, 1024, 1536, 2048, 2560, 3072, 4096)),
+        replace(_REAL_CURVE, peers=("dpo_kernels",)), "budget", 256, 512, 1024, 1536, 2048, 2560, 3072, 4096
     ),
     replace(_TRAIN, tokens=8192, hidden_size=1024, vocab_size=151_936, sequences=8),
 ]  # fmt: skip
@@ -200,12 +179,15 @@ REAL = [
 _STEP = Case(
     "", "hidden", "full", 1024, 1024, 32_000, "bfloat16", without=(_SLOW, "TRL ChunkedLogProbFunction"), memory_of=()
 )
-_TYPES = (("bf16", "bfloat16"), ("f32", "float32"))
+_KINDS = (
+    ("forward", "score", None), ("full", "full", None), ("full-64MiB", "full", 64 * MIB), ("frozen", "frozen", None),
+)  # fmt: skip
 CPU = [
-    *(replace(_STEP, name=f"forward-{short}", mode="score", dtype=dtype) for short, dtype in _TYPES),
-    *(replace(_STEP, name=f"full-{short}", dtype=dtype) for short, dtype in _TYPES),
-    *(replace(_STEP, name=f"full-64MiB-{short}", dtype=dtype, memory_budget=64 * MIB) for short, dtype in _TYPES),
-    *(replace(_STEP, name=f"frozen-{short}", mode="frozen", dtype=dtype) for short, dtype in _TYPES),
+    *(
+        replace(_STEP, name=f"{name}-{short}", mode=mode, dtype=dtype, memory_budget=budget)
+        for name, mode, budget in _KINDS
+        for short, dtype in (("bf16", "bfloat16"), ("f32", "float32"))
+    ),
     replace(_STEP, name="full-151936-bf16", tokens=512, vocab_size=151_936),
     *_UNDER_A_BUDGET,
     _TRAIN,
@@ -222,28 +204,30 @@ _GPU_LOGITS = replace(
 )
 
 
-def _with(base: Case, name: str, tried: dict[str, dict[str, Configuration]]) -> list[Case]:
-    """A case a mode. tried: by mode, the configurations of ours."""
+def _with(base: Case, name: str, **tables: str) -> list[Case]:
+    """A case a mode. tables: by mode, the configurations of ours."""
     return [
-        replace(base, name=f"{name}-{mode}", mode=mode, configurations=tuple(names)) for mode, names in tried.items()
+        replace(base, name=f"{name}-{mode}", mode=mode, configurations=tuple(TABLES[table]))
+        for mode, table in tables.items()
     ]
 
 
-_EVERY_STRATEGY = {"score": STRATEGIES, "frozen": STRATEGIES, "full": MODES}
-_AS_IT_IS = {"score": TRITON, "full": TRITON}
+_EVERY_STRATEGY = {"score": "strategies", "frozen": "strategies", "full": "modes"}
 # Other tiles than those of the tables, among themselves.
 _ALONE, _LOGITS_ALONE = (replace(base, peers=(), min_rounds=3) for base in (_GPU, _GPU_LOGITS))
 
 # The most telling first: what time leaves out are the last ones.
 GPU = [
-    *_with(replace(_GPU, needs=20.0), "8k-152k", _EVERY_STRATEGY),
-    *_with(_GPU_LOGITS, "logits", _AS_IT_IS),
-    *_with(replace(_GPU, tokens=4096, vocab_size=128_256), "4k-128k", _EVERY_STRATEGY),
-    *_with(_ALONE, "products", {"score": PRODUCTS, "full": KEEPING_PRODUCTS}),
-    *_with(_ALONE, "tiles", {"score": TILES}),
-    *_with(_LOGITS_ALONE, "rows", {"score": ROWS, "full": ROWS}),
-    *_with(replace(_GPU, tokens=16_384, hidden_size=2048, vocab_size=248_320, needs=20.0), "16k-248k", _EVERY_STRATEGY),
-    *_with(replace(_GPU, tokens=131_072, vocab_size=128_256, needs=30.0, min_rounds=2), "131k-128k", _EVERY_STRATEGY),
+    *_with(replace(_GPU, needs=20.0), "8k-152k", **_EVERY_STRATEGY),
+    *_with(_GPU_LOGITS, "logits", score="triton", full="triton"),
+    *_with(replace(_GPU, tokens=4096, vocab_size=128_256), "4k-128k", **_EVERY_STRATEGY),
+    *_with(_ALONE, "products", score="products", full="products that keep"),
+    *_with(_ALONE, "tiles", score="tiles"),
+    *_with(_LOGITS_ALONE, "rows", score="rows", full="rows"),
+    *_with(
+        replace(_GPU, tokens=16_384, hidden_size=2048, vocab_size=248_320, needs=20.0), "16k-248k", **_EVERY_STRATEGY
+    ),
+    *_with(replace(_GPU, tokens=131_072, vocab_size=128_256, needs=30.0, min_rounds=2), "131k-128k", **_EVERY_STRATEGY),
 ]
 
 # The same kinds of case for Triton's interpreter: they prove the code and time nothing.
@@ -253,15 +237,11 @@ _TINY = replace(
 )  # fmt: skip
 _TINY_LOGITS = replace(_TINY, level="logits", copied=0, peers=("plain PyTorch",))
 TINY = [
-    *_with(_TINY, "tiny", _EVERY_STRATEGY),
-    *_with(_TINY_LOGITS, "logits", _AS_IT_IS),
-    *_with(
-        replace(_TINY, peers=()),
-        "products",
-        {"score": TINY_PRODUCTS, "full": TINY_KEEPING_PRODUCTS},
-    ),
-    *_with(replace(_TINY, peers=()), "tiles", {"score": TINY_TILES}),
-    *_with(replace(_TINY_LOGITS, peers=()), "rows", {"score": TINY_ROWS, "full": TINY_ROWS}),
+    *_with(_TINY, "tiny", **_EVERY_STRATEGY),
+    *_with(_TINY_LOGITS, "logits", score="triton", full="triton"),
+    *_with(replace(_TINY, peers=()), "products", score="tiny products", full="tiny products that keep"),
+    *_with(replace(_TINY, peers=()), "tiles", score="tiny tiles"),
+    *_with(replace(_TINY_LOGITS, peers=()), "rows", score="tiny rows", full="tiny rows"),
 ]
 
 SIZES = {"small": SMALL, "cpu": CPU, "real": REAL, "gpu": GPU, "tiny": TINY}

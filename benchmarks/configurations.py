@@ -1,6 +1,6 @@
 """Other strategies, tiles and budgets of the Triton kernels than those that the package chooses, to be measured beside.
 
-All that the benchmarks override in dpo_kernels is in this file. Nothing else differs while a configuration is applied,
+Nothing else differs while a configuration is applied,
 so a row's number is that of a package whose own configurations say the same.
 """
 
@@ -9,22 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from dpo_kernels import plan
 from dpo_kernels.backends.triton import CAPABILITIES
-from dpo_kernels.kernels.configs import Arch, resolve
 from dpo_kernels.kernels.launch import arch_of
 from dpo_kernels.overrides import override
-from dpo_kernels.planner import Plan
-
-if TYPE_CHECKING:
-    from benchmarks.cases import Case
-
-HOPPER = Arch("cuda", 9)
-UNLIMITED = 2**50  # bytes: the plan takes what the shape can use
 
 
 @dataclass(frozen=True)
@@ -45,49 +36,10 @@ class Configuration:
 
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
-        """For calls within the block."""
-        kernels: dict[str, Any] = {"product": self.product, "rows": self.rows}
-        if self.strategy is not None:
-            kernels["strategy"] = self.strategy
+        kernels = {"product": self.product, "rows": self.rows} | ({"strategy": self.strategy} if self.strategy else {})
         known = CAPABILITIES[arch_of(device).kind].tiles
-        capabilities = {} if self.tile is None else {"tiles": (self.tile, *known)}
-        with override(kernels=kernels, capabilities=capabilities):
+        with override(kernels=kernels, capabilities={"tiles": (self.tile, *known)} if self.tile else {}):
             yield
-
-
-def plan_of(case: Case, device: torch.device, impl: str | None, configuration: Configuration | None) -> Plan | None:
-    """What dpo_kernels will do in a case; None where it plans nothing.
-
-    A configuration has a budget of its own: in a full step all that the shape can use, or that without what is kept.
-    """
-    if case.level not in ("hidden", "dpo"):
-        return None
-
-    def under(budget: int | None) -> Plan:
-        return plan(
-            case.counted_tokens, case.hidden_size, case.vocab_size, case.torch_dtype, grads=case.wanted,
-            memory_budget=budget, device=device, impl=impl, labels=case.tokens,
-        )  # fmt: skip
-
-    if configuration is None:
-        return under(case.memory_budget)
-    with configuration.applied(device):
-        if case.mode != "full":
-            return under(None)
-        most = under(UNLIMITED)
-        kept = ("kept probabilities", "hidden states, gathered and converted once")
-        return under(most.bytes - (0 if configuration.keeps else sum(most.memory[name] for name in kept)))
-
-
-def plan_of_strategy(name: str, tokens: int, features: int, vocab: int, grads: tuple[str, ...], budget: int) -> Plan:
-    """Of a bfloat16 call on Hopper, which need not be there."""
-    with override(arch=HOPPER, kernels={"strategy": name}):
-        return plan(tokens, features, vocab, torch.bfloat16, grads=grads, memory_budget=budget, impl="triton")
-
-
-def chosen_strategy(features: int) -> str:
-    """The package's choice on Hopper."""
-    return resolve(HOPPER, features, torch.bfloat16, options=False).strategy
 
 
 def _said(replacement: dict[str, Any]) -> str:
@@ -106,27 +58,28 @@ def _tiles(*tiles: tuple[int, int]) -> dict[str, Configuration]:
     return {f"dpo_kernels tiles, {n:,} x {v:,}": Configuration("tiles", tile=(n, v)) for n, v in tiles}
 
 
-# Each by the name of its row.
-TRITON = {"dpo_kernels triton": Configuration()}
-STRATEGIES = {f"dpo_kernels {name}": Configuration(name) for name in ("fused", "tiles")}
-MODES = {
-    f"dpo_kernels {name}, {mode}": Configuration(name, keeps=mode == "keep")
-    for mode in ("keep", "recompute") for name in ("fused", "tiles")
+# By what a case compares; each by the name of its row. Those for Triton's interpreter prove the code.
+TABLES: dict[str, dict[str, Configuration]] = {
+    "triton": {"dpo_kernels triton": Configuration()},
+    "strategies": {f"dpo_kernels {name}": Configuration(name) for name in ("fused", "tiles")},
+    "modes": {
+        f"dpo_kernels {name}, {mode}": Configuration(name, keeps=mode == "keep")
+        for mode in ("keep", "recompute") for name in ("fused", "tiles")
+    },
+    "products": _products(
+        "fused", {}, {"group": 8}, {"group": 32}, {"stages": 2}, {"stages": 4}, {"block_k": 128, "stages": 2},
+        {"block_n": 128}, {"block_n": 128, "stages": 4}, {"block_n": 128, "warps": 4}, {"block_n": 64},
+        {"block_n": 128, "descriptors": False},
+    ),
+    # Of a full step: writing what it keeps takes registers and shared memory.
+    "products that keep": _products("fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4}),
+    "tiles": _tiles(
+        (4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048)
+    ),
+    "rows": _rows({}, {"block_n": 2048, "warps": 4}, {"block_n": 8192}, {"block_n": 8192, "warps": 16}, {"warps": 4}),
+    "tiny products": _products("fused", {}, {"group": 1}),
+    "tiny products that keep": _products("fused, keep", {}),
+    "tiny tiles": _tiles((64, 64)),
+    "tiny rows": _rows({"block_n": 64}),
 }  # fmt: skip
-PRODUCTS = _products(
-    "fused", {}, {"group": 8}, {"group": 32}, {"stages": 2}, {"stages": 4}, {"block_k": 128, "stages": 2},
-    {"block_n": 128}, {"block_n": 128, "stages": 4}, {"block_n": 128, "warps": 4}, {"block_n": 64},
-    {"block_n": 128, "descriptors": False},
-)  # fmt: skip
-# Of a full step: writing what it keeps takes registers and shared memory.
-KEEPING_PRODUCTS = _products("fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4})
-TILES = _tiles((4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048))
-ROWS = _rows({}, {"block_n": 2048, "warps": 4}, {"block_n": 8192}, {"block_n": 8192, "warps": 16}, {"warps": 4})
-# For Triton's interpreter.
-TINY_PRODUCTS, TINY_KEEPING_PRODUCTS = _products("fused", {}, {"group": 1}), _products("fused, keep", {})
-TINY_TILES, TINY_ROWS = _tiles((64, 64)), _rows({"block_n": 64})
-
-CONFIGURATIONS = {
-    **TRITON, **STRATEGIES, **MODES, **PRODUCTS, **KEEPING_PRODUCTS, **TILES, **ROWS,
-    **TINY_PRODUCTS, **TINY_KEEPING_PRODUCTS, **TINY_TILES, **TINY_ROWS,
-}  # fmt: skip
+CONFIGURATIONS = {name: configuration for table in TABLES.values() for name, configuration in table.items()}

@@ -15,7 +15,6 @@ import os
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,6 +25,7 @@ from benchmarks import results
 from benchmarks.cases import MIB, SIZES, Case
 from benchmarks.measure import Effort, free, measure
 from benchmarks.peers import first_line
+from benchmarks.report import table
 from benchmarks.results import Row
 
 # How often the logits go through memory, by mode: of a peer, and of the floor, whose copies read and write.
@@ -38,51 +38,25 @@ def summary(row: Row) -> dict[str, Any]:
     to_own_gemms: the time over that of as many bare products as this mode makes (recompute: 4), where to_floor counts
     those that the task needs (3). tflops: of the needed products. terabytes_per_second: of what must be moved.
     """
-    case = row.case
+    case, moved, flop, beyond = row.case, 0, 0.0, row.beyond(row.bytes)
+    if row.peer == "a large copy":
+        moved = 2 * case.copied
+    elif case.level == "logits":
+        passes = PASSES[case.mode][row.status == "floor"]
+        moved = passes * case.tokens * case.vocab_size * case.torch_dtype.itemsize
+    else:
+        flop = case.needed_gemms * case.gemm_flop
     said: dict[str, Any] = {"case": case.name, "peer": row.peer, "status": row.status, "reason": row.reason or None}
     if row.seconds is not None:
-        said |= {"ms": 1000 * row.seconds, "rounds": row.rounds, "to_floor": row.to_floor}
-        if row.peer == "a large copy":
-            said["terabytes_per_second"] = 2 * case.copied / row.seconds / 1e12
-        elif case.level == "logits":
-            size = case.tokens * case.vocab_size * case.torch_dtype.itemsize
-            said["terabytes_per_second"] = PASSES[case.mode][row.status == "floor"] * size / row.seconds / 1e12
-        else:
-            said["tflops"] = case.needed_gemms * case.gemm_flop / row.seconds / 1e12
-            if row.gemms and row.to_floor:
-                said["to_own_gemms"] = row.to_floor * case.needed_gemms / row.gemms
-    beyond = row.beyond(row.bytes)
+        own = row.to_floor * case.needed_gemms / row.gemms if flop and row.gemms and row.to_floor else None
+        said |= {
+            "ms": 1000 * row.seconds, "rounds": row.rounds, "to_floor": row.to_floor, "to_own_gemms": own,
+            "tflops": flop / row.seconds / 1e12 or None, "terabytes_per_second": moved / row.seconds / 1e12 or None,
+        }  # fmt: skip
     said["holds_mib"] = None if beyond is None else beyond / MIB
     said["planned_mib"] = None if row.predicted_bytes is None else row.predicted_bytes / MIB
-    return {name: value for name, value in said.items() if value is not None} | {
-        "errors": row.errors, "marks": row.marks,
-    }  # fmt: skip
-
-
-COLUMNS = (
-    ("ms", "9.3f", "ms"), ("to_floor", "6.3f", "x floor"), ("to_own_gemms", "6.3f", "x own GEMMs"),
-    ("tflops", "5.0f", "TFLOP/s"), ("terabytes_per_second", "5.2f", "TB/s"), ("holds_mib", "8.0f", "MiB"),
-    ("planned_mib", "8.0f", "MiB planned"),
-)  # fmt: skip
-
-
-def line(said: dict[str, Any]) -> str:
-    """A summary as one line of a table."""
-    numbers = [f"{said[name]:{form}} {unit}" for name, form, unit in COLUMNS if name in said]
-    errors = " ".join(f"{name} {error:.1e}" for name, error in said["errors"].items())
-    status = "" if said["status"] in ("timed", "floor") else f"{said['status'].upper()} {said.get('reason', '')}"
-    return "  ".join(filter(None, [f"{said['case']:16} {said['peer']:44}", status, *numbers, errors]))
-
-
-def device_facts(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {"name": results.machine(device), "cuda": torch.version.cuda, "hip": torch.version.hip}
-    if device.type == "cuda":
-        known = torch.cuda.get_device_properties(device)
-        facts |= {
-            "capability": f"{known.major}.{known.minor}", "multiprocessors": known.multi_processor_count,
-            "memory": known.total_memory, "l2": known.L2_cache_size, "devices": torch.cuda.device_count(),
-        }  # fmt: skip
-    return facts
+    known = {name: value for name, value in said.items() if value is not None}
+    return known | {"errors": row.errors, "marks": row.marks}
 
 
 def test_outcomes(junit: Path, status: int) -> dict[str, Any]:
@@ -113,21 +87,24 @@ class Report:
     def __init__(self, path: Path, size: str, device: torch.device, tests: dict[str, Any] | None) -> None:
         self.path, self.size, self.device = path, size, device
         self.rows: list[Row] = []
-        self.told: dict[str, Any] = {
-            "device": device_facts(device), "tests": tests, "finished": False, "failed": {}, "left_out": {},
-        }  # fmt: skip
+        facts = {"name": results.machine(device), "cuda": torch.version.cuda, "hip": torch.version.hip}
+        if device.type == "cuda":
+            known = torch.cuda.get_device_properties(device)
+            names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+            facts |= {name: getattr(known, name) for name in names} | {"devices": torch.cuda.device_count()}
+        self.told: dict[str, Any] = {"device": facts, "tests": tests, "finished": False, "failed": {}, "left_out": {}}
 
     def write(self) -> None:
         run = results.of_this_run(self.rows, self.size, self.device)
         told = self.told | {"summary": [summary(row) for row in self.rows]}
         beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(json.dumps({results.SECTION: run.to_json(samples=True), "gpu": told}, indent=1))
+        beside.write_text(json.dumps({results.SECTION: run.to_json(), "gpu": told}, indent=1))
         beside.replace(self.path)
 
 
 def measure_all(cases: Sequence[Case], report: Report, effort: Effort) -> None:
-    report.write()
     for case in cases:
+        report.write()
         before = effort.left()
         if before < case.needs:
             report.told["left_out"][case.name] = f"{max(before, 0):.0f} s left, {case.needs:.0f} needed to start"
@@ -140,9 +117,8 @@ def measure_all(cases: Sequence[Case], report: Report, effort: Effort) -> None:
             print(f"{case.name}: {first_line(error)}", flush=True)
         else:
             report.rows += rows
-            print(*(line(summary(row)) for row in rows), f"  {before - effort.left():.1f} s", sep="\n", flush=True)
+            print(table(rows), f"{before - effort.left():.1f} s", sep="\n", flush=True)
         free(report.device)
-        report.write()
     report.told["finished"] = True
     report.write()
 
@@ -153,19 +129,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, required=True, help="the file to write")
     parser.add_argument("--seconds", type=float, default=280.0, help="no case is started after these")
-    parser.add_argument("--each", type=float, default=5.0, help="seconds of timing a case")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these")
     parser.add_argument("--tests", nargs=2, metavar=("JUNIT", "STATUS"),
                         help="pytest's --junitxml and exit status, to be told in the file")  # fmt: skip
     parser.add_argument("--try", dest="tiny", action="store_true", help="tiny sizes on a CPU, interpreted")
     options = parser.parse_args(argv)
-    effort = Effort(options.each, options.each, end=time.monotonic() + options.seconds)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --try proves the code without one")
     size, device = ("tiny", torch.device("cpu")) if options.tiny else ("gpu", torch.device("cuda", 0))
     if options.tiny:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-        effort = replace(effort, seconds=0.0, patience=0.0)
+    each = 0.0 if options.tiny else 5.0  # seconds of timing a case
+    effort = Effort(each, each, end=time.monotonic() + options.seconds)
     tests = None if options.tests is None else test_outcomes(Path(options.tests[0]), int(options.tests[1]))
     cases = [case for case in SIZES[size] if any(part in case.name for part in options.only)]
     measure_all(cases, Report(options.json, size, device, tests), effort)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,9 @@ from benchmarks.cases import Case
 IGNORE = -100
 # Float64 numbers that one block of rows may take while inputs and exact answers are made.
 BLOCK_NUMBERS = 2**26
+
+Outcome = dict[str, Tensor]  # "log_probs" (R, S) or "loss" (), and the gradients by the input's name
+Step = Callable[[], Outcome]  # a peer's, run once to verify and then to time
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Inputs:
 
     def per_token(self) -> dict[str, Tensor]:
         """Those whose leading dimensions are (R, S)."""
-        return {name: t for name, t in self.tensors().items() if name not in ("weight", "ref_weight")}
+        return {name: t for name, t in self.tensors().items() if "weight" not in name}
 
     def change(self) -> None:
         """In place: the pairs in another order, and half the gradient. `verify.Truth.changed` knows the new answer."""
@@ -47,13 +50,11 @@ class Inputs:
         self.cotangent.mul_(0.5)
 
     def leaves(self) -> dict[str, Tensor]:
-        """What may want a gradient."""
         return {name: t for name, t in self.tensors().items() if name in ("hidden", "weight", "logits")}
 
     def reference(self) -> Inputs:
         """The same call on the reference model."""
-        assert self.ref_hidden is not None
-        assert self.ref_weight is not None
+        assert self.ref_hidden is not None and self.ref_weight is not None  # noqa: PT018
         return replace(self, hidden=self.ref_hidden, weight=self.ref_weight)
 
 
@@ -84,7 +85,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     else:
         hidden = normal(rows, length, d)
         labels = torch.randint(v, (rows, length), generator=generator, device=device)
-    labels[:, : round(case.masked * length)] = IGNORE
+    labels[:, : case.prompt] = IGNORE
     strength = 0.5 + torch.rand(rows, 1, generator=generator, device=device)
     strength[: rows // 2] *= -1
     dtype = case.torch_dtype

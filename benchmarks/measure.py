@@ -14,19 +14,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import MIB, Case
-from benchmarks.floors import make_floor
-from benchmarks.inputs import make_inputs
-from benchmarks.memory import Prepared, in_a_process, on_device
-from benchmarks.peers import Peer, default_impl, find, first_line, peers_of
+from benchmarks.inputs import Step
+from benchmarks.memory import Held, OfAllocator, Prepared, held, in_a_process
+from benchmarks.peers import CONFIGURED, PEERS, Peer, default_impl, first_line, peers_of
 from benchmarks.results import Row, is_ours
-from benchmarks.training import TrainingProblem, clear
-from benchmarks.verify import Outcome, Problem, Step, Truth
+from benchmarks.training import TrainingProblem
+from benchmarks.verify import Problem
 
 TIME_IS_UP = "left out: time was up"
 
@@ -48,174 +46,78 @@ class Effort:
         return self.end - time.monotonic()
 
 
-class HeadProblem(Problem):
-    """The inputs of a case, which its peers share. Nothing is computed before it is asked for."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        self.inputs = make_inputs(case, device)
-
-    @cached_property
-    def truth(self) -> Truth:  # type: ignore[override]
-        return Truth.of(self.case, self.inputs)
-
-    @cached_property
-    def saved(self) -> dict[str, Tensor]:
-        return {name: t.detach().clone() for name, t in self.inputs.tensors().items()}
-
-    def step(self, peer: Peer) -> Step:
-        """One forward, and a backward where the case wants gradients."""
-        case, inputs, leaves = self.case, self.inputs, self.inputs.leaves()
-        planned = peer.plan(case, self.device) if peer.configuration else None
-        given = inputs if planned is None else replace(inputs, memory_budget=planned.memory_budget)
-
-        def run() -> Outcome:
-            self.clear()
-            applied = peer.configuration and peer.configuration.applied(self.device)
-            with applied or contextlib.nullcontext():
-                with torch.set_grad_enabled(bool(case.wanted)):
-                    out = peer.adapters[case.level](given)
-                if case.wanted:
-                    out.backward(None if case.level == "dpo" else inputs.cotangent.to(out.dtype))
-            grads = {name: leaves[name].grad for name in case.wanted}
-            value = {"loss" if case.level == "dpo" else "log_probs": out.detach()}
-            return value | {name: g for name, g in grads.items() if g is not None}
-
-        return run
-
-    def floor(self, name: str) -> Step:
-        """Its tensors are made when it runs for the first time."""
-        made: list[Callable[[], None]] = []
-
-        def run() -> Outcome:
-            if not made:
-                made.append(make_floor(name, self.case, self.inputs))
-            made[0]()
-            return {}
-
-        return run
-
-    def run(self, step: Step) -> Outcome:
-        assert self.saved  # before a step can change anything
-        own = self.inputs.cotangent
-        self.inputs.cotangent = own if self.truth.cotangent is None else self.truth.cotangent
-        try:
-            return step()
-        finally:
-            self.inputs.cotangent = own
-
-    def restore(self) -> bool:
-        tensors = self.inputs.tensors()
-        changed = [name for name, t in tensors.items() if not torch.equal(t, self.saved[name])]
-        for name in changed:
-            tensors[name].detach().copy_(self.saved[name])
-        return bool(changed)
-
-    def change(self) -> None:
-        """Where a part of the tokens is verified, another part is from now on."""
-        if self.case.verified:
-            self.inputs.change()
-            self.truth = Truth.of(self.case, self.inputs, first=1 if self.case.tokens > self.case.verified else 0)
-        else:
-            self.restore()  # whoever may have changed them while it was timed
-            self.inputs.change()
-            self.truth = self.truth.changed(self.case)
-        self.__dict__.pop("saved", None)
-
-    def forget(self) -> None:
-        if self.case.verified:
-            for name in ("truth", "saved"):
-                self.__dict__.pop(name, None)
-
-    def clear(self) -> None:
-        clear(self.inputs.leaves().values())
-
-
 def problem_of(case: Case, device: torch.device) -> Problem:
-    return TrainingProblem(case, device) if case.level == "train" else HeadProblem(case, device)
+    return TrainingProblem(case, device) if case.level == "train" else Problem(case, device)
 
 
 def measure(
-    case: Case,
-    *,
-    peers: Sequence[Peer] | None = None,
-    device: torch.device | str = "cpu",
-    effort: Effort = Effort(),
+    case: Case, *, peers: Sequence[Peer] | None = None, device: torch.device | str = "cpu", effort: Effort = Effort()
 ) -> list[Row]:
-    """All rows of a case: the floors, then each peer, verified against float64 and, where right, timed; their memory.
-
-    Args:
-        peers: those of the case, unless given.
-    """
+    """The rows of a case: the floors, then each peer, verified against float64 and, where right, timed; its memory."""
     device = torch.device(device)
+    problem = problem_of(case, device)
     peers = peers_of(case) if peers is None else peers
-    rows = [new_row(case, peer, device) for peer in peers]
-    problem, steps = None, {}
-    if case.floors or (case.timed and not all(row.reason for row in rows)):
-        problem = problem_of(case, device)
-        steps = {name: problem.floor(name) for name in case.floors}
-        for peer, row in zip(peers, rows, strict=True):
-            if not row.reason:
-                try:
-                    steps[peer.name] = problem.step(peer)
-                except Exception as error:
-                    row.fail("failed", first_line(error))
-        rows = [*(Row(case, name, "floor", gemms=case.needed_gemms) for name in case.floors), *rows]
-        compare(rows, steps, problem, effort, device)
+    makers = {name: partial(problem.floor, name) for name in case.floors}
+    makers |= {peer.name: partial(problem.step, peer) for peer in peers}
+    rows = [Row(case, name, "floor", gemms=case.needed_gemms) for name in case.floors]
+    rows += [new_row(case, peer, device) for peer in peers]
+    steps = {}
+    for row in rows:
+        if not row.reason and (case.timed or device.type == "cuda"):
+            try:
+                steps[row.peer] = makers[row.peer]()
+            except Exception as error:
+                row.fail("failed", first_line(error))
+    if case.timed:
+        compare(rows, steps, problem, effort)
         problem.forget()
-    measure_memory(rows, case, device, effort, problem, steps)
+    measure_memory(rows, steps, problem, effort)
     return rows
 
 
 def new_row(case: Case, peer: Peer, device: torch.device) -> Row:
-    """What is known before it runs."""
-    row = Row(case, peer.name, "unavailable", peer.unavailable(device) or "", peer.notes(case))
-    row.gemms = case.needed_gemms
-    if is_ours(peer.name) and not row.reason:
-        row.marks.insert(0, f"impl {peer.impl or default_impl(device)}")
-        describe_plan(row, peer, device)
-    if not row.reason and not case.timed:
+    """What is known before it runs, for ours with what it plans."""
+    row = Row(case, peer.name, "unavailable", peer.unavailable(device) or "", peer.notes(case), gemms=case.needed_gemms)
+    if row.reason:
+        return row
+    if not case.timed:
         row.status = "memory"
         row.marks.append("memory alone: not verified, not timed")
+    if not is_ours(peer.name):
+        return row
+    row.marks.insert(0, f"impl {peer.impl or default_impl(device)}")
+    try:
+        planned = peer.plan(case, device)
+    except Exception as error:
+        row.fail("failed", first_line(error))
+        return row
+    if planned is not None:
+        row.mode, row.gemms = planned.mode, planned.gemms + (case.level == "dpo")
+        if case.level == "hidden":  # its bytes: the case is one call
+            row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
+        if peer.configuration is not None:
+            row.marks.append(f"tiles of {planned.tile_tokens:,} x {planned.tile_vocab:,}")
     return row
 
 
-def describe_plan(row: Row, peer: Peer, device: torch.device) -> None:
-    """What dpo_kernels plans; its bytes where the case is one call."""
-    try:
-        planned = peer.plan(row.case, device)
-    except Exception as error:
-        row.fail("failed", first_line(error))
-        return
-    if planned is None:
-        return
-    row.mode, row.gemms = planned.mode, planned.gemms + (row.case.level == "dpo")
-    if row.case.level == "hidden":
-        row.predicted_bytes, row.library_bytes = planned.bytes, planned.memory["libraries and threads"]
-    if peer.configuration is not None:
-        row.marks.append(f"tiles of {planned.tile_tokens:,} x {planned.tile_vocab:,}")
-
-
-def compare(
-    rows: Sequence[Row], steps: Mapping[str, Step], problem: Problem, effort: Effort, device: torch.device
-) -> None:
+def compare(rows: Sequence[Row], steps: Mapping[str, Step], problem: Problem, effort: Effort) -> None:
     """Verifies the rows that have no reason yet, times those that are right, and verifies those again on other values.
 
-    Args:
-        rows: to be filled in; those of status "floor" are timed without being verified.
-        steps: by the row's peer.
+    Rows of status "floor" are timed without being verified.
     """
-    for row in [row for row in rows if not row.reason]:
+    for row in rows:
+        if row.reason:
+            continue
         if effort.left() < 0:
             row.fail("unavailable", TIME_IS_UP)
         else:
-            verify(row, steps[row.peer], problem, device)
+            verify(row, steps[row.peer], problem)
     right = {row.peer: row for row in rows if row.status in ("timed", "floor")}
     if not right:
         return
     problem.forget()
-    least = rows[0].case.min_rounds
-    rounds, failures = interleave({name: steps[name] for name in right}, effort, device, least)
+    runs = {name: steps[name] for name in right}
+    rounds, failures = interleave(runs, effort, problem.device, problem.case.min_rounds)
     for name, row in right.items():
         if name in failures:
             row.fail("failed", f"while it was timed: {failures[name]}")
@@ -224,17 +126,17 @@ def compare(
     problem.change()
     for row in right.values():
         if row.status == "timed":
-            verify(row, steps[row.peer], problem, device, "after it was timed, on other values: ")
+            verify(row, steps[row.peer], problem, "after it was timed, on other values: ")
     fill_times([row for row in right.values() if row.status in ("timed", "floor")], rounds)
 
 
-def verify(row: Row, step: Step, problem: Problem, device: torch.device, when: str = "") -> None:
+def verify(row: Row, step: Step, problem: Problem, when: str = "") -> None:
     """Runs a step once and fills in errors and status, and the reason unless it is right."""
     ours, truth, start = is_ours(row.peer), problem.truth, time.monotonic()
     try:
         outcome = problem.run(step)
-        if device.type == "cuda" and not when and row.status != "floor":
-            torch.cuda.synchronize(device)
+        if problem.device.type == "cuda" and not when and row.status != "floor":
+            torch.cuda.synchronize(problem.device)
             row.marks.append(f"first call {time.monotonic() - start:.1f} s, compiling included")
         changed = problem.restore()
         errors, wrong = ({}, "") if changed or row.status == "floor" else truth.check(outcome, ours)
@@ -242,7 +144,7 @@ def verify(row: Row, step: Step, problem: Problem, device: torch.device, when: s
         row.fail("failed", when + first_line(error))
         return
     finally:
-        free(device)
+        free(problem.device)
     if changed:
         row.fail("wrong", when + "it changes its inputs")
     elif row.status != "floor":
@@ -313,13 +215,11 @@ def free(device: torch.device) -> None:
 
 
 def ratio(rounds: Sequence[dict[str, float]], name: str, other: str) -> float | None:
-    """The median of name / other over the rounds in which both took part."""
     both = [times[name] / times[other] for times in rounds if name in times and other in times]
     return statistics.median(both) if both else None
 
 
 def fill_times(rows: Sequence[Row], rounds: list[dict[str, float]]) -> None:
-    """Times and ratios of rows that were timed and are right."""
     floor = next((row.peer for row in rows if row.status == "floor"), "")
     ours = next((row.peer for row in rows if is_ours(row.peer)), "")
     for row in rows:
@@ -334,38 +234,36 @@ def fill_times(rows: Sequence[Row], rounds: list[dict[str, float]]) -> None:
 
 def prepare(case: Case, name: str, device: torch.device) -> Prepared:
     """A peer's step of a case, and what frees the gradients that it left."""
-    peer = find(name)
+    peer = next((peer for peer in (*PEERS, *CONFIGURED) if peer.name == name), None)
+    if peer is None:
+        raise LookupError(f"{name} is none of PEERS, where a process of its own looks for it")
     problem = problem_of(replace(case, inputs="noise"), device)  # quicker to make, and the bytes are the same
     return problem.step(peer), problem.clear
 
 
-def measure_memory(
-    rows: Sequence[Row], case: Case, device: torch.device, effort: Effort, problem: Problem | None,
-    made: Mapping[str, Step],
-) -> None:  # fmt: skip
+def measure_memory(rows: Sequence[Row], made: Mapping[str, Step], problem: Problem, effort: Effort) -> None:
     """Peak memory of what was timed, and of what is not timed at all.
 
     Ours fails if its first step, which has the library's share in it, holds more than its budget.
     """
+    case, device = problem.case, problem.device
     rows = [row for row in rows if row.status in ("timed", "memory")]
     wanted = [row for row in rows if case.memory_of is None or row.peer in case.memory_of]
     for row in rows:
         row.bytes_reason = "not measured in this case"
     steps = 2 if case.timed else 1
 
-    def held(row: Row) -> tuple[list, str]:
+    def measured(row: Row) -> tuple[list[Held], str]:
         if device.type != "cuda":
             return in_a_process(steps, prepare, case, row.peer, device)
         if effort.left() < 0:
             return [], TIME_IS_UP
         free(device)
-        if problem is None:
-            return on_device(device, steps, partial(prepare, case, row.peer, device))
-        return on_device(device, steps, lambda: (made[row.peer], problem.clear))
+        return held(OfAllocator(device), steps, lambda: (made[row.peer], problem.clear))
 
     # Processes of their own hold what they hold whatever runs beside them; on a GPU there is only this one.
     with ThreadPoolExecutor(1 if device.type == "cuda" else 2) as pool:
-        for row, (found, row.bytes_reason) in zip(wanted, list(pool.map(held, wanted)), strict=True):
+        for row, (found, row.bytes_reason) in zip(wanted, list(pool.map(measured, wanted)), strict=True):
             if not found:
                 continue
             row.returned_bytes, row.first_bytes = found[0].returned, found[0].peak

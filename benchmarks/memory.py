@@ -11,12 +11,12 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import first_line
+from benchmarks.peers import PEERS, first_line
 from dpo_kernels import empty_cache
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -34,67 +34,54 @@ class Held(NamedTuple):
     returned: int
 
 
-class HighWaterMark(Protocol):
-    def start(self) -> int:
-        """Bytes in use; the mark starts again from here."""
-
-    def peak(self) -> int: ...
-
-
 def in_a_process(steps: int, prepare: Callable[..., Prepared], *arguments: Any) -> tuple[list[Held], str]:
-    """What each of a number of steps holds; none and the reason where that is not known.
-
-    Args:
-        prepare: called with *arguments; must be importable by name.
-    """
+    """What each of a number of steps holds; none and the reason where that is not known."""
     if not CLEAR_REFS.exists():
         return [], "the high-water mark is read from Linux' /proc"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload"])
+    # All that a child could need, so that no import is measured; in this order, which leaves least to a first step.
+    modules = [m for peer in PEERS if peer.unavailable(torch.device("cpu")) is None for m in peer.modules]
+    context.set_forkserver_preload(["torch._inductor.compile_fx", "benchmarks.peers", *modules])
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(send, steps, prepare, *arguments), daemon=True)
     child.start()
     send.close()
     try:
-        held, reason = receive.recv() if receive.poll(TIMEOUT) else ([], f"took more than {TIMEOUT} s")
+        found, reason = receive.recv() if receive.poll(TIMEOUT) else ([], f"took more than {TIMEOUT} s")
     except EOFError:
-        held, reason = [], ""
-    if not held:
+        found, reason = [], ""
+    if not found:
         child.kill()
     child.join()
-    return held, reason or ("" if held else f"the process ended with {child.exitcode}")
+    return found, reason or ("" if found else f"the process ended with {child.exitcode}")
 
 
 def _child(send: Connection, steps: int, prepare: Callable[..., Prepared], *arguments: Any) -> None:
     # Every block from 64 KiB on goes back to the system as soon as it is freed, so that the mark sees each run alone.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-    send.send(_held(OfProcess(), steps, prepare, *arguments))
+    send.send(held(OfProcess(), steps, prepare, *arguments))
 
 
-def on_device(device: torch.device, steps: int, prepare: Callable[..., Prepared]) -> tuple[list[Held], str]:
-    """The same in this process, by the allocator of a GPU."""
-    return _held(OfAllocator(device), steps, prepare)
-
-
-def _held(mark: HighWaterMark, steps: int, prepare: Callable[..., Prepared], *arguments: Any) -> tuple[list[Held], str]:
-    held = []
+def held(
+    mark: OfProcess | OfAllocator, steps: int, prepare: Callable[..., Prepared], *arguments: Any
+) -> tuple[list[Held], str]:
+    found = []
     try:
         step, clear = prepare(*arguments)
         for _ in range(steps):
             clear()
             before = mark.start()
             returned = sum(t.nbytes for t in step().values())
-            held.append(Held(mark.peak() - before, returned))
+            found.append(Held(mark.peak() - before, returned))
         clear()
     except Exception as error:  # a peer may fail in any way
         return [], first_line(error)
-    return held, ""
+    return found, ""
 
 
 class OfProcess:
-    """The high-water mark of this process."""
-
     def start(self) -> int:
+        """Bytes in use; the mark starts again from here."""
         empty_cache()  # what waits for this step is held by it
         CLEAR_REFS.write_text("5")
         return self._status("VmRSS")
@@ -103,13 +90,10 @@ class OfProcess:
         return self._status("VmHWM")
 
     def _status(self, name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
+        return int(Path("/proc/self/status").read_text().partition(name)[2].split()[1]) * 1024
 
 
 class OfAllocator:
-    """The high-water mark of a GPU's allocator."""
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
 

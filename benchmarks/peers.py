@@ -7,9 +7,10 @@ An adapter takes `Inputs` and returns, differentiable, the labels' log-probs (R,
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch import Tensor
 import dpo_kernels
 from benchmarks import training
 from benchmarks.cases import Case
-from benchmarks.configurations import CONFIGURATIONS, Configuration, plan_of
+from benchmarks.configurations import CONFIGURATIONS, Configuration
 from benchmarks.inputs import IGNORE, Inputs
 from benchmarks.verify import BETA
 from dpo_kernels.planner import Plan
 
 Adapter = Callable[[Inputs], Tensor]
+UNLIMITED = 2**50  # bytes: the plan takes what the shape can use
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Peer:
     configuration: Configuration | None = None
 
     def notes(self, case: Case) -> list[str]:
-        """The marks that hold in a case."""
         now = {"always", case.level, case.mode} | ({"masked"} if case.masked else set())
         return [mark for when, mark in self.marks.items() if when in now]
 
@@ -58,28 +59,44 @@ class Peer:
             if self.configuration is None and default_impl(device) == self.impl:
                 return "it is what dpo_kernels takes here"
             return dpo_kernels.available_impls(device)[self.impl]
-        return next(filter(None, map(import_failure, self.modules)), None)
+        module = ""
+        try:
+            for module in self.modules:
+                importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            missing = error.name or module
+            return "not installed" if module.startswith(missing) else f"needs {missing}, which is not installed"
+        except Exception as error:  # an import may fail in any way that its authors did not think of
+            return f"import fails: {first_line(error)}"
+        return None
 
     def plan(self, case: Case, device: torch.device) -> Plan | None:
-        """Of ours: what it will do, where that is planned."""
-        return plan_of(case, device, self.impl, self.configuration)
+        """What dpo_kernels will do in a case; None where it plans nothing.
+
+        A configuration has a budget of its own: in a full step all that a shape can use, or that without what is kept.
+        """
+        if case.level not in ("hidden", "dpo"):
+            return None
+
+        def under(budget: int | None) -> Plan:
+            return dpo_kernels.plan(
+                case.counted_tokens, case.hidden_size, case.vocab_size, case.torch_dtype, grads=case.wanted,
+                memory_budget=budget, device=device, impl=self.impl, labels=case.tokens,
+            )  # fmt: skip
+
+        if self.configuration is None:
+            return under(case.memory_budget)
+        with self.configuration.applied(device):
+            if case.mode != "full":
+                return under(None)
+            most = under(UNLIMITED)
+            kept = ("kept probabilities", "hidden states, gathered and converted once")
+            return under(most.bytes - (0 if self.configuration.keeps else sum(most.memory[name] for name in kept)))
 
 
 def default_impl(device: torch.device) -> str:
-    """What dpo_kernels takes where nothing is asked for: the first that can run."""
+    """What dpo_kernels takes where nothing is asked for."""
     return next(name for name, reason in dpo_kernels.available_impls(device).items() if reason is None)
-
-
-def import_failure(module: str) -> str | None:
-    """Why a module cannot be imported; None if it can."""
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = error.name or module
-        return "not installed" if module.startswith(missing) else f"needs {missing}, which is not installed"
-    except Exception as error:  # an import may fail in any way that its authors did not think of
-        return f"import fails: {first_line(error)}"
-    return None
 
 
 def first_line(error: BaseException) -> str:
@@ -105,47 +122,45 @@ def _levels(hidden: Adapter, logits: Adapter | None = None, dpo: Adapter | None 
     return adapters | ({"logits": logits} if logits else {})
 
 
-def _flat(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, D), weight (V, D), labels (N,)."""
-    return inputs.hidden.flatten(0, 1), inputs.weight, inputs.labels.flatten()
-
-
 def _logits(inputs: Inputs) -> Tensor:
     assert inputs.logits is not None
     return inputs.logits
 
 
-def _shaped(inputs: Inputs, log_probs: Tensor) -> Tensor:
-    return log_probs.view(inputs.labels.shape)
+def _flat(inputs: Inputs) -> list[Tensor]:
+    """hidden (N, D) and weight (V, D), or logits (N, V); labels (N,)."""
+    labels = inputs.labels.flatten()
+    if inputs.logits is not None:
+        return [inputs.logits.flatten(0, 1), labels]
+    return [inputs.hidden.flatten(0, 1), inputs.weight, labels]
 
 
-# Ours ----------------------------------------------------------------------------------------------------------------
+def unreduced(function: str, *more: Any, **options: Any) -> Adapter:
+    """From a loss of each token: module:function, called with what `_flat` returns and these arguments."""
+
+    def log_probs(inputs: Inputs) -> Tensor:
+        loss = pkgutil.resolve_name(function)(*_flat(inputs), *more, **options)
+        return -(loss[0] if isinstance(loss, tuple) else loss).view(inputs.labels.shape)
+
+    return log_probs
 
 
 def ours(name: str, impl: str | None = None, configuration: Configuration | None = None) -> Peer:
     def logits(inputs: Inputs) -> Tensor:
-        assert inputs.logits is not None
-        return dpo_kernels.logits_to_log_probs(inputs.logits, inputs.labels, impl=impl)
+        return dpo_kernels.logits_to_log_probs(_logits(inputs), inputs.labels, impl=impl)
 
     def hidden(inputs: Inputs) -> Tensor:
-        budget = inputs.memory_budget
-        return dpo_kernels.hidden_to_log_probs(
-            inputs.hidden, inputs.weight, inputs.labels, memory_budget=budget, impl=impl
-        )
+        head = inputs.hidden, inputs.weight, inputs.labels
+        return dpo_kernels.hidden_to_log_probs(*head, memory_budget=inputs.memory_budget, impl=impl)
 
     def dpo(inputs: Inputs) -> Tensor:
-        loss = dpo_kernels.FusedLinearDPOLoss(BETA, memory_budget=inputs.memory_budget, impl=impl)
-        return loss(
-            inputs.hidden, inputs.weight, inputs.labels, ref_hidden=inputs.ref_hidden, ref_weight=inputs.ref_weight
-        ).loss
+        loss = dpo_kernels.FusedLinearDPOLoss(BETA, memory_budget=inputs.memory_budget)
+        head = inputs.hidden, inputs.weight, inputs.labels
+        return loss(*head, ref_hidden=inputs.ref_hidden, ref_weight=inputs.ref_weight).loss
 
-    adapters = _levels(hidden, logits, dpo)
-    if impl is not None:
-        del adapters["dpo"]  # the primitive tells implementations apart; the loss on top is the same
+    # The primitive tells implementations apart; the loss on top is the same.
+    adapters = {"logits": logits, "hidden": hidden} | ({"dpo": dpo} if impl is None else {})
     return Peer(name, adapters, impl=impl, configuration=configuration)
-
-
-# PyTorch -------------------------------------------------------------------------------------------------------------
 
 
 def _gather(logits: Tensor, labels: Tensor) -> Tensor:
@@ -160,27 +175,8 @@ def _gather_hidden(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 _compiled = cache(partial(torch.compile, dynamic=True))
 
 
-def _torch_cross_entropy(inputs: Inputs) -> Tensor:
-    loss = F.cross_entropy(
-        _logits(inputs).flatten(0, 1), inputs.labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return _shaped(inputs, -loss)
-
-
-def _torch_linear_cross_entropy(chunked: bool, inputs: Inputs) -> Tensor:
-    hidden, weight, labels = _flat(inputs)
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    loss = F.linear_cross_entropy(hidden, weight, labels, reduction="none", ignore_index=IGNORE, options=options)
-    return _shaped(inputs, -loss)
-
-
-# TRL -----------------------------------------------------------------------------------------------------------------
-
-
 def _trl_selective(inputs: Inputs, logits: Tensor) -> Tensor:
-    from trl.trainer.utils import selective_log_softmax
-
-    return selective_log_softmax(logits, inputs.labels.clamp(min=0))
+    return pkgutil.resolve_name(f"{_TRL}:selective_log_softmax")(logits, inputs.labels.clamp(min=0))
 
 
 def _trl_chunked(inputs: Inputs) -> Tensor:
@@ -190,39 +186,18 @@ def _trl_chunked(inputs: Inputs) -> Tensor:
 
     hidden, weight, labels = _flat(inputs)
     counts = labels != IGNORE
-    compact = hidden.is_cuda
-    if compact:
+    if hidden.is_cuda:
         hidden, labels = hidden[counts], labels[counts]
     log_probs, *_ = ChunkedLogProbFunction.apply(
         hidden, weight, None, labels.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
     )
-    if compact:
+    if hidden.is_cuda:
         log_probs = log_probs.new_zeros(counts.shape).masked_scatter(counts, log_probs)
-    return _shaped(inputs, log_probs)
-
-
-# Liger ---------------------------------------------------------------------------------------------------------------
-
-
-def _liger_fused_linear_cross_entropy(inputs: Inputs) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    loss = liger_fused_linear_cross_entropy(*_flat(inputs), ignore_index=IGNORE, reduction="none")
-    return _shaped(inputs, -loss)
+    return log_probs.view(inputs.labels.shape)
 
 
 def _liger_cross_entropy(inputs: Inputs) -> Tensor:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    logits = _logits(inputs).flatten(0, 1).clone()
-    return _shaped(inputs, -liger_cross_entropy(logits, inputs.labels.flatten(), reduction="none"))
-
-
-def _liger_scaled_cross_entropy(inputs: Inputs) -> Tensor:
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
-
-    loss = LigerFusedLinearScaledCrossEntropyFunction.apply(*_flat(inputs), 1.0, IGNORE)
-    return _shaped(inputs, -(loss[0] if isinstance(loss, tuple) else loss))
+    return unreduced(f"{_LIGER}:liger_cross_entropy", **_EACH)(replace(inputs, logits=_logits(inputs).clone()))
 
 
 def _liger_dpo(inputs: Inputs) -> Tensor:
@@ -234,33 +209,26 @@ def _liger_dpo(inputs: Inputs) -> Tensor:
     return loss
 
 
-# CCE and quack -------------------------------------------------------------------------------------------------------
-
-
-def _cce(inputs: Inputs, **options: Any) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return -linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, reduction="none", **options)
-
-
 def _quack_linear_cross_entropy(inputs: Inputs) -> Tensor:
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
     hidden, weight, labels = _flat(inputs)
-    return _shaped(inputs, -linear_cross_entropy_func(hidden, weight, None, labels, IGNORE, "none"))
+    return -linear_cross_entropy_func(hidden, weight, None, labels, IGNORE, "none").view(inputs.labels.shape)
 
 
-def _quack_cross_entropy(inputs: Inputs) -> Tensor:
-    from quack.cross_entropy import cross_entropy
-
-    loss = cross_entropy(_logits(inputs).flatten(0, 1), inputs.labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return _shaped(inputs, -loss)
+def _torch(loss: str, **options: Any) -> Adapter:
+    return unreduced(f"torch.nn.functional:{loss}", **_EACH, **options)
 
 
+def _cce(**options: Any) -> dict[str, Adapter]:
+    return _levels(unreduced("cut_cross_entropy:linear_cross_entropy", **_EACH, **options))
+
+
+_EACH: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "none"}
 _ALL_ROWS = {"masked": "computes masked rows too"}
 _SKIPS = "skips small gradients"
 _TRL, _LIGER = "trl.trainer.utils", "liger_kernel.transformers.functional"
-_LIGER_SCALED = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+_SCALED = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 
 PEERS: tuple[Peer, ...] = (
     ours("dpo_kernels"),
@@ -270,31 +238,35 @@ PEERS: tuple[Peer, ...] = (
          _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
          marks=_ALL_ROWS),
     Peer("torch.compile",
-         _levels(lambda i: _shaped(i, _compiled(_gather_hidden)(*_flat(i))),
+         _levels(lambda i: _compiled(_gather_hidden)(*_flat(i)).view(i.labels.shape),
                  lambda i: _compiled(_gather)(_logits(i), i.labels)),
          marks=_ALL_ROWS),
-    Peer("torch F.cross_entropy", {"logits": _torch_cross_entropy}, marks=_ALL_ROWS),
-    Peer("torch F.linear_cross_entropy", _levels(partial(_torch_linear_cross_entropy, False)), marks=_ALL_ROWS),
-    Peer("torch F.linear_cross_entropy, chunked", _levels(partial(_torch_linear_cross_entropy, True)), marks=_ALL_ROWS),
+    Peer("torch F.cross_entropy", {"logits": _torch("cross_entropy")}, marks=_ALL_ROWS),
+    Peer("torch F.linear_cross_entropy", _levels(_torch("linear_cross_entropy")), marks=_ALL_ROWS),
+    Peer("torch F.linear_cross_entropy, chunked",
+         _levels(lambda i: _torch("linear_cross_entropy", options=torch.nn.LinearCrossEntropyOptions())(i)),
+         marks=_ALL_ROWS),
     Peer("TRL ChunkedLogProbFunction", _levels(_trl_chunked), ("trl.kernels", _TRL),
          {"masked": "computes masked rows too on a CPU"}),
     Peer("TRL selective_log_softmax",
          _levels(lambda i: _trl_selective(i, F.linear(i.hidden, i.weight)), lambda i: _trl_selective(i, _logits(i))),
          (_TRL,), _ALL_ROWS),
-    Peer("Liger fused linear cross entropy", _levels(_liger_fused_linear_cross_entropy), (_LIGER,), _ALL_ROWS,
+    Peer("Liger fused linear cross entropy",
+         _levels(unreduced(f"{_LIGER}:liger_fused_linear_cross_entropy", **_EACH)), (_LIGER,), _ALL_ROWS,
          needs_cuda=True),
     Peer("Liger cross entropy", {"logits": _liger_cross_entropy}, (_LIGER,),
          {**_ALL_ROWS, "always": "overwrites its logits; a copy is included"}, needs_cuda=True),
-    Peer("Liger scaled cross entropy", {"hidden": _liger_scaled_cross_entropy}, (_LIGER_SCALED,),
+    Peer("Liger scaled cross entropy",
+         {"hidden": unreduced(f"{_SCALED}:LigerFusedLinearScaledCrossEntropyFunction.apply", 1.0, IGNORE)}, (_SCALED,),
          {**_ALL_ROWS, "always": "computes the entropy too on a CPU", "frozen": "and the frozen weight's gradient"}),
     Peer("Liger FusedLinearDPOLoss", {"dpo": _liger_dpo}, ("liger_kernel.chunked_loss",), _ALL_ROWS),
-    Peer("CCE torch_compile", _levels(partial(_cce, impl="torch_compile", filter_eps=None)), ("cut_cross_entropy",)),
-    Peer("CCE exact", _levels(partial(_cce, impl="cce", filter_eps=None)), ("cut_cross_entropy",), needs_cuda=True),
-    Peer("CCE default", _levels(partial(_cce, impl="cce")), ("cut_cross_entropy",),
-         {"full": _SKIPS, "frozen": _SKIPS}, needs_cuda=True),
+    Peer("CCE torch_compile", _cce(impl="torch_compile", filter_eps=None), ("cut_cross_entropy",)),
+    Peer("CCE exact", _cce(impl="cce", filter_eps=None), ("cut_cross_entropy",), needs_cuda=True),
+    Peer("CCE default", _cce(impl="cce"), ("cut_cross_entropy",), {"full": _SKIPS, "frozen": _SKIPS}, needs_cuda=True),
     Peer("quack linear cross entropy", _levels(_quack_linear_cross_entropy), ("quack.linear_cross_entropy",),
          {**_ALL_ROWS, "always": "unfused form; the chunked one offers mean and sum only"}, needs_cuda=True),
-    Peer("quack cross entropy", {"logits": _quack_cross_entropy}, ("quack.cross_entropy",), _ALL_ROWS, needs_cuda=True),
+    Peer("quack cross entropy", {"logits": unreduced("quack.cross_entropy:cross_entropy", **_EACH)},
+         ("quack.cross_entropy",), _ALL_ROWS, needs_cuda=True),
     Peer("transformers with logits", {"train": training.with_logits}, ("transformers",), _ALL_ROWS),
     Peer("TRL DPOTrainer", {"train": training.trl}, ("trl",),
          {"always": "computes entropy, mean logits and top-1 for its log too",
@@ -309,14 +281,3 @@ def peers_of(case: Case) -> list[Peer]:
     names = set(case.peers if case.peers is not None else (p.name for p in PEERS)) - set(case.without)
     configured = [p for p in CONFIGURED if p.name in case.configurations]
     return configured + [p for p in PEERS if case.level in p.adapters and p.name in names]
-
-
-def find(name: str) -> Peer:
-    """
-    Raises:
-        LookupError: it is in no table, so that a process of its own cannot know it.
-    """
-    peer = next((p for p in (*PEERS, *CONFIGURED) if p.name == name), None)
-    if peer is None:
-        raise LookupError(f"{name} is none of PEERS, where a process of its own looks for it")
-    return peer

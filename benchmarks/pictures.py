@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
-from benchmarks.cases import MIB
+from benchmarks.cases import CURVES, MIB
 from benchmarks.results import Results, Row, case_names, is_ours, milliseconds
 
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 # One look a name, the same in every picture.
 LOOKS: dict[str, dict[str, Any]] = {
     "bare GEMMs": {"marker": "", "linestyle": ":", "color": "0.3"},
@@ -28,21 +27,21 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 def draw(run: Results, out: Path) -> list[str]:
     """Writes the pictures of a run and returns their file names; those without data are left out."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
-    names = []
-    makers: dict[str, Callable[[Results], plt.Figure | None]] = {
-        "cases": _cases, "tokens": partial(_curve, "tokens"), "vocabulary": partial(_curve, "vocabulary"),
-        "budget": _budget,
+    figures = {
+        "cases": _cases(run), "tokens": _curve("tokens", run), "vocabulary": _curve("vocabulary", run),
+        "budget": _budget(run),
     }  # fmt: skip
-    for kind, make in makers.items():
-        figure = make(run)
-        if figure is not None:
-            figure.suptitle(f"{run.machine}, {run.date}", fontsize=9, color="0.3", y=0.995)
-            names.append(f"{run.name}-{kind}.png")
-            figure.tight_layout()
-            figure.savefig(out / names[-1], bbox_inches="tight")
-            plt.close(figure)
-    return names
+    drawn = {f"{run.name}-{kind}.png": figure for kind, figure in figures.items() if figure}
+    for name, figure in drawn.items():
+        save(figure, f"{run.machine}, {run.date}", out / name)
+    return list(drawn)
+
+
+def save(figure: plt.Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, fontsize=9, color="0.3", y=0.995)
+    figure.tight_layout()
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
 
 
 def _cases(run: Results) -> plt.Figure | None:
@@ -51,9 +50,8 @@ def _cases(run: Results) -> plt.Figure | None:
     names = case_names(timed)
     if not names:
         return None
-    columns = 3
-    lines = -(-len(names) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(15, 2.7 * lines), squeeze=False)
+    lines = -(-len(names) // 3)
+    figure, grid = plt.subplots(lines, 3, figsize=(15, 2.7 * lines), squeeze=False)
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     for axes, name in zip(grid.flat, names, strict=False):
@@ -61,11 +59,12 @@ def _cases(run: Results) -> plt.Figure | None:
         floor = next((r for r in run.rows if r.case.name == name and r.status == "floor"), None)
         _bars(axes, rows, floor)
         axes.set_title(f"{name}\n{rows[0].case.shape}", fontsize=9, loc="left")
-    marks: dict[str, dict[str, None]] = {}
+    marks: dict[str, list[str]] = {}
     for r in timed:
         if r.marks and not is_ours(r.peer):
-            marks.setdefault(r.peer, {}).update(dict.fromkeys(r.marks))
-    figure.text(0.01, -0.01, "\n".join(f"* {p}: {'; '.join(said)}" for p, said in marks.items()), fontsize=7, va="top")
+            marks.setdefault(r.peer, []).extend(r.marks)
+    notes = (f"* {peer}: {'; '.join(dict.fromkeys(said))}" for peer, said in marks.items())
+    figure.text(0.01, -0.01, "\n".join(notes), fontsize=7, va="top")
     return figure
 
 
@@ -95,47 +94,47 @@ def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
     axes.set_xlabel(f"time, ms{dotted}")
 
 
-# By curve: a field of the case, and the axis' label.
-_AXES = {"tokens": ("tokens", "tokens"), "vocabulary": ("vocab_size", "vocabulary, entries")}
+_LABELS = {"tokens": "tokens", "vocabulary": "vocabulary, entries"}
 _SIZES = {"tokens": "tokens", "features": "hidden_size", "vocabulary": "vocab_size"}
 
 
 def _curve(name: str, run: Results) -> plt.Figure | None:
-    field, label = _AXES[name]
+    field = CURVES[name]
     rows = [r for r in run.rows if r.case.curve == name and r.seconds]
     if not rows:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
     for peer in dict.fromkeys(r.peer for r in rows):
-        mine = [r for r in rows if r.peer == peer]
-        look = LOOKS.get(peer, {})
-        times.plot([getattr(r.case, field) for r in mine], [1e3 * (r.seconds or 0) for r in mine], label=peer, **look)
-        measured = [r for r in mine if r.bytes is not None]
+        look = {"label": peer, **LOOKS.get(peer, {})}
+        mine = [(getattr(r.case, field), r) for r in rows if r.peer == peer]
+        times.plot(*zip(*((size, 1e3 * (r.seconds or 0)) for size, r in mine), strict=True), **look)
+        measured = [(size, r.bytes / MIB) for size, r in mine if r.bytes is not None]
         if measured:
-            bytes_.plot(
-                [getattr(r.case, field) for r in measured], [(r.bytes or 0) / MIB for r in measured], label=peer, **look
-            )
+            bytes_.plot(*zip(*measured, strict=True), **look)
     for axes, unit in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         points = sorted({getattr(r.case, field) for r in rows})
         axes.set_xticks(points, [f"{x:,}" for x in points], rotation=30)
         axes.minorticks_off()
-        _plain_ticks(axes)
-        axes.set_xlabel(label)
-        axes.set_ylabel(unit)
-        axes.grid(True, color="0.9")
-        axes.legend(fontsize=8, frameon=False)
+        plain_ticks(axes)
+        _finish(axes, _LABELS[name], unit)
     fixed = [f"{getattr(rows[0].case, size):,} {axis}" for axis, size in _SIZES.items() if axis != name]
     times.set_title(", ".join([*fixed, rows[0].case.dtype]), fontsize=9, loc="left")
     return figure
 
 
-def _plain_ticks(axes: Axes) -> None:
-    """1, 2 and 5 of each decade, as plain numbers."""
+def plain_ticks(axes: Axes, of_a_decade: tuple[float, ...] = (1, 2, 5)) -> None:
     low, high = axes.get_ylim()
-    ticks = [m * 10**e for e in range(-3, 7) for m in (1, 2, 5) if low <= m * 10**e <= high]
+    ticks = [m * 10**e for e in range(-3, 7) for m in of_a_decade if low <= m * 10**e <= high]
     axes.set_yticks(ticks, [f"{t:,.10g}" for t in ticks])
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, color="0.9")
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _budget(run: Results) -> plt.Figure | None:
@@ -145,17 +144,15 @@ def _budget(run: Results) -> plt.Figure | None:
         return None
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
     look, floors = LOOKS["dpo_kernels"], [r.to_floor or 0 for r in rows]
-    budgets, gemms = _budgets(rows), [(r.gemms or 0) / (rows[-1].gemms or 1) for r in rows]
+    budgets = [(r.case.memory_budget or 0) / MIB for r in rows]
+    gemms = [(r.gemms or 0) / (rows[-1].gemms or 1) for r in rows]
     label = f"measured: {floors[-1]:.2f} x bare GEMMs at the largest"
     times.plot(budgets, [f / floors[-1] for f in floors], label=label, **look)
     times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {rows[-1].gemms:.3g} at the largest")
-    measured = [r for r in rows if r.bytes is not None]
-    for label, white, peaks in (
-        ("first step", {}, [r.first_bytes for r in measured]),
-        ("second step", {"markerfacecolor": "white"}, [r.bytes for r in measured]),
-    ):
-        held = [(r.beyond(peak) or 0) / MIB for r, peak in zip(measured, peaks, strict=True)]
-        bytes_.plot(_budgets(measured), held, label=f"measured, {label}", **look, **white)
+    measured = [(budget, r) for budget, r in zip(budgets, rows, strict=True) if r.bytes is not None]
+    for step, field, white in (("first", "first_bytes", {}), ("second", "bytes", {"markerfacecolor": "white"})):
+        held = [(r.beyond(getattr(r, field)) or 0) / MIB for _, r in measured]
+        bytes_.plot([budget for budget, _ in measured], held, label=f"measured, {step} step", **look, **white)
     for row, budget in zip(rows, budgets, strict=True):
         times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
     driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
@@ -164,16 +161,8 @@ def _budget(run: Results) -> plt.Figure | None:
     bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
     times.margins(x=0.1)
     times.set_ylim(0.8 * min(gemms), None)
-    times.set_ylabel("time of a step, relative to the largest budget")
     bytes_.set_ylim(bottom=0)
-    bytes_.set_ylabel("held beyond inputs, outputs, gradients, MiB")
     times.set_title(rows[0].case.shape, fontsize=9, loc="left")
-    for axes in (times, bytes_):
-        axes.set_xlabel("memory budget, MiB")
-        axes.grid(True, color="0.9")
-        axes.legend(fontsize=8, frameon=False)
+    _finish(times, "memory budget, MiB", "time of a step, relative to the largest budget")
+    _finish(bytes_, "memory budget, MiB", "held beyond inputs, outputs, gradients, MiB")
     return figure
-
-
-def _budgets(rows: list[Row]) -> list[float]:
-    return [(r.case.memory_budget or 0) / MIB for r in rows]

@@ -8,13 +8,20 @@ of their gradients stay in the L2 cache and cost nothing, or all of them go thro
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.cases import GPU
-from benchmarks.configurations import UNLIMITED, chosen_strategy, plan_of_strategy
-from dpo_kernels.planner import Plan
+import torch
 
+from benchmarks.cases import GPU
+from benchmarks.peers import UNLIMITED
+from benchmarks.results import markdown_table
+from dpo_kernels import plan
+from dpo_kernels.kernels.configs import Arch, resolve
+from dpo_kernels.overrides import override
+
+HOPPER = Arch("cuda", 9)
 FLOPS, BYTES = 780e12, 4.3e12
 # Of the cases that compare strategies, and not other tiles.
 SHAPES = tuple(
@@ -27,22 +34,21 @@ class Prediction(NamedTuple):
     """Milliseconds. products: all GEMMs of the mode alone; sums: reading and writing float32 sums of gradients, which
     fit no cache; tiles: logits, kept probabilities and gradients of logits, where nothing stays in a cache."""
 
-    made: Plan
+    gemms: float
     products: float
     sums: float
     tiles: float
 
-    @property
-    def ratios(self) -> tuple[float, float]:
-        """Of the step to its bare products, with tiles in cache and without."""
-        return 1 + self.sums / self.products, 1 + (self.sums + self.tiles) / self.products
+    def ratio(self, tiles: float) -> float:
+        return 1 + (self.sums + tiles) / self.products
 
 
 def predict(tokens: int, features: int, vocab: int, mode: str, strategy: str) -> Prediction:
-    call = partial(plan_of_strategy, strategy, tokens, features, vocab, MODES[mode])
-    made = call(UNLIMITED)
-    if mode == "recompute":  # all that the same tiles need, and nothing for what could be kept
-        made = call(made.bytes - made.memory["kept probabilities"])
+    call = partial(plan, tokens, features, vocab, torch.bfloat16, grads=MODES[mode], impl="triton")
+    with override(arch=HOPPER, kernels={"strategy": strategy}):
+        made = call(memory_budget=UNLIMITED)
+        if mode == "recompute":  # all that the same tiles need, and nothing for what could be kept
+            made = call(memory_budget=made.bytes - made.memory["kept probabilities"])
     logits = tokens * vocab
     tile = 0 if strategy == "fused" else 8 * logits  # float32, written and read
     sums, tiles = 0.0, float(tile)
@@ -57,27 +63,25 @@ def predict(tokens: int, features: int, vocab: int, mode: str, strategy: str) ->
         if token_tiles > 1:
             sums += (8 * token_tiles + 6) * vocab * features
     products = made.gemms * 2 * tokens * features * vocab / FLOPS
-    return Prediction(made, 1e3 * products, 1e3 * sums / BYTES, 1e3 * tiles / BYTES)
+    return Prediction(made.gemms, 1e3 * products, 1e3 * sums / BYTES, 1e3 * tiles / BYTES)
 
 
 def table() -> str:
-    lines = [
-        "| tokens x features x vocabulary | mode | strategy | GEMMs | bare GEMMs, ms | sums, ms | tiles, ms | ratio |",
-        "|---|---|---|---:|---:|---:|---:|---|",
-    ]
-    for tokens, features, vocab in SHAPES:
-        chosen = chosen_strategy(features)
-        for mode in MODES:
-            for strategy in ("tiles", "fused"):
-                made = predict(tokens, features, vocab, mode, strategy)
-                low, high = made.ratios
-                name = f"**{strategy}**" if strategy == chosen else strategy
-                lines.append(
-                    f"| {tokens:,} x {features:,} x {vocab:,} | {mode} | {name} | "
-                    f"{made.made.gemms:.3g} | {made.products:.1f} | {made.sums:.1f} | {made.tiles:.1f} | "
-                    f"{low:.2f} to {high:.2f} |"
-                )
-    return "\n".join(lines)
+    names = (
+        "tokens x features x vocabulary", "mode", "strategy", "GEMMs:", "bare GEMMs, ms:", "sums, ms:", "tiles, ms:",
+        "ratio",
+    )  # fmt: skip
+    chosen = {shape: resolve(HOPPER, shape[1], torch.bfloat16, options=False).strategy for shape in SHAPES}
+    lines = []
+    for shape, mode, strategy in itertools.product(SHAPES, MODES, ("tiles", "fused")):
+        made = predict(*shape, mode, strategy)
+        lines.append((
+            " x ".join(f"{size:,}" for size in shape), mode,
+            f"**{strategy}**" if strategy == chosen[shape] else strategy, f"{made.gemms:.3g}",
+            f"{made.products:.1f}", f"{made.sums:.1f}", f"{made.tiles:.1f}",
+            f"{made.ratio(tiles=0):.2f} to {made.ratio(made.tiles):.2f}",
+        ))  # fmt: skip
+    return markdown_table(names, lines)
 
 
 if __name__ == "__main__":

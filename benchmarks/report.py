@@ -6,11 +6,12 @@ python -m benchmarks.report results.json [other.json] --out DIR
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.results import Results, Row, case_names, is_ours, mib, milliseconds
+from benchmarks.results import Results, Row, case_names, is_ours, markdown_table, mib, milliseconds
 
 HOW_TO_READ = (
     "Times are medians of interleaved rounds, with first and third quartile and the number of rounds; ratios are "
@@ -35,25 +36,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("other", type=Path, nargs="?", help="a later run, to compare")
     parser.add_argument("--out", type=Path, required=True, help="folder for Markdown, pictures and the stripped JSON")
     options = parser.parse_args(argv)
-    first = results.load(options.results)
-    options.out.mkdir(parents=True, exist_ok=True)
+    run, out = results.load(options.results), options.out
+    out.mkdir(parents=True, exist_ok=True)
     if options.other is not None:
-        second = results.load(options.other)
-        path = options.out / f"{second.name}-compared.md"
-        path.write_text(comparison(first, second))
+        other = results.load(options.other)
+        path = out / f"{other.name}-compared.md"
+        path.write_text(comparison(run, other))
     else:
-        path = write(first, options.out)
+        from benchmarks import pictures  # needs matplotlib
+
+        results.save(run, out / f"{run.name}.json")
+        path = out / f"{run.name}.md"
+        path.write_text(markdown(run, pictures.draw(run, out)))
     print(path)
-
-
-def write(run: Results, out: Path) -> Path:
-    """NAME.json (without single times), NAME-*.png and NAME.md, which it returns."""
-    from benchmarks import pictures  # needs matplotlib
-
-    results.save(run, out / f"{run.name}.json")
-    path = out / f"{run.name}.md"
-    path.write_text(markdown(run, pictures.draw(run, out)))
-    return path
 
 
 def markdown(run: Results, picture_names: Iterable[str] = ()) -> str:
@@ -61,7 +56,7 @@ def markdown(run: Results, picture_names: Iterable[str] = ()) -> str:
         f"# Benchmarks: {run.machine}, {run.date}",
         facts(run),
         HOW_TO_READ,
-        table(run),
+        table(run.rows),
         "## Peers that did not run, and wrong results",
         absent(run),
     ]
@@ -76,21 +71,20 @@ def facts(run: Results) -> str:
     return f"Size `{run.size}`, {run.threads}, commit {run.commit}. {versions}."
 
 
-def table(run: Results) -> str:
+def table(rows: Iterable[Row]) -> str:
     """Every case that is no point of a curve, the floor first, then by time."""
-    lines = _header(
+    names = (
         "case", "what", "time", "quartiles", "rounds", "x floor", "x ours", "GFLOP/s", "peak memory", "error",
         "error of gradients", "notes",
     )  # fmt: skip
-    shown = [row for row in run.rows if row.case.curve is None and row.status != "unavailable"]
-    last = ""
+    shown = [row for row in rows if row.case.curve is None and row.status != "unavailable"]
+    lines = []
     for case in case_names(shown):
-        rows = [row for row in shown if row.case.name == case]
-        for row in sorted(rows, key=lambda row: (row.status != "floor", row.seconds or float("inf"))):
-            name = f"**{case}**<br>{row.case.shape}" if case != last else ""
-            lines.append(_line(name, *_cells(row)))
-            last = case
-    return "\n".join(lines)
+        of_case = [row for row in shown if row.case.name == case]
+        of_case.sort(key=lambda row: (row.status != "floor", row.seconds or float("inf")))
+        heads = [f"**{case}**<br>{of_case[0].case.shape}", *[""] * len(of_case)]
+        lines += [[head, *_cells(row)] for head, row in zip(heads, of_case, strict=False)]
+    return markdown_table(names, lines)
 
 
 def _cells(row: Row) -> list[str]:
@@ -98,12 +92,14 @@ def _cells(row: Row) -> list[str]:
     notes = [f"{status}: {row.reason}"] if status else list(row.marks)
     if row.mode:
         notes.insert(0, f"{row.mode}, {row.gemms:.3g} GEMMs")
+    rate = ""
+    if row.gemms and row.seconds:  # of the case's products, of ours the plan's
+        rate = f"{1e-9 * row.gemms * row.case.gemm_flop / row.seconds:,.0f}"
     if row.bytes_reason:
         notes.append(f"memory: {row.bytes_reason}")
-    label = f"**{row.peer}**" if is_ours(row.peer) else row.peer
     return [
-        label, milliseconds(row.seconds), " to ".join(map(milliseconds, row.quartiles)), str(row.rounds or ""),
-        _number(row.to_floor), _number(row.to_ours), _gflops(row), mib(row.bytes),
+        _label(row.peer), milliseconds(row.seconds), " to ".join(map(milliseconds, row.quartiles)),
+        str(row.rounds or ""), _number(row.to_floor), _number(row.to_ours), rate, mib(row.bytes),
         *_error_cells(row), "; ".join(notes),
     ]  # fmt: skip
 
@@ -115,50 +111,35 @@ def _error_cells(row: Row) -> tuple[str, str]:
     return "" if value is None else f"{value:.1e}", f"{max(gradients):.1e}" if gradients else ""
 
 
-def _gflops(row: Row) -> str:
-    """The products of its case, for ours of its plan, over its time."""
-    if not (row.gemms and row.seconds):
-        return ""
-    return f"{1e-9 * row.gemms * row.case.gemm_flop / row.seconds:,.0f}"
-
-
 def absent(run: Results) -> str:
-    """One line a peer and reason, with the cases that it holds for."""
-    cases: dict[tuple[str, str], list[str]] = {}
-    for row in run.rows:
-        if row.reason:
-            cases.setdefault((row.peer, f"{row.status}: {row.reason}"), []).append(row.case.name)
-    lines = [f"- {peer}: {reason} ({len(names)} cases)" for (peer, reason), names in cases.items()]
+    cases = Counter(f"- {row.peer}: {row.status}: {row.reason}" for row in run.rows if row.reason)
+    lines = [f"{said} ({count} cases)" for said, count in cases.items()]
     return "\n".join(lines) or "None: every peer ran and was right."
 
 
 def budget_table(rows: list[Row]) -> str:
     """Planned bytes beside measured ones: what is held beyond inputs, outputs and gradients."""
-    lines = _header(
-        "case", "budget", "mode", "GEMMs", "time, x floor", "planned", "first step", "difference",
-        "planned for the driver", "second step", "difference",
-    )  # fmt: skip
+    names = ("case", "budget", "mode", "GEMMs", "time, x floor")
+    beside = ("planned", "first step", "difference", "planned for the driver", "second step", "difference")
+    lines = []
     for row in rows:
-        first, second = row.beyond(row.first_bytes), row.beyond(row.bytes)
+        cells = [row.case.name, mib(row.case.memory_budget), row.mode, _number(row.gemms), _number(row.to_floor)]
         driver = (row.predicted_bytes or 0) - (row.library_bytes or 0)
-        lines.append(_line(
-            row.case.name, mib(row.case.memory_budget), row.mode, _number(row.gemms), _number(row.to_floor),
-            mib(row.predicted_bytes, 1), mib(first, 1), _difference(first, row.predicted_bytes), mib(driver, 1),
-            mib(second, 1), _difference(second, driver),
-        ))  # fmt: skip
-    return "\n".join([*lines, "", BUDGET_NOTE])
-
-
-def _difference(measured: int | None, planned: int | None) -> str:
-    return f"{measured / planned - 1:+.0%}" if measured is not None and planned else ""
+        for planned, peak in ((row.predicted_bytes, row.first_bytes), (driver, row.bytes)):
+            held = row.beyond(peak)
+            change = f"{held / planned - 1:+.0%}" if held is not None and planned else ""
+            cells += [mib(planned, 1), mib(held, 1), change]
+        lines.append(cells)
+    return f"{markdown_table((*names, *beside), lines)}\n\n{BUDGET_NOTE}"
 
 
 def comparison(before: Results, after: Results) -> str:
     """What a change did: each benchmark of either file, by time over the floor, which a faster machine leaves alone."""
-    lines = _header(
+    names = (
         "case", "what", "time before", "after", "x floor before", "after", "change", "memory before", "after",
         "error before", "after", "notes",
     )  # fmt: skip
+    lines = []
     old, new = ({(row.case.name, row.peer): row for row in run.rows} for run in (before, after))
     for case, peer in old | new:
         was, row = old.get((case, peer)), new.get((case, peer))
@@ -169,47 +150,41 @@ def comparison(before: Results, after: Results) -> str:
         notes += [f"only {when}" for when, _ in both if len(both) == 1]
         if was and row and was.case != row.case:
             notes.insert(0, "the case changed")
-        cells = [[milliseconds(r.seconds), _number(r.to_floor), mib(r.bytes), _errors(r)] if r else [""] * 4
-                 for r in (was, row)]  # fmt: skip
+        cells = [
+            [milliseconds(r.seconds), _number(r.to_floor), mib(r.bytes), "; ".join(filter(None, _error_cells(r)))]
+            if r else [""] * 4 for r in (was, row)
+        ]  # fmt: skip
         times, floors, memory, errors = zip(*cells, strict=True)
         change = _change(was, row) if was and row and row.status != "floor" else ""
-        label = f"**{peer}**" if is_ours(peer) else peer
-        lines.append(_line(case, label, *times, *floors, change, *memory, *errors, "; ".join(notes)))
+        lines.append([case, _label(peer), *times, *floors, change, *memory, *errors, "; ".join(notes)])
     heads = [f"- {when}: {r.machine}, {r.date}. {facts(r)}" for when, r in (("before", before), ("after", after))]
     note = (
         "Change: of the time over the floor's in the same rounds, negative is faster; of the time without a floor. "
         "Noise: the ranges from first to third quartile overlap. Errors: of log-probs or loss; of gradients."
     )
-    return "\n\n".join(["# Benchmarks compared", "\n".join(heads), note, "\n".join(lines)]) + "\n"
-
-
-def _errors(row: Row) -> str:
-    return "; ".join(cell for cell in _error_cells(row) if cell)
+    return "\n\n".join(["# Benchmarks compared", "\n".join(heads), note, markdown_table(names, lines)]) + "\n"
 
 
 def _change(was: Row, row: Row) -> str:
     if not (was.seconds and row.seconds):
         return ""
-    with_floor = bool(was.to_floor and row.to_floor)
-    middles, ranges = [], []
-    for r in (was, row):
-        middle = (r.to_floor if with_floor else r.seconds) or 0.0
-        middles.append(middle)
-        ranges.append([middle * quartile / (r.seconds or 1.0) for quartile in r.quartiles or (r.seconds or 0.0,)])
-    noise = max(ranges[0][0], ranges[1][0]) <= min(ranges[0][-1], ranges[1][-1])
-    return f"{middles[1] / middles[0] - 1:+.0%}" + (" (noise)" if noise else "")
+    old, new = was.seconds, row.seconds
+    if was.to_floor and row.to_floor:
+        old, new = was.to_floor, row.to_floor
+    (low, *_, high), (later_low, *_, later_high) = (
+        [middle * quartile / r.seconds for quartile in r.quartiles or [r.seconds] * 2]
+        for middle, r in ((old, was), (new, row)) if r.seconds
+    )  # fmt: skip
+    noise = max(low, later_low) <= min(high, later_high)
+    return f"{new / old - 1:+.0%}" + (" (noise)" if noise else "")
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _header(*names: str) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _label(peer: str) -> str:
+    return f"**{peer}**" if is_ours(peer) else peer
 
 
 if __name__ == "__main__":

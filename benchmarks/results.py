@@ -19,9 +19,16 @@ import torch
 from benchmarks.cases import MIB, Case
 
 SECTION = "dpo_kernels"
-PACKAGES = (
-    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "dpo-kernels",
-)  # fmt: skip
+PACKAGES = [
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "dpo-kernels",
+]
 
 
 @dataclass
@@ -90,25 +97,24 @@ class Results:
 
     @property
     def name(self) -> str:
-        """Machine and date, as a file name."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.machine} {self.date}".lower()).strip("-")
 
-    def to_json(self, samples: bool = False) -> dict[str, Any]:
-        """samples: with every single time; the committed files go without."""
-        section = asdict(self)
-        for row in section["rows"]:
-            if not samples:
-                del row["samples"]
-            for key in [k for k, v in row.items() if v in (None, "", [], {})]:
-                del row[key]
-        return section
+    def to_json(self) -> dict[str, Any]:
+        """Without single times and empty fields."""
+        rows = [
+            {k: v for k, v in asdict(row).items() if v not in (None, "", [], {}) and k != "samples"}
+            for row in self.rows
+        ]
+        return vars(self) | {"rows": rows}
 
 
 def of_this_run(rows: Sequence[Row], size: str, device: torch.device) -> Results:
-    return Results(
-        datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        size, machine(device), threads(), versions(), commit(), list(rows),
-    )  # fmt: skip
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    threads, policy = f"{torch.get_num_threads()} threads", os.environ.get("OMP_WAIT_POLICY")
+    threads += f" (OMP_WAIT_POLICY {policy})" if policy else ""
+    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
+    return Results(today, size, machine(device), threads, versions, commit(), list(rows))
 
 
 def load(path: Path) -> Results:
@@ -128,38 +134,27 @@ def load(path: Path) -> Results:
 def save(results: Results, path: Path) -> None:
     """One row a line: a committed file stays small, and a diff of two readable."""
     section = results.to_json()
-    rows = ",\n".join("  " + json.dumps(row) for row in section.pop("rows"))
-    head = json.dumps(section)[:-1]
-    path.write_text(f'{{"{SECTION}": {head}, "rows": [\n{rows}\n]}}}}\n')
+    path.write_text(f'{{"{SECTION}": {one_a_line("rows", section.pop("rows"), section)}}}\n')
+
+
+def one_a_line(name: str, rows: Iterable[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The JSON of facts and, as their last member, rows."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    return f'{json.dumps(facts)[:-1]}, "{name}": [\n{lines}\n]}}'
 
 
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"1 {torch.cuda.get_device_name(device)}"
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} cores"
-
-
-def threads() -> str:
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    return f"{torch.get_num_threads()} threads" + (f" (OMP_WAIT_POLICY {policy})" if policy else "")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of those PACKAGES that are installed."""
-    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    found = {name: installed[name] for name in PACKAGES if name in installed}
-    return {"python": platform.python_version()} | found
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} cores"
 
 
 def commit() -> str:
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(("git", *arguments), cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ("git", "describe", "--always", "--exclude=*", "--dirty=+")
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -179,6 +174,14 @@ def is_ours(peer: str) -> bool:
 
 def milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:,.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
+
+
+def markdown_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A column whose name ends with a colon is aligned to the right."""
+    heads = [name.rstrip(":") for name in names]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    lines.insert(1, "|" + "".join("---:|" if name.endswith(":") else "---|" for name in names))
+    return "\n".join(lines)
 
 
 def mib(size: int | None, digits: int = 0) -> str:

@@ -6,10 +6,8 @@ for all, is left out. Policy and reference are random Qwen3 models that differ a
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import Case
-from benchmarks.inputs import IGNORE
-from benchmarks.verify import BETA, Outcome, Problem, Step, Truth
+from benchmarks.inputs import IGNORE, Outcome, Step
+from benchmarks.verify import BETA, Problem, Truth
 from dpo_kernels import reference
 
-Batch = dict[str, Tensor]
 # Gradients that are verified, by the name that the table gives them.
 CHECKED = {"lm_head": "lm_head.weight", "q_proj": "model.layers.0.self_attn.q_proj.weight"}
 
@@ -38,25 +35,23 @@ def make_model(case: Case, seed: int) -> Any:
         num_attention_heads=size // 64, num_key_value_heads=max(1, size // 128), head_dim=64,
         max_position_embeddings=case.length + 1, tie_word_embeddings=False, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config)
         torch.manual_seed(seed)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p), alpha=0.1 * float(p.std(correction=0)))
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1 * float(p.std(correction=0)))
     return model
 
 
-def make_batch(case: Case) -> Batch:
+def make_batch(case: Case) -> dict[str, Tensor]:
     """ids (R, S + 1) and labels (R, S), -100 in the prompt; the first half of the rows chosen, the second rejected."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, case.vocab_size, (case.sequences, case.length + 1), generator=generator)
-    prompt = round(case.masked * case.length)
-    half = case.sequences // 2
-    ids[half:, :prompt] = ids[:half, :prompt]
+    chosen, rejected = ids.chunk(2)
+    rejected[:, : case.prompt] = chosen[:, : case.prompt]
     labels = ids[:, 1:].clone()
-    labels[:, :prompt] = IGNORE
+    labels[:, : case.prompt] = IGNORE
     return {"ids": ids, "labels": labels}
 
 
@@ -68,7 +63,7 @@ class Made:
     policy: nn.Module
 
     def run(self) -> Outcome:
-        clear(self.policy.parameters())
+        self.policy.zero_grad()
         loss = self.step()
         grads = {name: self.policy.get_parameter(path).grad for name, path in CHECKED.items()}
         return {"loss": loss.detach()} | {name: g for name, g in grads.items() if g is not None}
@@ -103,20 +98,19 @@ def ours(case: Case, device: torch.device, folder: str) -> Made:
     from dpo_kernels.training import DPOConfig, DPOTrainer
 
     made = make_batch(case)
-    mask = made["labels"] != IGNORE
-    both = {"x": made["ids"][:, :-1], "y": made["labels"], "mask": mask}
+    both = {"x": made["ids"][:, :-1], "y": made["labels"], "mask": made["labels"] != IGNORE}
     batch = {
-        f"{name}_{side}": part
-        for name, t in both.items()
-        for side, part in zip(("chosen", "rejected"), t.chunk(2), strict=True)
+        f"{name}_{side}": t.chunk(2)[i] for name, t in both.items() for i, side in enumerate(("chosen", "rejected"))
     }
     items = [{name: t[i] for name, t in batch.items()} for i in range(case.sequences // 2)]
-    trainer = DPOTrainer(make_model(case, 1), make_model(case, 2), DPOConfig(**_options(device, folder)), items)
+    trainer = DPOTrainer(make_model(case, 1), make_model(case, 2), DPOConfig(**options_of(device, folder)), items)
     return Made(partial(trainer.training_step, trainer.model, batch), trainer.model)
 
 
 def trl(case: Case, device: torch.device, folder: str) -> Made:
     from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     batch = make_batch(case)
@@ -127,10 +121,12 @@ def trl(case: Case, device: torch.device, folder: str) -> Made:
     }
     # The trainer wants texts to tokenize; the step is then given the same token ids as the others.
     texts = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-    config = DPOConfig(**_options(device, folder), beta=BETA, bf16=False, gradient_checkpointing=False, max_length=None)
-    trainer = DPOTrainer(
-        make_model(case, 1), make_model(case, 2), config, train_dataset=texts, processing_class=_tokenizer()
-    )
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate("pqabc")}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="p", eos_token="q")
+    options = options_of(device, folder) | {"beta": BETA, "bf16": False, "gradient_checkpointing": False}
+    policy, frozen = make_model(case, 1), make_model(case, 2)
+    config = DPOConfig(**options, max_length=None)
+    trainer = DPOTrainer(policy, frozen, config, train_dataset=texts, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = 1  # which train() sets before its first step
     return Made(partial(trainer.training_step, trainer.model, inputs), trainer.model)
 
@@ -142,26 +138,28 @@ class TrainingProblem(Problem):
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        self.folder = tempfile.mkdtemp(prefix="benchmark-")
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        super().__init__(case, device)
+        self.folder = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)  # gone with this
         self.made: dict[str, Made] = {}
         self.changed = False
 
     @cached_property
-    def truth(self) -> Truth:  # type: ignore[override]
-        outcomes = []
-        for dtype in (torch.float64, self.case.torch_dtype):
-            made = with_logits(self.case, self.device, dtype=dtype)
-            if self.changed:
-                made.change()
-            outcomes.append(made.run())
-        exact, plain = outcomes
+    def truth(self) -> Truth:
+        both = [with_logits(self.case, self.device, dtype=dtype) for dtype in (torch.float64, self.case.torch_dtype)]
+        for made in both if self.changed else ():
+            made.change()
+        exact, plain = (made.run() for made in both)
         return Truth.beside(exact, plain, self.case.torch_dtype, torch.empty(0, dtype=torch.bool), 0.0, 0.0)
 
     def step(self, peer: Any) -> Step:
-        made = self.made[peer.name] = peer.adapters["train"](self.case, self.device, self.folder)
+        made = self.made[peer.name] = peer.adapters["train"](self.case, self.device, self.folder.name)
         return made.run
+
+    def run(self, step: Step) -> Outcome:
+        return step()
+
+    def restore(self) -> bool:
+        return False
 
     def change(self) -> None:
         self.changed = True
@@ -171,26 +169,9 @@ class TrainingProblem(Problem):
 
     def clear(self) -> None:
         for made in self.made.values():
-            clear(made.policy.parameters())
+            made.policy.zero_grad()
 
 
-def clear(leaves: Iterable[Tensor]) -> None:
-    for leaf in leaves:
-        leaf.grad = None
-
-
-def _options(device: torch.device, folder: str) -> dict[str, Any]:
-    return {
-        "output_dir": folder, "report_to": "none", "disable_tqdm": True,
-        "use_cpu": device.type == "cpu", "save_strategy": "no",
-    }  # fmt: skip
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(("<pad>", "</s>", "a", "b", "c"))}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")), pad_token="<pad>", eos_token="</s>"
-    )
+def options_of(device: torch.device, folder: str) -> dict[str, Any]:
+    cpu = device.type == "cpu"
+    return {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "use_cpu": cpu, "save_strategy": "no"}

@@ -12,59 +12,54 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
-import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import torch
+
+from benchmarks.results import markdown_table
+from benchmarks.training import options_of
 
 TRAINERS = ("dpo", "kto", "grpo", "rloo")
 SIDES = ("TRL", "enabled")
 
 
 def run(
-    trainer: str,
-    enabled: bool,
-    model: str,
-    data_path: str,
-    steps: int,
-    batch: int,
-    length: int,
-    memory_budget: int | None = None,
-) -> dict[str, Any]:
+    trainer: str, enabled: bool, model: str, data_path: str, steps: int, batch: int, length: int
+) -> dict[str, list[float]]:
     """Trains; the log's losses and gradient norms, seconds of each step, peak resident MiB."""
     from transformers import TrainerCallback
 
     from dpo_kernels.integrations.trl import enable
 
-    seconds: list[float] = []
+    clock: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            clock.append(-time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.began)
+            clock[-1] += time.perf_counter()
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        enable(memory_budget=memory_budget) if enabled else contextlib.nullcontext(),
+        contextlib.redirect_stdout(sys.stderr),  # the trainer's log is not the table
+        enable() if enabled else contextlib.nullcontext(),
     ):
         made = make_trainer(trainer, folder, model, data_path, steps, batch, length)
         made.add_callback(Clock())
         made.train()
     logs = [entry for entry in made.state.log_history if "loss" in entry]
-    return {
-        "loss": [entry["loss"] for entry in logs], "grad_norm": [entry["grad_norm"] for entry in logs],
-        "seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }  # fmt: skip
+    told = {name: [float(entry[name]) for entry in logs] for name in ("loss", "grad_norm")}
+    return told | {"seconds": clock, "peak_mib": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]}
 
 
 def make_trainer(trainer: str, folder: str, model: str, data_path: str, steps: int, batch: int, length: int) -> Any:
@@ -75,90 +70,70 @@ def make_trainer(trainer: str, folder: str, model: str, data_path: str, steps: i
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     policy, reference = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
-    common = {
-        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": 1e-4,
-        "logging_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
-        "bf16": False, "gradient_checkpointing": False, "seed": 0,
-    }  # fmt: skip
     pairs = [json.loads(line) for line in Path(data_path).read_text(encoding="utf-8").splitlines()]
     pairs = [pair for pair in pairs if sum(len(m["content"]) for m in pair["chosen"]) < 4 * length][: 2 * steps * batch]
-    answers = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
-    prompts = [{"prompt": pair["chosen"][:-1]} for pair in pairs]
-    sampled = {"num_generations": batch, "max_completion_length": 16, "beta": 0.04}
-    choices: dict[str, tuple[list[Any], dict[str, Any]]] = {
-        "dpo": (pairs, {"max_length": length}),
-        "kto": (
-            [{"prompt": pair[side][:-1], "completion": pair[side][-1:], "label": side == "chosen"}
-             for pair, side in answers],
-            {"max_length": length},
-        ),
-        "grpo": (prompts, sampled),
-        "rloo": (prompts, sampled),
-    }  # fmt: skip
-    rows, options = choices[trainer]
-    more = {"reward_funcs": _distinct_letters} if rows is prompts else {"ref_model": reference}
-    name = trainer.upper()
-    return getattr(trl, f"{name}Trainer")(
-        model=policy, args=getattr(trl, f"{name}Config")(**common, **options), processing_class=tokenizer,
-        train_dataset=Dataset.from_list(rows), **more,
+    options: dict[str, Any] = {"max_length": length}
+    more: dict[str, Any] = {"ref_model": reference}
+    if trainer == "dpo":
+        rows = pairs
+    elif trainer == "kto":
+        rows = [
+            {"prompt": pair[side][:-1], "completion": pair[side][-1:], "label": side == "chosen"}
+            for pair in pairs for side in ("chosen", "rejected")
+        ]  # fmt: skip
+    else:
+        rows = [{"prompt": pair["chosen"][:-1]} for pair in pairs]
+        options = {"num_generations": batch, "max_completion_length": 16, "beta": 0.04}
+        more = {"reward_funcs": _distinct_letters}
+    config = getattr(trl, f"{trainer.upper()}Config")(
+        **options_of(torch.device("cpu"), folder), **options, max_steps=steps, per_device_train_batch_size=batch,
+        learning_rate=1e-4, logging_steps=1, bf16=False, gradient_checkpointing=False, seed=0,
     )  # fmt: skip
+    return getattr(trl, f"{trainer.upper()}Trainer")(
+        model=policy, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), **more
+    )
 
 
 def _distinct_letters(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(set(c[0]["content"]))) for c in completions]
 
 
-def child(trainer: str, side: str, steps: int) -> dict[str, Any]:
-    command = [
-        sys.executable, "-m", "benchmarks.trl_switch", *sys.argv[1:], "--one", trainer, "--side", side, "--steps",
-        str(steps),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{trainer}, {side}: {done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(trainer: str, rounds: list[dict[str, dict[str, Any]]]) -> None:
+def report(trainer: str, rounds: list[dict[str, dict[str, list[float]]]]) -> None:
     """Curves and peak of the first round; seconds of each round, without a run's first step."""
-    trl, ours = (rounds[0][side] for side in SIDES)
-    print(f"\n{trainer.upper()}Trainer\n\n| step | loss, TRL | loss, enabled | grad norm, TRL | grad norm, enabled |")
-    print("|---|---|---|---|---|")
-    columns = (trl["loss"], ours["loss"], trl["grad_norm"], ours["grad_norm"])
-    for step, row in enumerate(zip(*columns, strict=True), 1):
-        print(f"| {step} | " + " | ".join(f"{float(x):.6g}" for x in row) + " |")
-    apart = max(abs(float(a) - float(b)) for a, b in zip(trl["loss"], ours["loss"], strict=True))
+    names = ("step", "loss, TRL", "loss, enabled", "grad norm, TRL", "grad norm, enabled")
+    trl, ours, *norms = (rounds[0][side][what] for what in ("loss", "grad_norm") for side in SIDES)
+    curves = zip(trl, ours, *norms, strict=True)
+    rows = ([str(step), *(f"{value:.6g}" for value in values)] for step, values in enumerate(curves, 1))
+    print(f"\n{trainer.upper()}Trainer\n\n{markdown_table(names, rows)}")
+    apart = max(abs(a - b) for a, b in zip(trl, ours, strict=True))
     print(f"\nlargest difference of the loss {apart:.1e}")
     for side in SIDES:
-        print(f"{side}: peak {rounds[0][side]['peak_mib']:,.0f} MiB resident")
+        print(f"{side}: peak {rounds[0][side]['peak_mib'][0]:,.0f} MiB resident")
     for number, made in enumerate(rounds, 1):
         seconds = {side: made[side]["seconds"][1:] or made[side]["seconds"] for side in SIDES}
-        medians = [statistics.median(seconds[side]) for side in SIDES]
-        said = "; ".join(f"{side} {m:.2f} ({min(s):.2f} to {max(s):.2f})"
-                         for (side, s), m in zip(seconds.items(), medians, strict=True))  # fmt: skip
-        print(f"round {number}, seconds a step, median: {said}; enabled / TRL {medians[1] / medians[0]:.2f}")
+        medians = {side: statistics.median(s) for side, s in seconds.items()}
+        said = "; ".join(f"{side} {medians[side]:.2f} ({min(s):.2f} to {max(s):.2f})" for side, s in seconds.items())
+        quotient = medians["enabled"] / medians["TRL"]
+        print(f"round {number}, seconds a step, median: {said}; enabled / TRL {quotient:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data_path", required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--memory_budget", type=int, help="of enable(), in bytes")
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    for name in ("--model", "--data_path"):
+        parser.add_argument(name, required=True)
+    for name, default in (("--steps", 20), ("--batch", 2), ("--length", 256)):
+        parser.add_argument(name, type=int, default=default)
     a = parser.parse_args()
-    if a.one:
-        random.seed(0)
-        enabled = a.side == "enabled"
-        print(json.dumps(run(a.one, enabled, a.model, a.data_path, a.steps, a.batch, a.length, a.memory_budget)))
-        return
-    for trainer in a.trainers:
-        rounds = [(a.steps, SIDES), (min(a.steps, 6), SIDES[::-1])] if trainer == "dpo" else [(2, SIDES)]
-        report(trainer, [{side: child(trainer, side, steps) for side in order} for steps, order in rounds])
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for trainer in TRAINERS:
+        rounds: list[dict[str, dict[str, list[float]]]] = []
+        for steps, order in [(a.steps, SIDES), (min(a.steps, 6), SIDES[::-1])] if trainer == "dpo" else [(2, SIDES)]:
+            rounds.append({})
+            for side in order:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    job = pool.submit(run, trainer, side == "enabled", a.model, a.data_path, steps, a.batch, a.length)
+                    rounds[-1][side] = job.result()
+        report(trainer, rounds)
 
 
 if __name__ == "__main__":

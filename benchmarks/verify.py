@@ -6,15 +6,17 @@ is then compared with a gradient that is 0 at all other tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.inputs import IGNORE, Inputs, other_order, row_blocks
+from benchmarks.floors import make_floor
+from benchmarks.inputs import IGNORE, Inputs, Outcome, Step, make_inputs, other_order, row_blocks
 from dpo_kernels import reference
 
 BETA = 0.1  # DPO's, in every case
@@ -27,11 +29,6 @@ PROMISED = {torch.bfloat16: 1e-4, torch.float32: 1e-5}
 OUR_FACTOR, OUR_ULPS = 2.0, 2.0
 # The loss is a difference of float32 sums of some hundred log-probs: this is what those round by.
 LOSS_FLOOR = 1e-5
-
-# A peer's step, run once to verify and then to time; what it returns is verified.
-Step = Callable[[], "Outcome"]
-Outcome = dict[str, Tensor]  # "log_probs" (R, S) or "loss" (), and the gradients by the input's name
-
 
 PER_TOKEN = ("log_probs", "logits", "hidden")  # of an outcome, what is (R, S, ...)
 
@@ -51,39 +48,35 @@ def answer(case: Case, inputs: Inputs, dtype: torch.dtype) -> Answer:
         return t.detach().to(dtype).requires_grad_(name in case.wanted)
 
     labels, counts = inputs.labels.flatten(), inputs.labels != IGNORE
-    if inputs.logits is not None:
-        source, head = leaf(inputs.logits.flatten(0, 1), "logits"), None
-    else:
-        source, head = leaf(inputs.hidden.flatten(0, 1), "hidden"), leaf(inputs.weight, "weight")
-
-    def log_probs(rows: slice, source: Tensor, head: Tensor | None) -> Tensor:
-        if head is None:
-            return reference.logits_to_log_probs(source[rows], labels[rows])
-        return reference.hidden_to_log_probs(source[rows], head, labels[rows])
 
     def all_rows(source: Tensor, head: Tensor | None, cotangent: Tensor | None = None) -> Tensor:
-        """Log-probs (R, S); with a cotangent gradients too."""
         parts = []
         for rows in row_blocks(len(labels), case.vocab_size):
             with torch.set_grad_enabled(cotangent is not None):
-                part = log_probs(rows, source, head)
+                if head is None:
+                    part = reference.logits_to_log_probs(source[rows], labels[rows])
+                else:
+                    part = reference.hidden_to_log_probs(source[rows], head, labels[rows])
             if cotangent is not None:
                 part.backward(cotangent.flatten()[rows].to(part.dtype))
             parts.append(part.detach())
         return torch.cat(parts).view(counts.shape)
 
+    if inputs.logits is not None:
+        source, head = leaf(inputs.logits.flatten(0, 1), "logits"), None
+    else:
+        source, head = leaf(inputs.hidden.flatten(0, 1), "hidden"), leaf(inputs.weight, "weight")
+    outcome, cotangent = {}, inputs.cotangent
     if case.level == "dpo":
         frozen = inputs.reference()
         of_reference = all_rows(leaf(frozen.hidden.flatten(0, 1), ""), leaf(frozen.weight, ""))
         values = all_rows(source, head).requires_grad_()
         loss = reference.dpo_loss(of_reference, values, counts, BETA)[0]
         (cotangent,) = torch.autograd.grad(loss, values)
-        values = all_rows(source, head, cotangent if case.wanted else None)
-        outcome = {"loss": loss.detach()}
-    else:
-        cotangent = inputs.cotangent
-        values = all_rows(source, head, cotangent if case.wanted else None)
-        outcome = {"log_probs": values}
+        outcome["loss"] = loss.detach()
+    values = all_rows(source, head, cotangent if case.wanted else None)
+    if case.level != "dpo":
+        outcome["log_probs"] = values
     grads = {"logits": source.grad} if head is None else {"hidden": source.grad, "weight": head.grad}
     outcome |= {name: g.view(inputs.leaves()[name].shape) for name, g in grads.items() if g is not None}
     return Answer(outcome, values, cotangent)
@@ -126,17 +119,14 @@ class Truth:
     @classmethod
     def of(cls, case: Case, inputs: Inputs, first: int = 0) -> Truth:
         """first: where a part of the tokens starts."""
-        if not case.verified:
-            return cls.of_all(case, inputs)
-        tokens = inputs.labels.numel()
-        rows = torch.arange(first, tokens, max(1, tokens // case.verified), device=inputs.labels.device)
-        cotangent = torch.zeros_like(inputs.cotangent)
-        cotangent.view(-1)[rows] = inputs.cotangent.flatten()[rows]
-        per_token: dict[str, Any] = {name: _part(t.detach(), rows) for name, t in inputs.per_token().items()}
-        return replace(cls.of_all(case, replace(inputs, **per_token)), rows=rows, cotangent=cotangent)
-
-    @classmethod
-    def of_all(cls, case: Case, inputs: Inputs) -> Truth:
+        rows = cotangent = None
+        if case.verified:
+            tokens = inputs.labels.numel()
+            rows = torch.arange(first, tokens, max(1, tokens // case.verified), device=inputs.labels.device)
+            cotangent = torch.zeros_like(inputs.cotangent)
+            cotangent.view(-1)[rows] = inputs.cotangent.flatten()[rows]
+            per_token: dict[str, Any] = {name: _part(t.detach(), rows) for name, t in inputs.per_token().items()}
+            inputs = replace(inputs, **per_token)
         dtype = case.torch_dtype
         exact, plain = answer(case, inputs, torch.float64), answer(case, inputs, dtype)
         slopes = exact.slopes.abs().double()
@@ -144,7 +134,8 @@ class Truth:
         # peers return them; and if each is off by what is promised.
         rounded = torch.finfo(dtype).eps * (slopes * exact.log_probs.abs()).sum().item()
         promised = 2 * PROMISED[dtype] * slopes.sum().item()
-        return cls.beside(exact.outcome, plain.outcome, dtype, inputs.labels != IGNORE, rounded, promised)
+        truth = cls.beside(exact.outcome, plain.outcome, dtype, inputs.labels != IGNORE, rounded, promised)
+        return replace(truth, rows=rows, cotangent=cotangent)
 
     @classmethod
     def beside(
@@ -165,27 +156,17 @@ class Truth:
 
     def changed(self, case: Case) -> Truth:
         """Of the same inputs after `Inputs.change`: every token's numbers move with it, gradients are halved."""
-
-        def moved(name: str, t: Tensor) -> Tensor:
-            t = other_order(t) if name in PER_TOKEN else t
-            return t if name in ("log_probs", "loss") or case.level == "dpo" else 0.5 * t
-
-        exact = {name: moved(name, t) for name, t in self.exact.items()}
+        exact = {name: other_order(t) if name in PER_TOKEN else t for name, t in self.exact.items()}
+        if case.level != "dpo":
+            exact = {name: t if name == "log_probs" else 0.5 * t for name, t in exact.items()}
         return replace(self, exact=exact, counts=other_order(self.counts))
 
     def check(self, outcome: Outcome, ours: bool) -> tuple[dict[str, float], str]:
-        """The errors, and "" or what is wrong."""
         if self.rows is not None:
-            outcome = {
-                n: _part(t, self.rows) if n in ("log_probs", "logits", "hidden") else t for n, t in outcome.items()
-            }
+            outcome = {name: _part(t, self.rows) if name in PER_TOKEN else t for name, t in outcome.items()}
         errors, allowed = errors_of(outcome, self.exact, self.counts), self.allowed_ours if ours else self.allowed
-        wrong = [
-            f"error of {name} {error:.1e}, allowed {allowed[name]:.1e}"
-            for name, error in errors.items()
-            if not error <= allowed[name]
-        ]
-        return errors, "; ".join(wrong)
+        wrong = {name: error for name, error in errors.items() if not error <= allowed[name]}
+        return errors, "; ".join(f"error of {n} {error:.1e}, allowed {allowed[n]:.1e}" for n, error in wrong.items())
 
 
 def _part(t: Tensor, rows: Tensor) -> Tensor:
@@ -194,31 +175,79 @@ def _part(t: Tensor, rows: Tensor) -> Tensor:
 
 
 class Problem:
-    """What the peers of a case have in common: their inputs, and the truth about them."""
+    """The inputs of a case, which its peers share, and the truth. Nothing is computed before it is asked for."""
 
-    truth: Truth
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        return make_inputs(self.case, self.device)
+
+    @cached_property
+    def truth(self) -> Truth:
+        return Truth.of(self.case, self.inputs)
+
+    @cached_property
+    def saved(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self.inputs.tensors().items()}
 
     def step(self, peer: Any) -> Step:
-        raise NotImplementedError
+        """One forward, and a backward where the case wants gradients."""
+        case, inputs, leaves, own = self.case, self.inputs, self.inputs.leaves(), peer.configuration
+        planned = own and peer.plan(case, self.device)
+        given = replace(inputs, memory_budget=planned.memory_budget) if planned else inputs
+
+        def run() -> Outcome:
+            self.clear()
+            with own.applied(self.device) if own else contextlib.nullcontext():
+                with torch.set_grad_enabled(bool(case.wanted)):
+                    out = peer.adapters[case.level](given)
+                if case.wanted:
+                    out.backward(None if case.level == "dpo" else inputs.cotangent.to(out.dtype))
+            grads = {name: leaves[name].grad for name in case.wanted}
+            value = {"loss" if case.level == "dpo" else "log_probs": out.detach()}
+            return value | {name: g for name, g in grads.items() if g is not None}
+
+        return run
 
     def floor(self, name: str) -> Step:
-        raise NotImplementedError
+        return make_floor(name, self.case, self.inputs)
 
     def run(self, step: Step) -> Outcome:
         """As it is verified."""
-        return step()
+        assert self.saved  # before a step can change anything
+        own = self.inputs.cotangent
+        self.inputs.cotangent = own if self.truth.cotangent is None else self.truth.cotangent
+        try:
+            return step()
+        finally:
+            self.inputs.cotangent = own
 
     def restore(self) -> bool:
         """Puts the inputs back as they were; whether a step had changed them."""
-        return False
+        tensors = self.inputs.tensors()
+        changed = [name for name, t in tensors.items() if not torch.equal(t, self.saved[name])]
+        for name in changed:
+            tensors[name].detach().copy_(self.saved[name])
+        return bool(changed)
 
     def change(self) -> None:
-        """Changes values in place, so that a result that was kept is wrong, and knows the new truth."""
-        raise NotImplementedError
+        """Other values, so that a result that was kept is wrong. Of a part of the tokens, another part from now on."""
+        if self.case.verified:
+            self.inputs.change()
+            self.truth = Truth.of(self.case, self.inputs, first=1 if self.case.tokens > self.case.verified else 0)
+        else:
+            self.restore()  # whoever may have changed them while it was timed
+            self.inputs.change()
+            self.truth = self.truth.changed(self.case)
+        self.__dict__.pop("saved", None)
 
     def forget(self) -> None:
         """Frees what only verification needs, where it is large."""
+        for name in ("truth", "saved") if self.case.verified else ():
+            self.__dict__.pop(name, None)
 
     def clear(self) -> None:
-        """Frees gradients."""
-        raise NotImplementedError
+        for leaf in self.inputs.leaves().values():
+            leaf.grad = None

@@ -13,16 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, results
+from benchmarks import growth, report, results
 from benchmarks.cases import CPU, MIB, REAL, SIZES, SMALL, Case
-from benchmarks.clock import ReplayClock
 from benchmarks.floors import make_floor
 from benchmarks.inputs import IGNORE, make_inputs
-from benchmarks.measure import Effort, HeadProblem, interleave, measure, ratio
+from benchmarks.measure import Effort, interleave, measure, ratio
 from benchmarks.memory import Held
-from benchmarks.peers import CONFIGURED, PEERS, Peer, dpo_from_log_probs, first_line, peers_of
+from benchmarks.peers import CONFIGURED, PEERS, Peer, peers_of
 from benchmarks.results import Row
-from benchmarks.verify import PROMISED, Truth, answer, errors_of
+from benchmarks.verify import PROMISED, Problem, Truth, answer, errors_of
 from dpo_kernels import plan, reference
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +178,7 @@ def test_what_fails_is_no_loss_to_the_others(monkeypatch):
             raise MemoryError("full")
         return PLAIN.adapters["hidden"](inputs)
 
-    monkeypatch.setattr("benchmarks.measure.make_floor", lambda name, case, inputs: broken(inputs))
+    monkeypatch.setattr("benchmarks.verify.make_floor", lambda name, case, inputs: broken(inputs))
     absent = Peer("absent", {"hidden": broken}, modules=("no_such_package.kernels",))
     gpu = Peer("gpu", {"hidden": broken}, needs_cuda=True)
     later = Peer("later", {"hidden": fails_later})
@@ -276,6 +275,9 @@ def test_added_peers_from_pytest_to_the_report(tmp_path):
         "dpo_kernels crash: failed: TypeError: an argument too many",
     ):  # fmt: skip
         assert line in run.stdout, run.stdout
+    medians = {f"tiny/{row.peer}": row.seconds for row in results.load(written).rows if row.seconds}
+    replayed = {b["param"]: b["stats"]["median"] for b in json.loads(written.read_text())["benchmarks"]}
+    assert replayed == pytest.approx(medians), "pytest-benchmark is given the interleaved times"
     report.main([str(written), "--out", str(tmp_path)])
     (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
     assert "| a peer's noise |  |  |  |  |  |  |  |" in text, "no number of a wrong result"
@@ -325,7 +327,7 @@ def test_the_exact_answer_does_not_depend_on_its_blocks(monkeypatch):
 
 
 def test_tolerances_are_those_of_plain_pytorch():
-    problem = HeadProblem(TINY, torch.device("cpu"))
+    problem = Problem(TINY, torch.device("cpu"))
     truth = problem.truth
     errors, reason = truth.check(problem.step(PLAIN)(), ours=False)
     assert reason == ""
@@ -408,17 +410,6 @@ def test_rounds_are_interleaved_and_slow_ones_sit_out(monkeypatch):
     assert ratio(rounds, "a", "absent") is None
 
 
-def test_the_clock_replays():
-    clock = ReplayClock()
-    clock.replay([0.25, 0.5])
-    readings = [clock() for _ in range(4)]
-    assert [readings[1] - readings[0], readings[3] - readings[2]] == [0.25, 0.5]
-
-
-def test_reasons_hold_no_paths():
-    assert "/" not in first_line(OSError("cannot read /a/b-1.2/c_d/libx.so"))
-
-
 def synthetic(ours=0.2, date="2030-01-02"):
     """A run of two cases and a budget curve, as a file would hold it."""
     head = replace(TINY, name="head", tokens=24)
@@ -495,8 +486,13 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         results.load(path)
 
 
-def test_peers_above_log_probs_share_one_loss():
-    case = replace(TINY, level="dpo")
-    inputs = make_inputs(case)
-    built = dpo_from_log_probs(PLAIN.adapters["hidden"])(inputs)
-    assert abs(built.item() - answer(case, inputs, torch.float64).outcome["loss"].item()) < 1e-5
+def test_growth_writes_points_table_and_picture(tmp_path, monkeypatch):
+    small = {"tokens": (1, 4), "vocabulary": (50, 90)}
+    for name, value in {"GROWING": small, "VOCAB": 64, "TOKENS": 4, "FEATURES": 16, "EFFORT": Effort(0.0)}.items():
+        monkeypatch.setattr(growth, name, value)
+    growth.main(["--out", str(tmp_path / "growth")])
+    points = json.loads((tmp_path / "growth.json").read_text())["points"]
+    assert len({(p["curve"], p["what"], p["threads"], p["tokens"], p["vocab_size"]) for p in points}) == 16
+    assert all(p["ours"] > 0 < p["bare"] and p["rounds"] >= 4 for p in points)
+    assert (tmp_path / "growth.md").read_text().count("| full step |") == 8
+    assert (tmp_path / "growth.png").exists()

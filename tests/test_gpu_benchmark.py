@@ -16,9 +16,9 @@ import torch
 from benchmarks import gpu, report
 from benchmarks.cases import GPU, TINY, Case
 from benchmarks.configurations import Configuration
-from benchmarks.measure import Effort, HeadProblem, measure
+from benchmarks.measure import Effort, measure
 from benchmarks.peers import PEERS, Peer
-from benchmarks.verify import Truth
+from benchmarks.verify import Problem, Truth
 from dpo_kernels.backends import triton
 from dpo_kernels.kernels import configs
 from dpo_kernels.overrides import current
@@ -99,7 +99,7 @@ def test_what_is_wrong_is_reported_as_wrong_and_not_timed():
     assert "error of hidden" in wrong["reason"]
     assert "error of weight" in wrong["reason"]
     assert "ms" not in wrong
-    assert "WRONG" in gpu.line(wrong)
+    assert "WRONG" in report.table(rows.values())
     assert (rows["raises"].status, rows["raises"].reason) == ("failed", "RuntimeError: no kernel for this chip")
     assert rows["remembers"].status == "wrong"
     assert rows["remembers"].seconds is None
@@ -119,7 +119,7 @@ def test_when_time_is_up_the_rest_is_named(tmp_path):
 def test_a_part_of_the_tokens_is_verified(level):
     """The truth about a part is that about all, cut; what is wrong there alone is seen."""
     whole = Case("whole", level, "full", 24, 16, 97, "float32", sequences=4)
-    problem = HeadProblem(replace(whole, verified=8), CPU)
+    problem = Problem(replace(whole, verified=8), CPU)
     outcome, all_of_it = problem.run(problem.step(PLAIN)), Truth.of(whole, problem.inputs).exact
     rows = problem.truth.rows
     assert rows.tolist() == list(range(0, 24, 3))
@@ -147,7 +147,7 @@ def test_what_is_right_but_comes_too_late_has_no_time():
 
 
 def test_a_case_that_breaks_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.measure.make_inputs", raises)
+    monkeypatch.setattr("benchmarks.measure.problem_of", raises)
     written = gpu.Report(tmp_path / "gpu.json", "tiny", CPU, gpu.test_outcomes(tmp_path / "absent.xml", 4))
     gpu.measure_all([FULL], written, ONCE)
     told = json.loads((tmp_path / "gpu.json").read_text())["gpu"]
