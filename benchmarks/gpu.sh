@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The evidence of one GPU in under 8 minutes: pytest tests/gpu, then the benchmarks at real size; leaves one JSON.
+# The evidence of one GPU in under 8 minutes: the tests that need one, then the benchmarks at real size; leaves one JSON.
 #
 #   benchmarks/gpu.sh FILE.json [WHEELS]          WHEELS: a folder of packages to install first, into a place of their own
 #   benchmarks/gpu.sh FILE.json [WHEELS] --try    the same at tiny sizes on a CPU, in Triton's interpreter
@@ -26,7 +26,9 @@ if [ -n "$wheels" ]; then
     export PYTHONPATH="$work/site:$PYTHONPATH"
 fi
 
+tests=(tests/gpu tests/conformance -m gpu)
 if [ ${#try[@]} -gt 0 ]; then
+    tests=(tests/gpu)
     export DPO_KERNELS_GPU_TESTS=cpu TRITON_INTERPRET=1
 fi
 # Most of the tests' time is Triton's compiler's: several processes share it where pytest-xdist is there.
@@ -34,7 +36,7 @@ parallel=()
 if [ ${#try[@]} -eq 0 ] && "$PYTHON" -c "import xdist" 2>/dev/null; then
     cores=$(nproc) && parallel=(-n "$((cores < 8 ? cores : 8))" --dist worksteal)
 fi
-timeout -s INT -k 15 "$TESTS" "$PYTHON" -m pytest tests/gpu -rfE --tb=short --durations=8 "${parallel[@]}" \
+timeout -s INT -k 15 "$TESTS" "$PYTHON" -m pytest "${tests[@]}" -rfE --tb=short --durations=8 "${parallel[@]}" \
     --junitxml "$work/tests.xml" -p no:cacheprovider
 tested=$?
 echo "tests: exit status $tested after $SECONDS s"
