@@ -15,7 +15,7 @@ from dpo_kernels import (
     planner,
 )
 from dpo_kernels.call import Grads, Options, compute_dtype
-from dpo_kernels.layout import is_part, overlaps
+from dpo_kernels.layout import is_one_of_several, overlaps
 from dpo_kernels.statistics import TokenStats
 
 
@@ -45,8 +45,8 @@ def logits_to_log_probs(
         softcap: None, or > 0.
         inplace_backward: backward overwrites the logits with their gradient instead of allocating one. A later use of
             the logits' values in backward, a second backward among them, raises. Without effect under torch.compile,
-            on logits that overlap in memory, such as expanded ones, and on a part of a larger tensor, whose other parts
-            may be saved elsewhere.
+            on logits that overlap in memory, such as expanded ones, and on a part that `split` or `chunk` made, which
+            autograd protects. Slices of one tensor share their version: use it for one of them only.
         impl: "triton", "cpp", "torch", or None for the fastest that can run.
 
     Returns:
@@ -66,7 +66,7 @@ def logits_to_log_probs(
         inplace_backward=inplace_backward
         and not torch.compiler.is_compiling()
         and not overlaps(logits)
-        and not is_part(logits),
+        and not is_one_of_several(logits),
     )
     return torch.ops.dpo_kernels.logits_log_probs(logits, labels, *options.encode())[0]
 

@@ -36,9 +36,11 @@ def as_matrix(logits: Tensor) -> Tensor | None:
     return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else None
 
 
-def is_part(tensor: Tensor) -> bool:
-    """Whether it is a view of a larger tensor: a write to it counts as a write to all other parts."""
-    return tensor._base is not None and tensor._base.numel() > tensor.numel()
+def is_one_of_several(tensor: Tensor) -> bool:
+    """Whether it is a view that came out of an operation with others (`split`, `chunk`, `unbind`): autograd lets nobody
+    write to those."""
+    meta = torch._C._autograd
+    return tensor._is_view() and meta._get_creation_meta(tensor) == meta.CreationMeta.MULTI_OUTPUT_NODE
 
 
 def overlaps(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from helpers import assert_close, check_against_reference, loss_of, make_head
 from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
 from dpo_kernels.backends import triton as triton_backend
 from dpo_kernels.backends.pytorch import PyTorchBackend
+from dpo_kernels.dispatch import BACKENDS
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.kernels.softmax_state import expm1, tanh
@@ -176,7 +177,7 @@ class TestConfigs:
 
 def test_vast_vocabularies_go_to_pytorch(monkeypatch):
     head = make_head(9, 16, 40)
-    monkeypatch.setattr(triton_backend, "LARGEST_VOCABULARY", 40)
+    monkeypatch.setattr(BACKENDS["triton"], "largest_vocabulary", 39)
     called = []
     for name in ("tile_ops", "logits_forward"):
         original = getattr(PyTorchBackend, name)
