@@ -182,8 +182,13 @@ def note_errors(impl: str | None, dtype: torch.dtype, **errors: float) -> None:
         worst[name] = max(worst.get(name, 0.0), error)
 
 
-def check_against_reference(head: Head, log_prob_tolerance: float | None = None, **options) -> None:
-    """Statistics against float64, gradients against float64 and relative to plain PyTorch in the same dtype."""
+def check_against_reference(
+    head: Head, log_prob_tolerance: float | None = None, factor: float = 2.0, **options
+) -> None:
+    """Statistics against float64, gradients against float64 and relative to plain PyTorch in the same dtype.
+
+    factor: times plain PyTorch's error. Of a few numbers that error is luck: tests/fuzz.py has bounds for those.
+    """
     reference_options = {k: v for k, v in options.items() if k not in ("memory_budget", "impl")}
     exact, exact_grads = run(reference.token_stats, detached(head, torch.float64), **reference_options)
     _, plain_grads = run(reference.token_stats, detached(head), **reference_options)
@@ -198,7 +203,7 @@ def check_against_reference(head: Head, log_prob_tolerance: float | None = None,
     for name, value, plain, truth in zip(("hidden", "weight", "bias"), grads, plain_grads, exact_grads, strict=True):
         assert (value is None) == (truth is None), name
         if value is not None:
-            assert_as_good(value, plain, truth, what=f"gradient of {name}")
+            assert_as_good(value, plain, truth, factor, what=f"gradient of {name}")
     worst_gradient = (
         max(
             ((g.double() - e).abs().max() / e.abs().max()).item()
