@@ -21,8 +21,8 @@ from dpo_kernels.training.processes import anywhere, check_head, from_main
 class Reference:
     """Log-probs of the reference for a batch: those that its dataset holds, or else what the form computes.
 
-    Forms: `Precomputed` computes nothing, `FrozenModel` asks a second model. A third form, the policy with its adapter
-    switched off, would define `score` and nothing else.
+    Forms: `Precomputed` computes nothing, `FrozenModel` asks a second model. A third form (the policy with its adapter
+    off) defines `score`; `DPOTrainer` chooses the form, and only a `FrozenModel` can be precomputed.
     """
 
     model: nn.Module | None = None  # a second model, where the form has one
