@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,13 +50,13 @@ class Grads:
     def __bool__(self) -> bool:
         return self.hidden or self.weight or self.bias
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name in ("hidden", "weight", "bias") if getattr(self, name))
-
     @staticmethod
     def of(names: Sequence[str]) -> Grads:
         return Grads("hidden" in names, "weight" in names, "bias" in names)
+
+    def as_list(self) -> list[bool]:
+        """As an argument of an operator; `Grads(*these)` is the way back."""
+        return [self.hidden, self.weight, self.bias]
 
 
 @dataclass(frozen=True)
@@ -77,36 +77,35 @@ class Options:
     impl: str | None = None
     inplace_backward: bool = False
 
-    def encode(self) -> tuple[list[float], list[int], str]:
-        """As the last three arguments of an operator. Numbers stay numbers: torch.compile can keep them symbolic."""
+    def encode(self) -> tuple[list[float], list[int], list[bool], str]:
+        """As the last four arguments of an operator. Numbers stay numbers: torch.compile can keep them symbolic."""
         t = self.transform
         numbers = [t.temperature, t.logit_scale] + ([] if t.softcap is None else [t.softcap])
         # Always both, with a stand-in for None: autograd of torch.library takes an empty list for a list of tensors.
         limits = {"ignore_index": self.ignore_index, "memory_budget": self.memory_budget}
         given = [name for name, value in limits.items() if value is not None]
         flags = "inplace_backward" if self.inplace_backward else ""
-        parts = (
-            ",".join(self.outputs), ",".join(self.grads.names), DTYPE_NAMES[self.compute_dtype], self.impl or "",
-            flags, ",".join(given),
-        )  # fmt: skip
-        return numbers, [0 if value is None else value for value in limits.values()], ";".join(parts)
+        parts = (",".join(self.outputs), DTYPE_NAMES[self.compute_dtype], self.impl or "", flags, ",".join(given))
+        values = [0 if value is None else value for value in limits.values()]
+        return numbers, values, self.grads.as_list(), ";".join(parts)
 
     @staticmethod
-    def decode(numbers: Sequence[float], limits: Sequence[int], spec: str) -> Options:
+    def decode(numbers: Sequence[float], limits: Sequence[int], wants_grad: Sequence[bool], spec: str) -> Options:
         known, given = _decode(spec)
         ignore_index, memory_budget = limits
         return replace(
-            known, transform=Transform(*numbers), ignore_index=ignore_index if "ignore_index" in given else None,
+            known, transform=Transform(*numbers), grads=Grads(*wants_grad),
+            ignore_index=ignore_index if "ignore_index" in given else None,
             memory_budget=memory_budget if "memory_budget" in given else None,
         )  # fmt: skip
 
 
 @functools.cache
 def _decode(spec: str) -> tuple[Options, tuple[str, ...]]:
-    outputs, grads, compute_dtype, impl, flags, given = (part.split(",") if part else [] for part in spec.split(";"))
+    outputs, compute_dtype, impl, flags, given = (part.split(",") if part else [] for part in spec.split(";"))
     options = Options(
-        outputs=tuple(outputs), grads=Grads.of(grads), compute_dtype=DTYPES[compute_dtype[0]],
-        impl=impl[0] if impl else None, inplace_backward=bool(flags),
+        outputs=tuple(outputs), compute_dtype=DTYPES[compute_dtype[0]], impl=impl[0] if impl else None,
+        inplace_backward=bool(flags),
     )  # fmt: skip
     return options, tuple(given)
 

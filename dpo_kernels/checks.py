@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 import sys
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dpo_kernels.call import Transform, autocasts, flat_labels, ignored
+from dpo_kernels.call import DTYPE_NAMES, Grads, Transform, autocasts, flat_labels, ignored, whole
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = tuple(DTYPE_NAMES)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -53,23 +52,36 @@ def _within_float32(transform: Transform) -> None:
 
 
 def outputs(names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise TypeError(f"outputs is the string {names!r}; expected a sequence of names, such as ({names!r},)")
-    known = ("log_probs", *OPTIONAL_OUTPUTS)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"outputs has {unknown}; expected names from {known}")
+    _names("outputs", names, ("log_probs", *OPTIONAL_OUTPUTS))
     return tuple(name for name in OPTIONAL_OUTPUTS if name in names)
 
 
+def grads(names: Sequence[str]) -> Grads:
+    _names("grads", names, ("hidden", "weight", "bias"))
+    return Grads.of(names)
+
+
+def _names(name: str, given: Sequence[str], known: tuple[str, ...]) -> None:
+    if isinstance(given, str):
+        raise TypeError(f"{name} is the string {given!r}; expected a sequence of names, such as ({given!r},)")
+    if unknown := [one for one in given if one not in known]:
+        raise ValueError(f"{name} has {unknown}; expected names from {known}")
+
+
+def sizes(tokens: int, hidden_size: int, vocab_size: int, labels: int | None) -> tuple[int, int, int, int]:
+    tokens = whole("tokens", tokens, 0)
+    labels = tokens if labels is None else whole("labels", labels, tokens)
+    return tokens, whole("hidden_size", hidden_size, 1), whole("vocab_size", vocab_size, 1), labels
+
+
+def dtypes(**given: object) -> None:
+    for name, dtype in given.items():
+        if dtype not in FLOATS:
+            raise TypeError(f"{name} is {dtype!r}; expected one of {', '.join(map(str, FLOATS))}")
+
+
 def memory_budget(value: int | None) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"memory_budget is {value!r}; expected None or a whole number of bytes")
-    if value <= 0:
-        raise ValueError(f"memory_budget is {value}; expected None or a number of bytes > 0")
-    return operator.index(value)
+    return None if value is None else whole("memory_budget", value, 1)
 
 
 def first_derivatives(*tensors: Tensor | None) -> None:

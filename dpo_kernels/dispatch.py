@@ -20,7 +20,7 @@ from dpo_kernels.backends.cpp import CppBackend
 from dpo_kernels.backends.pytorch import PyTorchBackend
 from dpo_kernels.backends.triton import TritonBackend
 from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens
-from dpo_kernels.planner import Capabilities, plan
+from dpo_kernels.planner import Capabilities, Workload, plan
 
 FALLBACK = "torch"
 # Fastest first. A new back end is a file in backends/ and a name here.
@@ -107,11 +107,12 @@ def _run(backend: Backend, call: Call) -> tuple[Execution, Saved]:
     plain = not (call.bias is not None or options.transform.softcap is not None or options.outputs)
     configuration = backend.configure(hidden.device, hidden.shape[-1], options.compute_dtype, not plain)
     capable = capabilities(backend, hidden.device, configuration)
-    made = plan(
-        call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, grads=options.grads.names,
-        outputs=options.outputs, softcap=options.transform.softcap, compute_dtype=options.compute_dtype,
-        memory_budget=options.memory_budget, capabilities=capable, labels=call.label_count,
+    workload = Workload(
+        call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, options.compute_dtype, options.grads,
+        entropy="entropy" in options.outputs, softcap=options.transform.softcap is not None, labels=call.label_count,
+        capabilities=capable,
     )  # fmt: skip
+    made = plan(workload, options.memory_budget)
     execution = Execution(backend.name, capable, configuration, made, call.tokens.index is None, call.tokens.masked)
     with _as_decided(hidden):
         return execution, driver.forward(call, made, backend.tile_ops(call, made, execution))

@@ -43,11 +43,13 @@ def forward(hidden: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], *
     return 2 * saved["maximum"][0] * weight[0] * weight[1] * products
 
 
-def backward(_: Any, made: Sequence[Shape], wanted: str, hidden: Shape, weight: Shape, *__: Any, **___: Any) -> int:
+def backward(
+    _: Any, made: Sequence[Shape], wanted: Sequence[bool], hidden: Shape, weight: Shape, *__: Any, **___: Any
+) -> int:
     """Logits of the tokens whose exponentials were not saved, and the gradient of each matrix."""
     saved = dict(zip(SAVED, made, strict=True))
     if saved["jacobian"][0]:
         return 0
     tokens, kept = saved["maximum"][0], saved["exps"][0]
-    matrices = len({"hidden", "weight"} & set(wanted.split(",")))
+    matrices = sum(wanted[:2])
     return 2 * weight[0] * weight[1] * (tokens - kept + matrices * tokens)

@@ -148,13 +148,12 @@ def token_stats(
     """
     checks.head(hidden, weight, labels, bias)
     names = checks.outputs(outputs)
-    inputs = {"hidden": hidden, "weight": weight, "bias": bias}
-    wanted = [name for name, t in inputs.items() if t is not None and t.requires_grad and torch.is_grad_enabled()]
+    tracked = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
     options = Options(
         ignore_index=ignore_index,
         transform=checks.transform(temperature, logit_scale, softcap),
         outputs=names,
-        grads=Grads.of(wanted),
+        grads=Grads(*tracked),
         compute_dtype=compute_dtype(hidden.dtype, hidden.device),
         memory_budget=checks.memory_budget(memory_budget),
         impl=impl,
@@ -201,11 +200,14 @@ def plan(
             least that works).
         RuntimeError: `impl` cannot run here.
     """
-    device = torch.device(device)
+    device, compute = torch.device(device), dtype if compute_dtype is None else compute_dtype
+    checks.dtypes(dtype=dtype, compute_dtype=compute)
+    tokens, hidden_size, vocab_size, labels = checks.sizes(tokens, hidden_size, vocab_size, labels)
     backend = dispatch.choose(impl, device, dtype, vocab_size)
-    configuration = backend.configure(device, hidden_size, compute_dtype or dtype, False)
-    return planner.plan(
-        tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,
-        compute_dtype=compute_dtype, memory_budget=memory_budget, labels=labels,
+    configuration = backend.configure(device, hidden_size, compute, False)
+    workload = planner.Workload(
+        tokens, hidden_size, vocab_size, dtype, compute, checks.grads(grads),
+        entropy="entropy" in checks.outputs(outputs), softcap=softcap is not None, labels=labels,
         capabilities=dispatch.capabilities(backend, device, configuration),
     )  # fmt: skip
+    return planner.plan(workload, checks.memory_budget(memory_budget))

@@ -4,7 +4,7 @@ Which tokens count depends on the labels, so an operator finds them itself: to t
 outputs whose sizes may depend on data, and no graph break. Arguments were checked by the caller.
 
 An operator takes tensors, numbers and strings, so two objects are written down for it. The options of a call are the
-last three arguments of every operator (`call.Options.encode`). What forward decided is a tensor of bytes on the CPU,
+last four arguments of every operator (`call.Options.encode`). What forward decided is a tensor of bytes on the CPU,
 which is saved with the rest and given to backward (`_pack`).
 
 While a CUDA graph is captured sizes may not depend on data: then every token is computed (`call.Tokens.masked`).
@@ -27,7 +27,7 @@ from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens, accumulat
 from dpo_kernels.planner import aligned
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS, TokenStats
 
-OPTIONS = "float[] numbers, SymInt[] limits, str spec"
+OPTIONS = "float[] numbers, SymInt[] limits, bool[] wants_grad, str spec"
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 LOGITS = "Tensor logits, Tensor labels"
 EXECUTION_BYTES = 4096
@@ -116,19 +116,19 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *enco
 @torch.library.custom_op(
     "dpo_kernels::token_stats_backward",
     mutates_args=(),
-    schema=f"(Tensor?[] grads, Tensor[] made, str wanted, {HEAD}, {OPTIONS}) -> Tensor[]",
+    schema=f"(Tensor?[] grads, Tensor[] made, bool[] wanted, {HEAD}, {OPTIONS}) -> Tensor[]",
 )
 def token_stats_backward_op(
     grads: list[Tensor | None],
     made: list[Tensor],
-    wanted: str,
+    wanted: list[bool],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     *encoded: Any,
 ) -> list[Tensor]:
-    """Gradients of hidden, weight and bias; empty where not in `wanted`, names with commas between.
+    """Gradients of hidden, weight and bias; empty where not `wanted` now: some of those that forward was told of.
 
     grads: of the log-probs and of the entropy. made: what forward saved, as in `SAVED`.
     """
@@ -143,7 +143,7 @@ def token_stats_backward_op(
     of_forward = Saved(
         TokenStats(rows.log_probs), rows.maximum, rows.log_sum, rows.label_logit, exps, maxima, saved["jacobian"]
     )
-    found = dispatch.backward(call, Grads.of(wanted.split(",")), execution, rows, of_forward)
+    found = dispatch.backward(call, Grads(*wanted), execution, rows, of_forward)
     return [hidden.new_empty(0) if g is None else g for g in found]
 
 
@@ -151,18 +151,16 @@ def token_stats_backward_op(
 def _(
     grads: list[Tensor | None],
     made: list[Tensor],
-    wanted: str,
+    wanted: list[bool],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     *encoded: Any,
 ) -> list[Tensor]:
-    inputs = {"hidden": hidden, "weight": weight, "bias": weight if bias is None else bias}
-    names = wanted.split(",")
     return [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if name in names else hidden.new_empty(0)
-        for name, t in inputs.items()
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None and want else hidden.new_empty(0)
+        for t, want in zip((hidden, weight, bias), wanted, strict=True)
     ]
 
 
@@ -175,16 +173,15 @@ def _setup_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _token_stats_backward(ctx: Any, *output_grads: Tensor | None) -> Any:
     none = (None,) * (4 + len(ctx.encoded))
-    needs = ctx.needs_input_grad[:3]
+    wanted = list(ctx.needs_input_grad[:3])
     outputs = Options.decode(*ctx.encoded).outputs
     # The gradient of an entropy that was not asked for is that of an empty placeholder.
     grads = [output_grads[0], output_grads[1] if "entropy" in outputs else None]
     if all(g is None for g in grads):
         return none
     hidden, weight, bias, labels, *made = ctx.saved_tensors
-    wanted = ",".join(name for name, need in zip(("hidden", "weight", "bias"), needs, strict=True) if need)
     found = torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, hidden, weight, bias, labels, *ctx.encoded)
-    return (*(g if need else None for g, need in zip(found, needs, strict=True)), *none[3:])
+    return (*(g if want else None for g, want in zip(found, wanted, strict=True)), *none[3:])
 
 
 @torch.library.custom_op(

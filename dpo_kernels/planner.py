@@ -7,15 +7,14 @@ the gradients that it returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
 import torch
 
-from dpo_kernels.call import DTYPE_NAMES, Grads, accumulate_dtype, whole
-from dpo_kernels.statistics import OPTIONAL_OUTPUTS
+from dpo_kernels.call import Grads, accumulate_dtype
 
 MIB = 2**20
 ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
@@ -150,75 +149,27 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(
-    tokens: int,
-    hidden_size: int,
-    vocab_size: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    grads: Sequence[str] = ("hidden", "weight"),
-    outputs: Sequence[str] = (),
-    softcap: float | None = None,
-    compute_dtype: torch.dtype | None = None,
-    memory_budget: int | None = None,
-    capabilities: Capabilities,
-    labels: int | None = None,
-) -> Plan:
-    """What a call with `tokens` rows whose label counts will do, by a back end of these capabilities.
-
-    Args:
-        tokens, hidden_size, vocab_size: N, D and V.
-        dtype: of hidden states and weight.
-        grads: which inputs want a gradient, of "hidden", "weight" and "bias".
-        outputs: the statistics asked for; a gradient through "entropy" rules out the modes frozen and keep.
-        softcap: whether (any number) or not (None) logits are capped.
-        compute_dtype: autocast's dtype, where it differs from `dtype`.
-        memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
-        capabilities: of the back end on its device (`dpo_kernels.backends`).
-        labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
-
-    Raises:
-        TypeError: outputs or grads is a string instead of a sequence of names.
-        ValueError: the budget is too small to run at all (names the least that works), a size below 1 (tokens: below
-            0), or an unknown output or gradient.
-    """
-    for name, given, known in (
-        ("outputs", outputs, ("log_probs", *OPTIONAL_OUTPUTS)),
-        ("grads", grads, ("hidden", "weight", "bias")),
-    ):
-        if isinstance(given, str):
-            raise TypeError(f"{name} is the string {given!r}; expected a sequence of names, such as ({given!r},)")
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"{name} has {unknown}; expected names from {known}")
-    tokens = whole("tokens", tokens, 0)
-    hidden_size, vocab_size = whole("hidden_size", hidden_size, 1), whole("vocab_size", vocab_size, 1)
-    labels = tokens if labels is None else whole("labels", labels, tokens)
-    memory_budget = None if memory_budget is None else whole("memory_budget", memory_budget, 1)
-    for name, kind in (("dtype", dtype), ("compute_dtype", compute_dtype or dtype)):
-        if kind not in DTYPE_NAMES:
-            raise TypeError(f"{name} is {kind!r}; expected one of {', '.join(map(str, DTYPE_NAMES))}")
-    wanted = Grads.of(grads)
-    shape = _Shape(
-        tokens, hidden_size, vocab_size, dtype, compute_dtype or dtype, wanted, "entropy" in outputs,
-        softcap is not None, capabilities, labels,
-    )  # fmt: skip
-    return _plan(shape, memory_budget)
-
-
 @dataclass(frozen=True)
-class _Shape:
-    """The arguments of a plan and the sizes that follow from them, in bytes."""
+class Workload:
+    """What a call is to the plan, checked by the caller; the rest are the sizes that follow from it, in bytes.
+
+    tokens, hidden_size, vocab_size: N (those whose label counts), D and V.
+    dtype, compute_dtype: of hidden states and weight; autocast's, or `dtype`.
+    entropy: whether it is asked for: a gradient through it rules out the modes frozen and keep.
+    softcap: whether logits are capped.
+    labels: all of them, with those that are ignored, of which a few bytes are held too.
+    """
 
     tokens: int
     hidden_size: int
     vocab_size: int
     dtype: torch.dtype
-    compute: torch.dtype
+    compute_dtype: torch.dtype
     grads: Grads
     entropy: bool
     softcap: bool
-    capabilities: Capabilities
     labels: int
+    capabilities: Capabilities
 
     @property
     def wide(self) -> int:  # bytes of a number in the accumulation dtype
@@ -235,16 +186,16 @@ class _Shape:
     @property
     def operand(self) -> int:  # bytes of a converted operand, 0 where the input itself is one
         if self.converts:
-            return self.wide if self.dtype == self.compute else self.wide + self.compute.itemsize
-        return 0 if self.dtype == self.compute else self.compute.itemsize
+            return self.wide if self.dtype == self.compute_dtype else self.wide + self.compute_dtype.itemsize
+        return 0 if self.dtype == self.compute_dtype else self.compute_dtype.itemsize
 
     @property
     def converts(self) -> bool:  # operands are widened first
-        return self.compute in self.capabilities.widens
+        return self.compute_dtype in self.capabilities.widens
 
     @property
     def product(self) -> int:  # bytes of a number of a product's operand
-        return self.wide if self.converts else self.compute.itemsize
+        return self.wide if self.converts else self.compute_dtype.itemsize
 
     @property
     def frozen(self) -> bool:
@@ -304,7 +255,7 @@ class _Shape:
 
     def saved_row(self, v: int) -> int:
         return (
-            aligned(self.vocab_size) * self.compute.itemsize
+            aligned(self.vocab_size) * self.compute_dtype.itemsize
             + -(-self.vocab_size // (self.capabilities.maxima_columns or v)) * self.wide
         )
 
@@ -320,7 +271,13 @@ class _Shape:
 
 
 @lru_cache(maxsize=4096)
-def _plan(s: _Shape, budget: int | None) -> Plan:
+def plan(s: Workload, budget: int | None = None) -> Plan:
+    """What a call will do under a memory budget in bytes; None is 1 GiB, or twice the bytes of hidden states and weight
+    where that is more.
+
+    Raises:
+        ValueError: the budget is too small to run at all; names the least that works.
+    """
     budget = s.default_budget() if budget is None else budget
     sizes = s.tile_sizes()
     # Full GEMM efficiency needs a tile of some size, so small tiles come after the order that needs no accumulator.
@@ -351,20 +308,20 @@ def _plan(s: _Shape, budget: int | None) -> Plan:
     )
 
 
-def _tile_of_a_full_step(s: _Shape, budget: int) -> tuple[int, int] | None:
+def _tile_of_a_full_step(s: Workload, budget: int) -> tuple[int, int] | None:
     """The tile that a call with all gradients takes under this budget, None if none fits. With the same tiles, policy
     and frozen reference get the same log-probs to the last bit, whatever gradients either wants."""
     full = replace(s, grads=Grads(True, True, s.grads.bias), entropy=False)
     if s == full:
         return None
     try:
-        made = _plan(full, budget)
+        made = plan(full, budget)
     except ValueError:
         return None
     return made.tile_tokens, made.tile_vocab
 
 
-def _spend(s: _Shape, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, ...], memory: dict[str, int]) -> Plan:
+def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep, ...], memory: dict[str, int]) -> Plan:
     """Spends what is left of the budget: first on hidden states at hand in the compute dtype, then on kept tokens."""
     n, v = tile
     left = budget - sum(memory.values())

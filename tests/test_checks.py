@@ -40,7 +40,7 @@ def test_validation_can_be_asked_for_on_any_device(monkeypatch):
         ("temperature", NAN, r"temperature is nan"),
         ("logit_scale", INF, r"logit_scale is inf"),
         ("impl", "fast", r"impl is 'fast'; expected None or one of \('triton', 'cpp', 'torch'\)"),
-        ("memory_budget", 0, r"memory_budget is 0; expected None"),
+        ("memory_budget", 0, r"memory_budget 0 must be >= 1"),
         ("memory_budget", 1000, r"memory_budget is 1,000 bytes .* need at least [\d,]+"),
         ("outputs", ("entropi",), r"outputs has \['entropi'\]; expected names from"),
     ],
@@ -57,7 +57,7 @@ def test_bad_kinds_of_options():
         hidden_to_log_probs(hidden, weight, labels, softcap="3")
     with pytest.raises(TypeError, match="outputs is the string 'entropy'"):
         token_stats(hidden, weight, labels, outputs="entropy")
-    with pytest.raises(TypeError, match=r"memory_budget is 1000000\.0; expected None or a whole number of bytes"):
+    with pytest.raises(TypeError, match=r"memory_budget is 1000000\.0; expected a whole number"):
         hidden_to_log_probs(hidden, weight, labels, memory_budget=1e6)
     for impl in (name for name, reason in available_impls().items() if reason):
         with pytest.raises(RuntimeError, match=f"impl '{impl}' cannot run on cpu"):

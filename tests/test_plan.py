@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import dpo_kernels
+from dpo_kernels import planner
 from dpo_kernels.backends import cpp, pytorch, triton
-from dpo_kernels.planner import DEFAULT_BUDGET
-from dpo_kernels.planner import plan as plan_of
+from dpo_kernels.call import Grads
+from dpo_kernels.planner import DEFAULT_BUDGET, Workload
 
 MIB = 2**20
 CAPABILITIES = {
@@ -25,8 +26,16 @@ CPP = [cpp.CAPABILITIES, cpp.WITHOUT_BFLOAT16]
 SIZES = list(itertools.product((0, 1, 511, 8192, 131_072), (1, 64, 4096), (1, 2049, 151_936)))
 
 
-def plan(*sizes, capabilities=CAPABILITIES["torch, cpu"], **options):
-    return plan_of(*sizes, capabilities=capabilities, **options)
+def plan(
+    tokens, hidden_size, vocab_size, dtype=torch.bfloat16, *, grads=("hidden", "weight"), outputs=(), softcap=None,
+    compute_dtype=None, memory_budget=None, labels=None, capabilities=CAPABILITIES["torch, cpu"],
+):  # fmt: skip
+    """As `dpo_kernels.plan`, of back ends that are not here."""
+    workload = Workload(
+        tokens, hidden_size, vocab_size, dtype, compute_dtype or dtype, Grads.of(grads), "entropy" in outputs,
+        softcap is not None, tokens if labels is None else labels, capabilities,
+    )  # fmt: skip
+    return planner.plan(workload, memory_budget)
 
 
 GRADS = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden", "weight", "bias")]
@@ -118,7 +127,7 @@ def test_a_plan_cannot_be_changed():
     with pytest.raises(TypeError):
         made.memory["libraries and threads"] = 0
     with pytest.raises(TypeError, match="grads is the string 'hidden'; expected a sequence of names"):
-        plan(5, 5, 5, grads="hidden")
+        dpo_kernels.plan(5, 5, 5, grads="hidden")
 
 
 def test_autocast_converts_operands_in_tiles():
@@ -149,7 +158,7 @@ def test_it_tells_a_person_what_will_happen():
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        plan(**({"tokens": 4, "hidden_size": 4, "vocab_size": 4} | arguments))
+        dpo_kernels.plan(**({"tokens": 4, "hidden_size": 4, "vocab_size": 4} | arguments))
 
 
 def test_the_public_plan_is_that_of_the_implementation_that_will_run():
