@@ -124,6 +124,12 @@ std::vector<Tensor> finish_op(const Tensor& state, const Tensor& labels, int64_t
   return finish_state(state, labels, vocab_size);
 }
 
+Tensor new_state_op(int64_t tokens) {
+  TORCH_CHECK(tokens >= 0, "a state of ", tokens, " tokens");
+  return new_state(tokens);
+}
+
+// For tests: the names that dpo_kernels/statistics.py has too.
 std::vector<std::string> state_fields_op() { return {kFieldNames, kFieldNames + kFields}; }
 
 void gradient_op(
@@ -231,6 +237,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       "accumulate(" TILE ", Tensor(a!) state, int row, str outputs, Tensor(b!)? by_token, Tensor(c!)? by_vocab,"
       " Tensor(d!)? bases, Tensor(e!)? total) -> ()",
       dpo_kernels::accumulate_op);
+  m.def("new_state(int tokens) -> Tensor", dpo_kernels::new_state_op);
   m.def("finish(Tensor state, Tensor labels, int vocab_size) -> Tensor[]", dpo_kernels::finish_op);
   m.def("state_fields() -> str[]", dpo_kernels::state_fields_op);
   m.def(

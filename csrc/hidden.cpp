@@ -180,26 +180,21 @@ void accumulate_block(
       best.store(s[kMaximum] + t);
       at_column.store(s[kArgmax] + t);
     }
-    const Vec old = Vec::loadu(s[kBase] + t);
-    const Vec base = at::vec::clamp_min((largest * Vec(static_cast<float>(kLog2E))).ceil(), old);
-    Vec sum(0.f), shifted(0.f), squares(0.f);
+    Sums<Vec> sums = load<Vec>(s, t, want);
+    const Vec base = at::vec::clamp_min((largest * Vec(static_cast<float>(kLog2E))).ceil(), sums.base);
+    Vec total(0.f), shifted(0.f), squares(0.f);
     for (c = 0; c < columns; ++c) {
       const Vec value = Vec::loadu(z + c * kBlock);
       const Vec x = scaled_difference(value, base);
       const Vec e = exp2(x);
-      sum = sum + e;
-      if (want.entropy) shifted = at::vec::fmadd(e, at::vec::clamp_min(x, Vec(-127.f)), shifted);
+      total = total + e;
+      if (want.entropy) shifted = at::vec::fmadd(e, at_least(x, -127.f), shifted);
       if (want.squares) squares = at::vec::fmadd(e, e, squares);
       if (exps) (transform.capped ? e * transform.derivative(value) : e).store(z + c * kBlock);
     }
-    const Vec shrink = exp2(old - base);
-    const Vec before = Vec::loadu(s[kTotal] + t);
-    if (want.entropy)
-      (shrink * (Vec::loadu(s[kShifted] + t) + before * at::vec::clamp_min(old - base, Vec(-127.f))) + shifted)
-          .store(s[kShifted] + t);
-    if (want.squares) (shrink * shrink * Vec::loadu(s[kSquares] + t) + squares).store(s[kSquares] + t);
-    (before * shrink + sum).store(s[kTotal] + t);
-    base.store(s[kBase] + t);
+    sums.raise(base, want);
+    sums.add(total, shifted, squares, want);
+    store(sums, s, t, want);
   }
 }
 
@@ -210,15 +205,14 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
   const int64_t padded = tile.token_blocks() * kBlock;
   float* state[kFields];
   for (int64_t i = 0; i < kFields; ++i) state[i] = whole_state.data_ptr<float>() + i * whole_state.stride(0) + row;
-  std::vector<float> found(grid.column_lanes * kLaneFields * padded, 0.f);
+  std::vector<float> found(grid.column_lanes * kLaneFields * padded);
   auto of_lane = [&](int64_t lane, int64_t token, float** s) {
     for (int64_t i = 0; i < kLaneFields; ++i) s[i] = &found[(lane * kLaneFields + i) * padded + token];
   };
   for (int64_t lane = 0; lane < grid.column_lanes; ++lane) {
     float* s[kLaneFields];
     of_lane(lane, 0, s);
-    std::fill_n(s[kBase], padded, kNoBase);
-    std::fill_n(s[kMaximum], padded, -kInf);
+    clear(s, kLaneFields, padded);
   }
   const Matrix by_token(out.by_token), by_vocab(out.by_vocab), bases(out.bases);
   grid.run(!std::is_same_v<T, float>, [&](int64_t lane, int64_t column_block, int64_t first, int64_t last) {
@@ -396,6 +390,14 @@ void accumulate(const TileArgs& args, Tensor& state, int64_t row, const Outputs&
 void gradient(const TileArgs& args, const RowGradients& rows, const GradientOutputs& out) {
   if (args.weight.scalar_type() == at::kFloat) gradient_tile<float>(args, rows, out);
   else gradient_tile<at::BFloat16>(args, rows, out);
+}
+
+Tensor new_state(int64_t tokens) {
+  Tensor state = at::empty({kFields, tokens}, at::TensorOptions().dtype(at::kFloat));
+  float* s[kFields];
+  for (int64_t i = 0; i < kFields; ++i) s[i] = state.data_ptr<float>() + i * tokens;
+  clear(s, kFields, tokens);
+  return state;
 }
 
 std::vector<Tensor> finish_state(const Tensor& state, const Tensor& labels, int64_t vocab_size) {

@@ -53,6 +53,9 @@ void accumulate(const TileArgs& args, at::Tensor& state, int64_t row, const Outp
 // Gradient of a tile's products: dz_v = -p_v [g + gH (log p_v + H)] off the label, through the transform.
 void gradient(const TileArgs& args, const RowGradients& rows, const GradientOutputs& out);
 
+// The state (kFields, M) of M tokens that have seen no logit yet.
+at::Tensor new_state(int64_t tokens);
+
 // (M,) each: `Finished`, in its order.
 std::vector<at::Tensor> finish_state(const at::Tensor& state, const at::Tensor& labels, int64_t vocab_size);
 

@@ -18,6 +18,18 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kStrip = 1024;
+constexpr Outputs kLogProbsOnly{};
+
+// A part of one row.
+struct RowState {
+  Sums<float> sums;
+  float label_logit = kNaN;
+
+  void merge(const RowState& part) {
+    sums.merge(part.sums, kLogProbsOnly);
+    if (part.label_logit == part.label_logit) label_logit = part.label_logit;
+  }
+};
 
 template <typename T>
 void read_strip(const T* x, int64_t n, const Transform& transform, float* z) {
@@ -38,7 +50,7 @@ void accumulate_strip(const T* x, int64_t n, int64_t label, const Transform& tra
   if (label >= 0 && label < n) s.label_logit = z[label], z[label] = -kInf;
   Vec largest(-kInf);
   for (int64_t i = 0; i < n; i += kWidth) largest = at::vec::clamp_min(largest, Vec::loadu(z + i));
-  const float base = std::max(std::ceil(max_of(largest) * static_cast<float>(kLog2E)), s.base);
+  const float base = std::max(std::ceil(max_of(largest) * static_cast<float>(kLog2E)), s.sums.base);
   Vec even(0.f), odd(0.f);
   int64_t i = 0;
   for (; i + kWidth < n; i += 2 * kWidth) {
@@ -46,8 +58,8 @@ void accumulate_strip(const T* x, int64_t n, int64_t label, const Transform& tra
     odd = odd + exp2(scaled_difference(Vec::loadu(z + i + kWidth), Vec(base)));
   }
   if (i < n) even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
-  s.total = s.total * exp2_whole(s.base - base) + sum_of(even + odd);
-  s.base = base;
+  s.sums.raise(base, kLogProbsOnly);
+  s.sums.total += sum_of(even + odd);
 }
 
 template <typename T>
@@ -110,7 +122,7 @@ std::vector<Tensor> logits_forward(const LogitsArgs& args) {
   for (int64_t row = 0; row < m; ++row) {
     RowState all = states[row * parts];
     for (int64_t part = 1; part < parts; ++part) all.merge(states[row * parts + part]);
-    const Joined joined = join(all.base, all.total, all.label_logit);
+    const Joined joined = join(all.sums.base, all.sums.total, all.label_logit);
     r[0][row] = static_cast<float>(joined.log_prob);
     r[1][row] = static_cast<float>(joined.maximum);
     r[3][row] = all.label_logit;

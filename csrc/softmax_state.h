@@ -20,6 +20,7 @@
 namespace dpo_kernels {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kNoBase = -1.5e38f;  // of a row without a finite logit yet
 
 // Rows of a state (kFields, M) of M tokens, float.
@@ -40,40 +41,77 @@ struct Outputs {
   bool entropy, squares, logits, argmax;
 };
 
-// Merges states of the vocabulary behind it into a state, tokens [begin, end).
-inline void merge(float* const* state, float* const* part, int64_t begin, int64_t end, const Outputs& want) {
+// What is summed relative to a base: of one token (N = float), or of kWidth tokens (N = Vec).
+template <typename N>
+struct Sums {
+  N base{kNoBase}, total{0.f}, shifted{0.f}, squares{0.f};
+
+  // To a base that is not smaller.
+  void raise(N to, const Outputs& want) {
+    const N down = base - to, shrink = exp2_whole(down);
+    // The power is 0 below -126; a limit keeps it from meeting an infinity.
+    if (want.entropy) shifted = shrink * (shifted + total * at_least(down, -127.f));
+    if (want.squares) squares = shrink * shrink * squares;
+    total = total * shrink;
+    base = to;
+  }
+
+  // Of columns behind these, relative to the same base.
+  void add(N more, N more_shifted, N more_squares, const Outputs& want) {
+    total = total + more;
+    if (want.entropy) shifted = shifted + more_shifted;
+    if (want.squares) squares = squares + more_squares;
+  }
+
+  // Of columns behind these, relative to a base of their own.
+  void merge(Sums part, const Outputs& want) {
+    const N both = std::max(base, part.base);
+    raise(both, want);
+    part.raise(both, want);
+    add(part.total, part.shifted, part.squares, want);
+  }
+};
+
+// The sums in a state from token t on. Those that are not wanted are 0, and stay in it as they are.
+template <typename N>
+Sums<N> load(const float* const* state, int64_t t, const Outputs& want) {
+  Sums<N> s;
+  get(state[kBase] + t, s.base);
+  get(state[kTotal] + t, s.total);
+  if (want.entropy) get(state[kShifted] + t, s.shifted);
+  if (want.squares) get(state[kSquares] + t, s.squares);
+  return s;
+}
+
+template <typename N>
+void store(const Sums<N>& s, float* const* state, int64_t t, const Outputs& want) {
+  put(s.base, state[kBase] + t);
+  put(s.total, state[kTotal] + t);
+  if (want.entropy) put(s.shifted, state[kShifted] + t);
+  if (want.squares) put(s.squares, state[kSquares] + t);
+}
+
+// `size` tokens that have seen no logit yet, in the first so many fields.
+inline void clear(float* const* state, int64_t fields, int64_t size) {
+  for (int64_t i = 0; i < fields; ++i) {
+    const float start = i == kBase ? kNoBase : i == kMaximum ? -kInf : i == kLabelLogit ? kNaN : 0.f;
+    std::fill_n(state[i], size, start);
+  }
+}
+
+// Merges a state of the vocabulary behind it into a state, tokens [begin, end).
+inline void merge(float* const* state, const float* const* part, int64_t begin, int64_t end, const Outputs& want) {
   for (int64_t t = begin; t < end; ++t) {
-    const float base = std::max(state[kBase][t], part[kBase][t]);
-    const float down = state[kBase][t] - base, part_down = part[kBase][t] - base;
-    const float shrink = exp2_whole(down), grow = exp2_whole(part_down);
-    if (want.entropy)
-      state[kShifted][t] =
-          shrink * (state[kShifted][t] + state[kTotal][t] * std::max(down, -127.f)) +
-          grow * (part[kShifted][t] + part[kTotal][t] * std::max(part_down, -127.f));
-    if (want.squares)
-      state[kSquares][t] =
-          shrink * shrink * state[kSquares][t] + grow * grow * part[kSquares][t];
+    Sums<float> sums = load<float>(state, t, want);
+    sums.merge(load<float>(part, t, want), want);
+    store(sums, state, t, want);
     if (want.logits) state[kLogits][t] += part[kLogits][t];
     if (want.argmax && part[kMaximum][t] > state[kMaximum][t]) {
       state[kMaximum][t] = part[kMaximum][t];
       state[kArgmax][t] = part[kArgmax][t];
     }
-    state[kTotal][t] = state[kTotal][t] * shrink + part[kTotal][t] * grow;
-    state[kBase][t] = base;
   }
 }
-
-// The three fields of one row that log-probs need.
-struct RowState {
-  float base = kNoBase, total = 0.f, label_logit = std::numeric_limits<float>::quiet_NaN();
-
-  void merge(const RowState& part) {
-    const float both = std::max(base, part.base);
-    total = total * exp2_whole(base - both) + part.total * exp2_whole(part.base - both);
-    base = both;
-    if (part.label_logit == part.label_logit) label_logit = part.label_logit;
-  }
-};
 
 // A row once the label joins the others.
 struct Joined {
@@ -99,7 +137,7 @@ inline Joined join(double base, double total, double y) {
 
 // What `finish` makes of each token: statistics.Finished, then the optional statistics of statistics.TokenStats.
 struct Finished {
-  enum { kLogProb, kMaximum, kLogSum, kOthers, kEntropy, kLogSquares, kMeanLogit, kIsTop1, kSize };
+  enum { kLogProb, kMaximum, kLogSum, kOthers, kLabelLogit, kEntropy, kLogSquares, kMeanLogit, kIsTop1, kSize };
 };
 
 // Joins the label for tokens [begin, end). Optional statistics mean nothing unless their fields were accumulated.
@@ -114,6 +152,7 @@ inline void finish(
     r[Finished::kMaximum][t] = static_cast<float>(maximum);
     r[Finished::kLogSum][t] = static_cast<float>(lse - static_cast<double>(r[Finished::kMaximum][t]));
     r[Finished::kOthers][t] = static_cast<float>(std::exp(base - lse));
+    r[Finished::kLabelLogit][t] = s[kLabelLogit][t];
     r[Finished::kEntropy][t] = static_cast<float>(
         (lse - maximum) - (share > 0 ? share * (base + shifted - maximum) : 0.) - (p > 0 ? p * (y - maximum) : 0.));
     r[Finished::kLogSquares][t] =

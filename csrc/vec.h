@@ -7,6 +7,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -47,6 +48,17 @@ inline float exp2_whole(float n) {
   std::memcpy(&result, &bits, sizeof result);
   return result;
 }
+
+inline Vec exp2_whole(Vec n) { return exp2(n); }
+
+inline float at_least(float x, float least) { return std::max(x, least); }
+inline Vec at_least(Vec x, float least) { return at::vec::clamp_min(x, Vec(least)); }
+
+// One number, or kWidth of them.
+inline void get(const float* from, float& x) { x = *from; }
+inline void get(const float* from, Vec& x) { x = Vec::loadu(from); }
+inline void put(float x, float* to) { *to = x; }
+inline void put(Vec x, float* to) { x.store(to); }
 
 template <typename T>
 inline Vec read(const T* p) {

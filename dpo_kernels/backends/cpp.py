@@ -23,8 +23,6 @@ from dpo_kernels.statistics import Finished, TokenStats
 # Rows whose largest logit is beyond this, either way, are not the kernels': float32 numbers beside it lie 0.06 apart,
 # and the kernels' exponents in base 2 are numbers of their own (csrc/softmax_state.h).
 LARGEST_LOGIT = 7e5
-# The fields of csrc/softmax_state.h before the first tile; all others start at 0.
-START = {"base": -1.5e38, "maximum": -torch.inf, "label_logit": torch.nan}
 
 CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
@@ -99,9 +97,7 @@ class CppState:
 
     def __init__(self, call: Call, labels: Tensor) -> None:
         self.outputs, self.labels, self.vocab_size = call.outputs, labels, call.vocab_size
-        self.names = _state_fields()
-        start = torch.tensor([START.get(name, 0.0) for name in self.names], dtype=torch.float32, device="cpu")
-        self.fields = start.repeat_interleave(len(labels)).view(len(start), len(labels))
+        self.fields = _ops().new_state(len(labels))
 
     def finish(self) -> Finished:
         return self._finish(self.fields, self.labels, self.outputs)
@@ -110,11 +106,11 @@ class CppState:
         return self._finish(self.fields[:, rows].contiguous(), self.labels[rows], ())
 
     def _finish(self, fields: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Finished:
-        log_probs, maximum, log_sum, others, *optional = _ops().finish(fields, labels, self.vocab_size)
+        log_probs, maximum, log_sum, others, label_logit, *optional = _ops().finish(fields, labels, self.vocab_size)
         stats = dict(zip(TokenStats._fields[1:], optional, strict=True))
         stats["is_top1"] = stats["is_top1"] > 0
         wanted = TokenStats(log_probs, **{name: stats[name] for name in outputs})
-        return Finished(wanted, maximum, log_sum, others, fields[self.names.index("label_logit")])
+        return Finished(wanted, maximum, log_sum, others, label_logit)
 
 
 class CppTileOps:
@@ -212,11 +208,6 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
 
 def _ops() -> Any:
     return torch.ops.dpo_kernels_cpp
-
-
-@functools.cache
-def _state_fields() -> tuple[str, ...]:
-    return tuple(_ops().state_fields())
 
 
 def _loaded() -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpo_kernels.call import accumulate_dtype
 from dpo_kernels.functional import hidden_to_log_probs
-from dpo_kernels.losses import LOSSES, LossOptions, check_options, make_pairs, pair_losses
+from dpo_kernels.losses import LOSSES, LossOptions, Sides, check_options, make_pairs, pair_losses
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -138,5 +138,5 @@ def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     wide = accumulate_dtype(hidden.dtype)
     row = weight.mean(0, dtype=wide)
     offset = 0 if bias is None else bias.mean(dtype=wide)
-    chosen, rejected = ((half.mean((0, 1), dtype=wide) * row).sum() + offset for half in hidden.chunk(2))
+    chosen, rejected = ((half.mean((0, 1), dtype=wide) * row).sum() + offset for half in Sides.of(hidden))
     return chosen, rejected

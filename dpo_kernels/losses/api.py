@@ -131,12 +131,12 @@ def make_pairs(
     def aggregated(values: Tensor) -> Sides:
         if ld_alpha is not None and beyond is not None:
             values = torch.where(beyond, ld_alpha * values, values)
-        return Sides(*aggregate_log_probs(values, mask, options.aggregate).chunk(2))
+        return Sides.of(aggregate_log_probs(values, mask, options.aggregate))
 
-    tokens = Sides(*counts.sum(1).to(wide).chunk(2))
+    tokens = Sides.of(counts.sum(1).to(wide))
     logratios = aggregated(policy - ref)
     divergence = DIVERGENCES[options.f_divergence_type]
-    chosen_nll = -aggregate_log_probs(policy, mask).chunk(2)[0]
+    chosen_nll = -Sides.of(aggregate_log_probs(policy, mask)).chosen
     mean_length = tokens.chosen.mean() if tokens_per_chosen is None else tokens_per_chosen
     return Pairs(
         logps=aggregated(policy),

@@ -14,10 +14,20 @@ AGGREGATES = ("sum", "mean")
 
 
 class Sides(NamedTuple):
-    """One number per answer: (B,) of the chosen, (B,) of the rejected."""
+    """Values per answer, most often (B,) numbers: of the chosen, and of the rejected."""
 
     chosen: Tensor
     rejected: Tensor
+
+    @staticmethod
+    def of(values: Tensor) -> Sides:
+        """Values of 2B answers, (2B, ...): first all chosen ones, then the rejected ones in the same order."""
+        return Sides(*values.chunk(2))
+
+    @property
+    def answers(self) -> Tensor:
+        """The way back, (2B, ...)."""
+        return torch.cat(self)
 
     @property
     def margin(self) -> Tensor:
@@ -86,12 +96,12 @@ def aggregate_log_probs(
 
 def beyond_shared_length(counts: Tensor) -> Tensor:
     """Of the tokens that count, (2B, S) bool, those beyond the length of the pair's shorter answer."""
-    shared = torch.minimum(*counts.sum(1).chunk(2)).repeat(2)
-    return counts & (counts.cumsum(1) > shared[:, None])
+    shared = torch.minimum(*Sides.of(counts.sum(1)))
+    return counts & (counts.cumsum(1) > Sides(shared, shared).answers[:, None])
 
 
 @torch.no_grad()
 def pair_weights(log_probs: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
     """(B,): exp of the mean of log p - log sum p^2 over an answer's tokens, of the chosen times of the rejected."""
-    chosen, rejected = aggregate_log_probs(log_probs - log_sum_sq_probs, mask, "mean").exp().chunk(2)
-    return chosen * rejected
+    weights = Sides.of(aggregate_log_probs(log_probs - log_sum_sq_probs, mask, "mean").exp())
+    return weights.chosen * weights.rejected

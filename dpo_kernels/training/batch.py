@@ -87,7 +87,7 @@ class PairBatch:
 
     def sides(self, values: Tensor) -> Sides:
         """Values of all answers, (2B, ...), as those of the chosen and of the rejected ones."""
-        return Sides(*values.chunk(2))
+        return Sides.of(values)
 
     def _of_both(self, name: str) -> Tensor:
         return torch.cat([self.inputs[f"{name}_{side}"] for side in SIDES])

@@ -8,17 +8,20 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 
 from dpo_kernels.training.batch import PairBatch, PairCollator
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.data_report import column
 from dpo_kernels.training.formats import SIDES
-from dpo_kernels.training.reference import FrozenModel
+from dpo_kernels.training.reference import Reference
 
 COLUMNS = datasets.Features({f"ref_{side}": datasets.List(datasets.Value("float32")) for side in SIDES})
 
 
-def with_ref_log_probs(dataset: DPODataset, reference: FrozenModel, batch_size: int) -> DPODataset:
+def with_ref_log_probs(
+    dataset: DPODataset, reference: Reference, accelerator: Accelerator, batch_size: int
+) -> DPODataset:
     """The dataset with the reference's log-probs beside each token.
 
     Each process computes a share of the pairs; all read the shares of the others from the cache, which has to be on a
@@ -26,15 +29,14 @@ def with_ref_log_probs(dataset: DPODataset, reference: FrozenModel, batch_size: 
 
     Raises:
         TypeError: the dataset is no `DPODataset`.
-        ValueError: the model is sharded (FSDP), so that no process can score its share alone.
+        ValueError: no process can score its share alone (FSDP), or the reference computes nothing.
     """
     if not isinstance(dataset, DPODataset):
         raise TypeError(f"precompute_ref_log_probs needs a DPODataset, not {type(dataset).__name__}")
-    if reference.is_sharded:
-        raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
-    accelerator = reference.accelerator
-    precision = f"{accelerator.mixed_precision} {reference.head.transform}"
-    key = _key(dataset, reference.fingerprint, precision)
+    if (identity := reference.identity()) is None:
+        raise ValueError(f"a {type(reference).__name__} reference computes no log-probs; leave the dataset as it is")
+    facts = [dataset.key, column(dataset.rows, "digest"), identity, torch.__version__]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     shares = min(accelerator.num_processes, len(dataset))
     paths = [dataset.cache_dir / f"ref-{key}-{i}-of-{shares}.arrow" for i in range(shares)]
     parts = [dataset.rows.shard(shares, i, contiguous=True) for i in range(shares)]
@@ -44,7 +46,8 @@ def with_ref_log_probs(dataset: DPODataset, reference: FrozenModel, batch_size: 
         inputs = collate([dataset[first + i] for i in indices])
         batch = PairBatch({name: tensor.to(accelerator.device) for name, tensor in inputs.items()})
         with torch.no_grad():
-            log_probs = reference.score(batch)  # of this model, also where the dataset holds another's
+            log_probs = reference.score(batch, True)  # of this model, also where the dataset holds another's
+        assert log_probs is not None
         ids = dataset.rows.select([first + i for i in indices])
         return {
             f"ref_{side}": [row[: len(x) - 1].tolist() for row, x in zip(half, ids[f"{side}_ids"], strict=True)]
@@ -62,8 +65,3 @@ def with_ref_log_probs(dataset: DPODataset, reference: FrozenModel, batch_size: 
         share(accelerator.process_index)
     accelerator.wait_for_everyone()
     return dataset.with_reference(datasets.concatenate_datasets([share(i) for i in range(shares)]))
-
-
-def _key(dataset: DPODataset, fingerprint: str, precision: str) -> str:
-    facts = [dataset.key, column(dataset.rows, "digest"), fingerprint, precision, torch.__version__]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -21,8 +21,8 @@ from dpo_kernels.training.processes import anywhere, check_head, from_main
 class Reference:
     """Log-probs of the reference for a batch: those that its dataset holds, or else what the form computes.
 
-    Forms: `Precomputed` computes nothing, `FrozenModel` asks a second model. A third form (the policy with its adapter
-    off) defines `score`; `DPOTrainer` chooses the form, and only a `FrozenModel` can be precomputed.
+    Forms: `Precomputed` computes nothing, `FrozenModel` asks a second model. Another form (the policy with its adapter
+    off) defines `score` and, if that can be done beforehand, `identity`; `reference_for` chooses among them.
     """
 
     model: nn.Module | None = None  # a second model, where the form has one
@@ -35,6 +35,15 @@ class Reference:
     def score(self, batch: PairBatch, required: bool) -> Tensor | None:
         """`log_probs` of a batch that brings none; called without gradient."""
         raise NotImplementedError
+
+    def identity(self) -> str | None:
+        """Of everything that `score` computes from: the key under which its results are kept on disk. None: there is
+        nothing to compute beforehand.
+
+        Raises:
+            ValueError: `score` cannot be asked for a share of a dataset; says why.
+        """
+        return None
 
     def check_dataset(self, name: str, dataset: Any, required: bool) -> None:
         """Before training: raises a ValueError for a dataset whose batches will have no log-probs."""
@@ -101,9 +110,9 @@ class FrozenModel(Reference):
         self.accelerator, self.gives_mask, self.is_sharded = accelerator, gives_mask, is_sharded
         is_exact = args.disable_dropout and not args.torch_compile  # else equal weights may give other numbers
         self.starts_equal = is_exact and from_main(accelerator, lambda: _same_weights(policy, model))
-        self.fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
+        self._fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
         if args.precompute_ref_log_probs:
-            self.fingerprint = from_main(accelerator, lambda: model_fingerprint(model))
+            self._fingerprint = from_main(accelerator, lambda: model_fingerprint(model))
         model.requires_grad_(False).eval()
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl)
         check_head(accelerator, self.head, model, deterministic=False)  # it never trains
@@ -120,6 +129,13 @@ class FrozenModel(Reference):
 
     def score(self, batch: PairBatch, required: bool = True) -> Tensor:
         return self._run(self.model, batch)
+
+    def identity(self) -> str:
+        if self.is_sharded:
+            raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
+        if not self._fingerprint:
+            raise ValueError("this reference was made without precompute_ref_log_probs, so its weights have no key")
+        return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}"
 
     def check_start(self, policy: nn.Module, batch: PairBatch, log_probs: Tensor, ref: Tensor, is_start: bool) -> None:
         """At the first batch: policy and reference have the same weights, so they give the same numbers, to the bit.
@@ -147,6 +163,20 @@ class FrozenModel(Reference):
     def _run(self, model: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():
             return model(**batch.model_inputs(self.gives_mask), use_cache=False)["log_probs"]
+
+
+def reference_for(
+    ref_model: nn.Module | None,
+    policy: nn.Module,
+    accelerator: Accelerator,
+    args: DPOConfig,
+    gives_mask: bool,
+    is_sharded: bool,
+) -> Reference:
+    """The form that a run asks for; arguments as in `FrozenModel`."""
+    if ref_model is None:
+        return Precomputed()
+    return FrozenModel(ref_model, policy, accelerator, args, gives_mask, is_sharded)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -25,7 +25,7 @@ from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.processes import check_head, from_main
 from dpo_kernels.training.randomness import Silenced, disable_dropout
-from dpo_kernels.training.reference import FrozenModel, Precomputed, Reference
+from dpo_kernels.training.reference import Precomputed, reference_for
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -93,11 +93,9 @@ class DPOTrainer(Trainer):
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
         balances = self.aux_loss.weight > 0 and not is_of_its_own_kind(model)
         self._gives_mask = balances or "flash" in str(_attention(model))
-        self.reference: Reference = Precomputed()
-        if ref_model is not None:
-            self.reference = FrozenModel(
-                ref_model, model, self.accelerator, args, self._gives_mask, is_sharded=self.is_fsdp_enabled
-            )
+        self.reference = reference_for(
+            ref_model, model, self.accelerator, args, self._gives_mask, is_sharded=self.is_fsdp_enabled
+        )
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -106,9 +104,8 @@ class DPOTrainer(Trainer):
         self._non_finite = StopOnNonFinite(self.accelerator, self.save_checkpoint)
         for callback in (RunLog(), self._sigterm, self._non_finite):
             self.add_callback(callback)
-        if args.precompute_ref_log_probs and isinstance(self.reference, FrozenModel):
-            self._precompute(self.reference)
-            self.reference = Precomputed(freed=True)
+        if args.precompute_ref_log_probs and self.reference.identity() is not None:
+            self._precompute()
         for name, dataset in _named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset):
             self.reference.check_dataset(name, dataset, args.loss_options.needs_reference)
 
@@ -277,12 +274,16 @@ class DPOTrainer(Trainer):
         own = max(0, min(left - accelerator.process_index * (held if accelerator.dispatch_batches else size), held))
         keep_pairs(inputs, own)
 
-    def _precompute(self, reference: FrozenModel) -> None:
+    def _precompute(self) -> None:
+        """Puts the reference's log-probs into the datasets and frees it."""
+
         def scored(dataset: DPODataset) -> DPODataset:
-            return with_ref_log_probs(dataset, reference, self.args.per_device_eval_batch_size)
+            batch_size = self.args.per_device_eval_batch_size
+            return with_ref_log_probs(dataset, self.reference, self.accelerator, batch_size)
 
         self.train_dataset = _each(self.train_dataset, scored)
         self.eval_dataset = _each(self.eval_dataset, scored)
+        self.reference = Precomputed(freed=True)
 
     def _pair_metrics(self, logratios: Sides, policy: Tensor, batch: PairBatch) -> Tensor:
         """(B, len(PAIR_METRICS)) from log ratios and the policy's log-probs: what the log shows the means of."""

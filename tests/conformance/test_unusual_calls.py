@@ -190,7 +190,7 @@ class TestSizes:
         [
             ((10.0, 8, 50), {}, TypeError, "tokens is 10.0; expected a whole number"),
             ((True, 8, 50), {}, TypeError, "tokens is True; expected a whole number"),
-            ((10, 8, 50, "bfloat16"), {}, TypeError, "dtype is 'bfloat16'; expected one of torch.bfloat16"),
+            ((10, 8, 50, "bfloat16"), {}, TypeError, "dtype is 'bfloat16'; expected one of torch.float16"),
             ((10, 8, 50), {"labels": -1}, ValueError, "labels -1 must be >= 10"),
             ((10, 8, 50), {"memory_budget": 1e9}, TypeError, r"memory_budget is 1000000000.0; expected a whole number"),
         ],

@@ -15,7 +15,7 @@ from training_helpers import Pairs, make_model
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer
 from dpo_kernels.training.precompute import with_ref_log_probs
-from dpo_kernels.training.reference import FrozenModel, model_fingerprint
+from dpo_kernels.training.reference import FrozenModel, Precomputed, model_fingerprint
 from dpo_kernels.training.small_model import make_small_model
 
 
@@ -109,7 +109,9 @@ def test_other_datasets_and_sharded_models_are_refused(tmp_path, setup, monkeypa
     trainer = setup("sharded", False)
     trainer.reference.is_sharded = True
     with pytest.raises(ValueError, match="does not work with FSDP"):
-        with_ref_log_probs(trainer.train_dataset, trainer.reference, 2)
+        with_ref_log_probs(trainer.train_dataset, trainer.reference, trainer.accelerator, 2)
+    with pytest.raises(ValueError, match="a Precomputed reference computes no log-probs"):
+        with_ref_log_probs(trainer.train_dataset, Precomputed(), trainer.accelerator, 2)
 
 
 def test_log_probs_stand_beside_their_tokens(setup):

@@ -72,8 +72,10 @@ def test_a_frozen_model_gives_its_own_log_probs_without_gradient(tmp_path):
     logits = model(input_ids=given["input_ids"]).logits.log_softmax(-1)
     exact = logits.gather(2, given["labels"].clamp(min=0)[..., None]).squeeze(2)
     assert torch.allclose(got, torch.where(batch.mask, exact, 0), atol=1e-5)
-    assert reference.fingerprint == ""
-    assert len(frozen(tmp_path, precompute_ref_log_probs=True).fingerprint) == 64
+    assert len(frozen(tmp_path, precompute_ref_log_probs=True).identity().split()[0]) == 64
+    with pytest.raises(ValueError, match="made without precompute_ref_log_probs"):
+        reference.identity()
+    assert Precomputed().identity() is None
 
 
 def test_equal_weights_are_looked_at_once_and_only_at_the_start(tmp_path):
