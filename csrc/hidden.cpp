@@ -106,7 +106,7 @@ struct Grid {
   // Calls work(lane of columns, column block, first and last token block) for every block, in order within a lane.
   template <typename F>
   void run(bool bfloat16, const F& work) const {
-    run_tasks(column_lanes * token_lanes, bfloat16, [&](int64_t first, int64_t last) {
+    run_products(column_lanes * token_lanes, bfloat16, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t lane = task / token_lanes, part = task % token_lanes;
         for (int64_t c = column_blocks * lane / column_lanes; c < column_blocks * (lane + 1) / column_lanes; ++c)
@@ -242,7 +242,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
     }
   });
   const Matrix total(out.total);
-  at::parallel_for(0, tile.n, 128, [&](int64_t begin, int64_t end) {
+  run_tasks(tile.n, 128, [&](int64_t begin, int64_t end) {
     std::vector<float> old(state[kBase] + begin, state[kBase] + end);
     for (int64_t lane = 0; lane < grid.column_lanes; ++lane) {
       float* s[kLaneFields];
@@ -411,7 +411,7 @@ std::vector<Tensor> finish_state(const Tensor& state, const Tensor& labels, int6
     r[i] = result.back().data_ptr<float>();
   }
   const int64_t* label = labels.const_data_ptr<int64_t>();
-  at::parallel_for(0, m, 1024, [&](int64_t begin, int64_t end) {
+  run_tasks(m, 1024, [&](int64_t begin, int64_t end) {
     finish(s, label, static_cast<double>(vocab_size), begin, end, r);
   });
   return result;

@@ -3,10 +3,10 @@
 
 #include "logits.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "softmax_state.h"
+#include "threads.h"
 #include "transform.h"
 
 #include <algorithm>
@@ -80,13 +80,13 @@ void gradient_strip(
 // Calls work(row, part, first column, last column) for M rows of V columns.
 template <typename F>
 void each_part(int64_t m, int64_t v, int64_t parts, const F& work) {
-  at::parallel_for(0, m * parts, 1, [&](int64_t first, int64_t last) {
+  run_tasks(m * parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) work(i / parts, i % parts, v * (i % parts) / parts, v * (i % parts + 1) / parts);
   });
 }
 
 int64_t parts_of(int64_t m, int64_t v) {
-  const int64_t wanted = m == 0 ? 1 : (at::get_num_threads() + m - 1) / m;
+  const int64_t wanted = m == 0 ? 1 : (threads() + m - 1) / m;
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(v / kStrip, 1));
 }
 

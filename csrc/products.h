@@ -4,14 +4,13 @@
 // 105 to 115 (benchmarks/results).
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 
+#include "threads.h"
 #include "vec.h"
 
 #include <algorithm>
-#include <atomic>
 
 namespace dpo_kernels {
 
@@ -19,12 +18,9 @@ constexpr int64_t kBlock = 64;       // rows and columns of a block of logits: 1
 // Terms of a product at a time: both operands of a block stay in the L2.
 template <typename T>
 constexpr int64_t kDepth = std::is_same_v<T, float> ? 256 : 1024;
-constexpr int64_t kShares = 8;       // of its work that a thread takes one by one
-constexpr int64_t kThreads = 64;     // more do not run: what each holds is counted in the memory budget
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t threads() { return std::min<int64_t>(at::get_num_threads(), kThreads); }
 
 // Operands are float or BFloat16. A packed right operand (K, N) holds bfloat16 in pairs of k, the order of the dot
 // product instructions: (ceil(K / 2), N, 2), an odd last k with a zero beside it. kPair: numbers in such a group.
@@ -57,17 +53,10 @@ inline void deep_product(
   }
 }
 
-// Runs work(first, last) over [0, count) on at most threads() threads. Each takes the next share when it is done with one:
-// where another process holds a core, the others go on. Frees brgemm's hardware state behind it.
+// Tasks with products in them: frees brgemm's hardware state behind each thread's.
 template <typename F>
-inline void run_tasks(int64_t count, bool bfloat16, const F& work) {
-  const int64_t workers = std::min(count, threads());
-  const int64_t share = std::max<int64_t>(count / (workers * kShares), 1);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(share); i < count; i = next.fetch_add(share)) work(i, std::min(i + share, count));
-    at::native::cpublas::brgemm_release(/*is_vnni=*/bfloat16);
-  });
+void run_products(int64_t count, bool bfloat16, const F& work) {
+  run_tasks(count, 1, work, [&] { at::native::cpublas::brgemm_release(/*is_vnni=*/bfloat16); });
 }
 
 // Blocks of kBlock rows of x (n, k), transposed and packed as right operands (k, kBlock); the last block is narrower, a
@@ -77,7 +66,7 @@ inline int64_t block_width(int64_t n, int64_t block) { return std::min(kBlock, r
 template <typename T>
 void pack_transposed(const T* x, int64_t n, int64_t k, int64_t ldx, T* packed) {
   const int64_t depth = round_up(k, kPair<T>);
-  run_tasks(ceil_div(n, kBlock), false, [&](int64_t first, int64_t last) {
+  run_tasks(ceil_div(n, kBlock), 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       const T* from = x + block * kBlock * ldx;
       T* to = packed + block * kBlock * depth;
@@ -148,15 +137,15 @@ void multiply(
   };
   constexpr bool bfloat16 = !std::is_same_v<T, float>;
   if (row_blocks == 1) {
-    run_tasks(strips, bfloat16, [&](int64_t first, int64_t last) {
+    run_products(strips, bfloat16, [&](int64_t first, int64_t last) {
       for (int64_t strip = first; strip < last; ++strip) pack(strip), block(0, strip);
     });
     return;
   }
-  run_tasks(strips, false, [&](int64_t first, int64_t last) {
+  run_tasks(strips, 1, [&](int64_t first, int64_t last) {
     for (int64_t strip = first; strip < last; ++strip) pack(strip);
   });
-  run_tasks(row_blocks * strips, bfloat16, [&](int64_t first, int64_t last) {
+  run_products(row_blocks * strips, bfloat16, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) block(task / strips, task % strips);
   });
 }
