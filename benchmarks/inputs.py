@@ -44,9 +44,10 @@ class Inputs:
         return {name: t for name, t in self.tensors().items() if "weight" not in name}
 
     def change(self) -> None:
-        """In place: the pairs in another order, and half the gradient. `verify.Truth.changed` knows the new answer."""
+        """In place: half the gradient, and the pairs in another order, chosen and rejected each turned by one."""
         for t in self.per_token().values():
-            t.detach().copy_(other_order(t.detach()))
+            halves = t.detach().chunk(2)
+            t.detach().copy_(torch.cat([half.roll(1, 0) for half in halves]))
         self.cotangent.mul_(0.5)
 
     def leaves(self) -> dict[str, Tensor]:
@@ -56,11 +57,6 @@ class Inputs:
         """The same call on the reference model."""
         assert self.ref_hidden is not None and self.ref_weight is not None  # noqa: PT018
         return replace(self, hidden=self.ref_hidden, weight=self.ref_weight)
-
-
-def other_order(t: Tensor) -> Tensor:  # (R, ...)
-    """Chosen and rejected sequences each turned by one, so that pairs stay pairs."""
-    return torch.cat([half.roll(1, 0) for half in t.chunk(2)])
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:

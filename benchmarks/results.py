@@ -19,16 +19,11 @@ import torch
 from benchmarks.cases import MIB, Case
 
 SECTION = "dpo_kernels"
-PACKAGES = [
-    "torch",
-    "triton",
-    "transformers",
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "dpo-kernels",
-]
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "dpo-kernels"
+)  # fmt: skip
+# How often logits go through memory, by mode: of a peer, and of the floor, whose copies read and write.
+PASSES = {"score": (1, 2), "full": (3, 4)}
 
 
 @dataclass
@@ -78,6 +73,23 @@ class Row:
     def beyond(self, peak: int | None) -> int | None:
         """Of a peak, what is beyond inputs, outputs and gradients: what a budget is about."""
         return None if peak is None else peak - (self.returned_bytes or 0)
+
+    @property
+    def to_own_gemms(self) -> float | None:
+        """The time over that of as many bare products as this plan makes, where to_floor counts what the task needs."""
+        if not (self.mode and self.gemms and self.to_floor):
+            return None
+        return self.to_floor * self.case.needed_gemms / self.gemms
+
+    @property
+    def moved(self) -> int:
+        """Bytes that must go through memory, of logits and copies."""
+        if self.peer == "a large copy":
+            return 2 * self.case.copied
+        if self.case.level != "logits":
+            return 0
+        passes = PASSES[self.case.mode][self.status == "floor"]
+        return passes * self.case.tokens * self.case.vocab_size * self.case.torch_dtype.itemsize
 
 
 @dataclass

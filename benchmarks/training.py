@@ -163,7 +163,7 @@ class TrainingProblem(Problem):
 
     def change(self) -> None:
         self.changed = True
-        self.__dict__.pop("truth", None)
+        self.forget()
         for made in self.made.values():
             made.change()
 
