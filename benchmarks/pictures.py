@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 def draw(run: Results, out: Path) -> list[str]:
     """Writes the pictures of a run and returns their file names; those without data are left out."""
-    figures = {
-        "cases": _cases(run), "tokens": _curve("tokens", run), "vocabulary": _curve("vocabulary", run),
-        "budget": _budget(run),
-    }  # fmt: skip
+    figures = {"cases": _cases(run)} | {curve: _curve(curve, run) for curve in CURVES}
     drawn = {f"{run.name}-{kind}.png": figure for kind, figure in figures.items() if figure}
     for name, figure in drawn.items():
         save(figure, f"{run.machine}, {run.date}", out / name)
@@ -101,37 +98,37 @@ def _curve(name: str, run: Results) -> plt.Figure | None:
     rows = [r for r in run.rows if r.case.curve == name and r.seconds]
     if not rows:
         return None
+    unit = MIB if name == "budget" else 1
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
     for peer in dict.fromkeys(r.peer for r in rows):
         mine = [r for r in rows if r.peer == peer]
-        sizes, look = [getattr(r.case, CURVES[name]) for r in mine], {"label": peer, **LOOKS.get(peer, {})}
+        sizes = [getattr(r.case, CURVES[name]) // unit for r in mine]
+        look = {"label": peer, **LOOKS.get(peer, {})}
         times.plot(sizes, [1e3 * (r.seconds or 0) for r in mine], **look)
         if any(r.bytes for r in mine):
-            bytes_.plot(sizes, _mib(r.bytes for r in mine), **look)
-    points = sorted({getattr(r.case, CURVES[name]) for r in rows})
-    for axes, unit in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
-        finish(axes, name, unit, points)
-        axes.set_yscale("log")
-        plain_ticks(axes)
+            bytes_.plot(sizes, [math.nan if r.bytes is None else r.bytes / MIB for r in mine], **look)
+    points = sorted({getattr(r.case, CURVES[name]) // unit for r in rows})
+    for axes, what in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
+        finish(axes, name, what, points)
+        if name == "budget":
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
+            plain_ticks(axes)
         axes.legend(fontsize=8, frameon=False)
     fixed = [f"{getattr(rows[0].case, size):,} {axis}" for axis, size in _AXES.items() if axis != name]
     times.set_title(", ".join([*fixed, rows[0].case.dtype]), fontsize=9, loc="left")
     return figure
 
 
-def _mib(sizes: Iterable[int | None]) -> list[float]:
-    return [math.nan if size is None else size / MIB for size in sizes]
-
-
-def finish(axes: Axes, x: str, y: str, points: Sequence[int] = ()) -> None:
-    """points: where a logarithmic axis of sizes is marked."""
-    axes.set_xlabel("vocabulary, entries" if x == "vocabulary" else x)
+def finish(axes: Axes, curve: str, y: str, points: Sequence[int]) -> None:
+    """points: the sizes that are marked on the curve's axis."""
+    axes.set_xlabel({"vocabulary": "vocabulary, entries", "budget": "memory budget, MiB"}.get(curve, curve))
     axes.set_ylabel(y)
     axes.grid(True, color="0.9")
-    if points:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(points, [f"{size:,}" for size in points], rotation=40, ha="right")
-        axes.minorticks_off()
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(points, [f"{size:,}" for size in points], rotation=40, ha="right")
+    axes.minorticks_off()
 
 
 def plain_ticks(axes: Axes, of_a_decade: tuple[float, ...] = (1, 2, 5)) -> None:
@@ -139,35 +136,3 @@ def plain_ticks(axes: Axes, of_a_decade: tuple[float, ...] = (1, 2, 5)) -> None:
     ticks = [m * 10**e for e in range(-3, 7) for m in of_a_decade if low <= m * 10**e <= high]
     axes.set_yticks(ticks, [f"{t:,.10g}" for t in ticks])
     axes.minorticks_off()
-
-
-def _budget(run: Results) -> plt.Figure | None:
-    """The dial: time against the budget beside the GEMMs that the plan counts, and planned beside measured bytes."""
-    rows = [r for r in run.rows if r.case.curve == "budget" and r.predicted_bytes and r.seconds]
-    if not rows:
-        return None
-    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
-    look, last = LOOKS["dpo_kernels"], rows[-1]
-    budgets, planned = _mib(r.case.memory_budget for r in rows), _mib(r.predicted_bytes for r in rows)
-    floors, gemms = [r.to_floor or 0 for r in rows], [(r.gemms or 0) / (last.gemms or 1) for r in rows]
-    label = f"measured: {floors[-1]:.2f} x bare GEMMs at the largest"
-    times.plot(budgets, [f / floors[-1] for f in floors], label=label, **look)
-    times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {last.gemms:.3g} at the largest")
-    for row, budget in zip(rows, budgets, strict=True):
-        times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
-    first, second = (_mib(r.beyond(getattr(r, field)) for r in rows) for field in ("first_bytes", "bytes"))
-    driver = [p - library for p, library in zip(planned, _mib(r.library_bytes or 0 for r in rows), strict=True)]
-    bytes_.plot(budgets, first, label="measured, first step", **look)
-    bytes_.plot(budgets, second, label="measured, second step", **look, markerfacecolor="white")
-    bytes_.plot(budgets, planned, "k--", marker="x", label="planned")
-    bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without libraries and threads")
-    bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
-    times.margins(x=0.1)
-    times.set_ylim(0.8 * min(gemms), None)
-    bytes_.set_ylim(bottom=0)
-    times.set_title(last.case.shape, fontsize=9, loc="left")
-    finish(times, "memory budget, MiB", "time of a step, relative to the largest budget")
-    finish(bytes_, "memory budget, MiB", "held beyond inputs, outputs, gradients, MiB")
-    for axes in (times, bytes_):
-        axes.legend(fontsize=8, frameon=False)
-    return figure

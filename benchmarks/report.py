@@ -13,22 +13,7 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.results import Results, Row, case_names, is_ours, markdown_table, mib, milliseconds
 
-HOW_TO_READ = (
-    "Times are medians of interleaved rounds, with first and third quartile and the number of rounds; ratios are "
-    "medians of the ratios within a round. Bare GEMMs: 1 product for a forward, 2 for a frozen head, 3 for all "
-    "gradients, 1 more for DPO's reference, of the rows that count alone; bare copy: the logits copied once for a "
-    "forward, twice with the gradient. Rate: the flop of those products over the time, for ours of the products that "
-    "its plan counts; of logits, the bytes that must be moved. Memory: the peak of a second step beyond the inputs, "
-    "gradients included. Errors against float64: of log-probs or loss the largest, absolute; of gradients the largest, "
-    "relative."
-)
-
-BUDGET_NOTE = (
-    "Planned is what the driver's own tensors take and an allowance for libraries and threads (18 MiB with the C++ "
-    "kernels, 12 with PyTorch operations on a CPU, 32 on a GPU); the budget bounds it, and a first step that holds "
-    "more than its budget fails. The first step of a process takes the libraries' share, which they keep: the second "
-    "step does without, and belongs beside what is planned for the driver alone."
-)
+HOW_TO_READ = "How to read it: [benchmarks/README.md](../README.md#how-to-read)."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,7 +129,7 @@ def budget_table(rows: list[Row]) -> str:
             change = f"{held / planned - 1:+.0%}" if held is not None and planned else ""
             cells += [mib(planned, 1), mib(held, 1), change]
         lines.append(cells)
-    return f"{markdown_table((*names, *beside), lines)}\n\n{BUDGET_NOTE}"
+    return markdown_table((*names, *beside), lines)
 
 
 def comparison(before: Results, after: Results) -> str:
@@ -172,11 +157,7 @@ def comparison(before: Results, after: Results) -> str:
         change = _change(was, row) if was and row and row.status != "floor" else ""
         lines.append([case, _label(peer), *times, *floors, change, *memory, *errors, "; ".join(notes)])
     heads = [f"- {when}: {r.machine}, {r.date}. {facts(r)}" for when, r in (("before", before), ("after", after))]
-    note = (
-        "Change: of the time over the floor's in the same rounds, negative is faster; of the time without a floor. "
-        "Noise: the ranges from first to third quartile overlap. Errors: of log-probs or loss; of gradients."
-    )
-    return "\n\n".join(["# Benchmarks compared", "\n".join(heads), note, markdown_table(names, lines)]) + "\n"
+    return "\n\n".join(["# Benchmarks compared", "\n".join(heads), HOW_TO_READ, markdown_table(names, lines)]) + "\n"
 
 
 def _change(was: Row, row: Row) -> str:

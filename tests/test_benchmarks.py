@@ -177,7 +177,7 @@ def test_what_fails_is_no_loss_to_the_others(monkeypatch):
     assert reasons == {
         "bare GEMMs": ("failed", "RuntimeError: no driver in driver.so"),
         "broken": ("failed", "RuntimeError: no driver in driver.so"),
-        "absent": ("unavailable", "not installed"),
+        "absent": ("unavailable", "no_such_package is not installed"),
         "gpu": ("unavailable", "needs a GPU (its kernels are Triton's or CuTe's)"),
         "later": ("failed", "while it was timed: MemoryError: full"),
         "plain PyTorch": ("timed", ""),
@@ -438,6 +438,7 @@ def test_a_report_has_everything_and_its_pictures(tmp_path):
         "190 ms to 210 ms | 5 |", "| 2.00 | 1.00 | 0 GFLOP/s | 30 MiB |",
         "30 MiB", "keep, 3 GEMMs", "1.0e-06", "2.0e-03", "**WRONG, not timed**", "noise: wrong: error of log_probs",
         "absent: unavailable: not installed (1 cases)", "computes masked rows too",
+        "[benchmarks/README.md](../README.md#how-to-read)",
         "| budget-8 | 8 MiB | recompute | 4.00 | 2.00 | 7.0 MiB | 7.0 MiB | +0% | 5.0 MiB | 5.0 MiB | +0% |",
     ):  # fmt: skip
         assert part in text, part
