@@ -37,7 +37,7 @@ def rows(case: Case, request: pytest.FixtureRequest) -> list[Row]:
     seconds = SECONDS[request.config.getoption("--size")] * (3 if case.level == "train" else 1)
     peers = [p for p in peers_of(case) if p.name in names or is_ours(p.name)]
     made = measure(case, peers=peers, device=DEVICE, effort=Effort(seconds, 5 * seconds))
-    request.config.stash[ROWS] += made
+    request.config.stash[ROWS].extend(made)
     return made
 
 

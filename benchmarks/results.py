@@ -120,13 +120,13 @@ class Results:
         return vars(self) | {"rows": rows}
 
 
-def of_this_run(rows: Sequence[Row], size: str, device: torch.device) -> Results:
+def of_this_run(rows: list[Row], size: str, device: torch.device) -> Results:
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     threads, policy = f"{torch.get_num_threads()} threads", os.environ.get("OMP_WAIT_POLICY")
     threads += f" (OMP_WAIT_POLICY {policy})" if policy else ""
     installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
-    return Results(today, size, machine(device), threads, versions, commit(), list(rows))
+    return Results(today, size, machine(device), threads, versions, commit(), rows)
 
 
 def load(path: Path) -> Results:
