@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(case, name, id=f"{case.name}/{name}")
         for case in SIZES[metafunc.config.getoption("--size")]
         for name in (*case.floors, *(peer.name for peer in peers_of(case)))
-    ], scope="session")  # fmt: skip
+    ])  # fmt: skip
 
 
 @pytest.mark.benchmark(timer=replayed)
