@@ -245,3 +245,4 @@ TINY = [
 ]
 
 SIZES = {"small": SMALL, "cpu": CPU, "real": REAL, "gpu": GPU, "tiny": TINY}
+SECONDS = {"small": 0.6, "cpu": 4.0, "real": 10.0, "gpu": 5.0, "tiny": 0.0}  # of timing a case, by size

@@ -1,7 +1,6 @@
 """Other strategies, tiles and budgets of the Triton kernels than those that the package chooses, to be measured beside.
 
-Nothing else differs while a configuration is applied,
-so a row's number is that of a package whose own configurations say the same.
+Nothing else differs while one is applied, so a row's number is that of a package whose own configurations say the same.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class Configuration:
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
         kernels = {"product": self.product, "rows": self.rows} | ({"strategy": self.strategy} if self.strategy else {})
-        known = CAPABILITIES[arch_of(device).kind].tiles
-        with override(kernels=kernels, capabilities={"tiles": (self.tile, *known)} if self.tile else {}):
+        tiles = {"tiles": (self.tile, *CAPABILITIES[arch_of(device).kind].tiles)} if self.tile else {}
+        with override(kernels=kernels, capabilities=tiles):
             yield
 
 
@@ -61,10 +60,10 @@ def _tiles(*tiles: tuple[int, int]) -> dict[str, Configuration]:
 # By what a case compares; each by the name of its row. Those for Triton's interpreter prove the code.
 TABLES: dict[str, dict[str, Configuration]] = {
     "triton": {"dpo_kernels triton": Configuration()},
-    "strategies": {f"dpo_kernels {name}": Configuration(name) for name in ("fused", "tiles")},
+    "strategies": {f"dpo_kernels {name}": Configuration(name) for name in ("tiles", "fused")},
     "modes": {
         f"dpo_kernels {name}, {mode}": Configuration(name, keeps=mode == "keep")
-        for mode in ("keep", "recompute") for name in ("fused", "tiles")
+        for mode in ("keep", "recompute") for name in ("tiles", "fused")
     },
     "products": _products(
         "fused", {}, {"group": 8}, {"group": 32}, {"stages": 2}, {"stages": 4}, {"block_k": 128, "stages": 2},

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import results
-from benchmarks.cases import SIZES, Case
+from benchmarks import report, results
+from benchmarks.cases import SECONDS, SIZES, Case
 from benchmarks.measure import Effort, measure
 from benchmarks.peers import peers_of
 from benchmarks.results import Row, is_ours
 
-SECONDS = {"small": 0.6, "cpu": 4.0, "real": 10.0, "gpu": 5.0, "tiny": 0.0}  # of timing a case
 # Rows by the name of the case; where a case could not be measured at all, what it raised.
 KNOWN = pytest.StashKey[dict[str, "list[Row] | Exception"]]()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,19 +59,11 @@ def _rows(config: pytest.Config) -> list[Row]:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    output_json[results.SECTION] = results.of_this_run(_rows(config), config.getoption("--size"), DEVICE).to_json()
+    run = results.of_this_run(_rows(config), config.getoption("--size"), DEVICE)
+    output_json[results.SECTION] = run.to_json()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Each peer once: in how many cases it was right, and what went wrong or why it did not run."""
-    by_peer: dict[str, list[Row]] = defaultdict(list)
-    for row in _rows(config):
-        if row.status != "floor":
-            by_peer[row.peer].append(row)
-    if by_peer:
+    if rows := _rows(config):
         terminalreporter.section("peers, verified against float64 before and after they were timed")
-    for peer, rows in by_peer.items():
-        right = [row for row in rows if row.status == "timed"]
-        said = [f"right and timed in {len(right)} of {len(rows)} cases"] if right else []
-        said += sorted({f"{row.status}: {row.reason}" for row in rows if row.reason})
-        terminalreporter.write_line(f"{peer}: {'; '.join(said)}")
+        terminalreporter.write_line(report.outcomes(rows))

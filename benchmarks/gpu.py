@@ -3,7 +3,7 @@
 python -m benchmarks.gpu --json FILE [--seconds 280] [--only NAME ...] [--tests JUNIT.xml STATUS] [--try]
 
 Measured as `pytest benchmarks/` measures, without a plugin: the cases "gpu" of `cases.py`. FILE is written after every
-case. It has the section that `python -m benchmarks.report` reads, and one named "gpu": a summary, the tests' outcomes
+case. It has the section that `python -m benchmarks.report` reads, and one named "gpu": the device, the tests' outcomes
 and what time left out. --try runs the cases "tiny" on a CPU, in Triton's interpreter, to prove the code.
 """
 
@@ -22,41 +22,11 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks import results
-from benchmarks.cases import MIB, SIZES, Case
+from benchmarks.cases import SECONDS, SIZES, Case
 from benchmarks.measure import Effort, free, measure
 from benchmarks.peers import first_line
 from benchmarks.report import table
 from benchmarks.results import Row
-
-# How often the logits go through memory, by mode: of a peer, and of the floor, whose copies read and write.
-PASSES = {"score": (1, 2), "full": (3, 4)}
-
-
-def summary(row: Row) -> dict[str, Any]:
-    """What is read first of a row.
-
-    to_own_gemms: the time over that of as many bare products as this mode makes (recompute: 4), where to_floor counts
-    those that the task needs (3). tflops: of the needed products. terabytes_per_second: of what must be moved.
-    """
-    case, moved, flop, beyond = row.case, 0, 0.0, row.beyond(row.bytes)
-    if row.peer == "a large copy":
-        moved = 2 * case.copied
-    elif case.level == "logits":
-        passes = PASSES[case.mode][row.status == "floor"]
-        moved = passes * case.tokens * case.vocab_size * case.torch_dtype.itemsize
-    else:
-        flop = case.needed_gemms * case.gemm_flop
-    said: dict[str, Any] = {"case": case.name, "peer": row.peer, "status": row.status, "reason": row.reason or None}
-    if row.seconds is not None:
-        own = row.to_floor * case.needed_gemms / row.gemms if flop and row.gemms and row.to_floor else None
-        said |= {
-            "ms": 1000 * row.seconds, "rounds": row.rounds, "to_floor": row.to_floor, "to_own_gemms": own,
-            "tflops": flop / row.seconds / 1e12 or None, "terabytes_per_second": moved / row.seconds / 1e12 or None,
-        }  # fmt: skip
-    said["holds_mib"] = None if beyond is None else beyond / MIB
-    said["planned_mib"] = None if row.predicted_bytes is None else row.predicted_bytes / MIB
-    known = {name: value for name, value in said.items() if value is not None}
-    return known | {"errors": row.errors, "marks": row.marks}
 
 
 def test_outcomes(junit: Path, status: int) -> dict[str, Any]:
@@ -96,9 +66,8 @@ class Report:
 
     def write(self) -> None:
         run = results.of_this_run(self.rows, self.size, self.device)
-        told = self.told | {"summary": [summary(row) for row in self.rows]}
         beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(json.dumps({results.SECTION: run.to_json(), "gpu": told}, indent=1))
+        beside.write_text(json.dumps({results.SECTION: run.to_json(), "gpu": self.told}, indent=1))
         beside.replace(self.path)
 
 
@@ -139,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size, device = ("tiny", torch.device("cpu")) if options.tiny else ("gpu", torch.device("cuda", 0))
     if options.tiny:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-    each = 0.0 if options.tiny else 5.0  # seconds of timing a case
-    effort = Effort(each, each, end=time.monotonic() + options.seconds)
+    effort = Effort(SECONDS[size], SECONDS[size], end=time.monotonic() + options.seconds)
     tests = None if options.tests is None else test_outcomes(Path(options.tests[0]), int(options.tests[1]))
     cases = [case for case in SIZES[size] if any(part in case.name for part in options.only)]
     measure_all(cases, Report(options.json, size, device, tests), effort)

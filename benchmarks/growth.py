@@ -30,9 +30,9 @@ GROWING = {
     "tokens": (1, 4, 16, 64, 256, 1024, 4096, 16_384),
     "vocabulary": (1000, 4000, 16_000, 32_000, 64_000, 128_000, 260_000),
 }
-PRODUCTS = {"forward": 1, "full step": 3}  # by mode, as the next
-MODES = {"forward": "score", "full step": "full"}
 FIXED = {"tokens": f"{VOCAB:,} vocabulary entries", "vocabulary": f"{TOKENS:,} tokens"}  # by what grows
+MODES = {"forward": "score", "full step": "full"}
+PRODUCTS = {"forward": 1, "full step": 3}
 VERIFIED = 8  # tokens
 EFFORT = Effort(seconds=0.8, patience=10.0, max_rounds=32)
 
@@ -116,31 +116,28 @@ def draw(points: list[Point], facts: dict[str, Any], path: Path) -> None:
     """Time above, rate below; ours filled and solid, bare products white and dashed; a marker a number of threads."""
     from benchmarks import pictures  # needs matplotlib
 
-    columns = [(curve, what) for curve in GROWING for what in PRODUCTS]
+    columns = list(itertools.product(GROWING, MODES))
     figure, grid = pictures.plt.subplots(2, len(columns), figsize=(16, 7.5), sharex="col", sharey="row", squeeze=False)
+    white = {"linestyle": "--", "color": "0.45", "markerfacecolor": "white"}
+    black = {"linestyle": "-", "color": "black"}
     for (times, rates), (curve, what) in zip(grid.T, columns, strict=True):
         for threads, marker in zip(THREADS, "os", strict=True):
             mine = [p for p in points if (p.curve, p.what, p.threads) == (curve, what, threads)]
             sizes = [p.size for p in mine]
-            white = {"linestyle": "--", "color": "0.45", "markerfacecolor": "white"}
-            black = {"linestyle": "-", "color": "black"}
             for name, field, look in (("dpo_kernels", "ours", black), (f"torch.mm x {PRODUCTS[what]}", "bare", white)):
-                look |= {"marker": marker, "label": f"{name}, {threads} thread{'s'[: threads - 1]}"}
+                look = {**look, "marker": marker, "label": f"{name}, {threads} thread{'s'[: threads - 1]}"}
                 times.plot(sizes, [1e3 * getattr(p, field) for p in mine], **look)
                 rates.plot(sizes, [p.rate(getattr(p, field)) for p in mine], **look)
+        pictures.finish(times, "", "", GROWING[curve])
+        pictures.finish(rates, curve, "", GROWING[curve])
         times.set_title(f"{what}, {FIXED[curve]}", fontsize=9, loc="left")
-        times.set_yscale("log")
         times.legend(fontsize=7, frameon=False, loc="lower right")
-        rates.set_xscale("log", base=2)
-        rates.set_xticks(GROWING[curve], [f"{size:,}" for size in GROWING[curve]], rotation=40, ha="right")
-        rates.set_xlabel("tokens" if curve == "tokens" else "vocabulary, entries")
-        for axes in (times, rates):
-            axes.minorticks_off()
-            axes.grid(True, color="0.9")
-    grid[0, 0].set_ylabel("time, ms")
-    pictures.plain_ticks(grid[0, 0], of_a_decade=(1,))
-    grid[1, 0].set_ylabel("GFLOP/s of the products")
-    grid[1, 0].set_ylim(bottom=0)
+    times, rates = grid[:, 0]
+    times.set_ylabel("time, ms")
+    times.set_yscale("log")
+    pictures.plain_ticks(times, of_a_decade=(1,))
+    rates.set_ylabel("GFLOP/s of the products")
+    rates.set_ylim(bottom=0)
     versions = facts["versions"]
     title = f"{facts['machine']}, {facts['date']}, torch {versions['torch']}, Python {versions['python']}, "
     pictures.save(figure, f"{title}bfloat16, {FEATURES:,} features", path)

@@ -44,9 +44,10 @@ class Inputs:
         return {name: t for name, t in self.tensors().items() if "weight" not in name}
 
     def change(self) -> None:
-        """In place: the pairs in another order, and half the gradient. `verify.Truth.changed` knows the new answer."""
+        """In place: half the gradient, and the pairs in another order, chosen and rejected each turned by one."""
         for t in self.per_token().values():
-            t.detach().copy_(other_order(t.detach()))
+            halves = t.detach().chunk(2)
+            t.detach().copy_(torch.cat([half.roll(1, 0) for half in halves]))
         self.cotangent.mul_(0.5)
 
     def leaves(self) -> dict[str, Tensor]:
@@ -58,19 +59,14 @@ class Inputs:
         return replace(self, hidden=self.ref_hidden, weight=self.ref_weight)
 
 
-def other_order(t: Tensor) -> Tensor:  # (R, ...)
-    """Chosen and rejected sequences each turned by one, so that pairs stay pairs."""
-    return torch.cat([half.roll(1, 0) for half in t.chunk(2)])
-
-
-def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     """Inputs of a case. Peaked ones: each hidden state points at one row of the weight, by 8 to 30, over noise of 2.5.
 
     That makes the median probability of a label about 0.9 and the mean entropy about 2 nats, with logits up to 40. The
     reference has a hidden state and a weight of its own, apart from the policy's by so much that beta (0.1) times the
     difference of log-ratios within a pair is about 1 to 2 either way, whatever the number of tokens.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)

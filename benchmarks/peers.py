@@ -59,13 +59,11 @@ class Peer:
             if self.configuration is None and default_impl(device) == self.impl:
                 return "it is what dpo_kernels takes here"
             return dpo_kernels.available_impls(device)[self.impl]
-        module = ""
         try:
             for module in self.modules:
                 importlib.import_module(module)
         except ModuleNotFoundError as error:
-            missing = error.name or module
-            return "not installed" if module.startswith(missing) else f"needs {missing}, which is not installed"
+            return f"{error.name} is not installed"
         except Exception as error:  # an import may fail in any way that its authors did not think of
             return f"import fails: {first_line(error)}"
         return None
@@ -227,6 +225,7 @@ def _cce(**options: Any) -> dict[str, Adapter]:
 _EACH: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "none"}
 _ALL_ROWS = {"masked": "computes masked rows too"}
 _SKIPS = "skips small gradients"
+_TRL_LOG = {"always": "computes entropy, mean logits and top-1 for its log too", "masked": "masked rows too on a CPU"}
 _TRL, _LIGER = "trl.trainer.utils", "liger_kernel.transformers.functional"
 _SCALED = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 
@@ -234,6 +233,7 @@ PEERS: tuple[Peer, ...] = (
     ours("dpo_kernels"),
     ours("dpo_kernels torch", "torch"),
     Peer("dpo_kernels DPOTrainer", {"train": training.ours}, ("dpo_kernels.training",)),
+    Peer("dpo_kernels in TRL's DPOTrainer", {"train": training.trl_enabled}, ("trl",), _TRL_LOG),
     Peer("plain PyTorch",
          _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
          marks=_ALL_ROWS),
@@ -268,9 +268,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("quack cross entropy", {"logits": unreduced("quack.cross_entropy:cross_entropy", **_EACH)},
          ("quack.cross_entropy",), _ALL_ROWS, needs_cuda=True),
     Peer("transformers with logits", {"train": training.with_logits}, ("transformers",), _ALL_ROWS),
-    Peer("TRL DPOTrainer", {"train": training.trl}, ("trl",),
-         {"always": "computes entropy, mean logits and top-1 for its log too",
-          "masked": "masked rows too on a CPU"}),
+    Peer("TRL DPOTrainer", {"train": training.trl}, ("trl",), _TRL_LOG),
 )  # fmt: skip
 # Ours as a case asks for it by name.
 CONFIGURED = tuple(ours(name, "triton", configuration) for name, configuration in CONFIGURATIONS.items())

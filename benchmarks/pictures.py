@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
 from benchmarks.cases import CURVES, MIB
-from benchmarks.results import Results, Row, case_names, is_ours, milliseconds
+from benchmarks.results import Results, Row, case_names, is_ours, mib, milliseconds
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 # One look a name, the same in every picture.
@@ -27,10 +29,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 def draw(run: Results, out: Path) -> list[str]:
     """Writes the pictures of a run and returns their file names; those without data are left out."""
-    figures = {
-        "cases": _cases(run), "tokens": _curve("tokens", run), "vocabulary": _curve("vocabulary", run),
-        "budget": _budget(run),
-    }  # fmt: skip
+    figures = {"cases": _cases(run)} | {curve: _curve(curve, run) for curve in CURVES}
     drawn = {f"{run.name}-{kind}.png": figure for kind, figure in figures.items() if figure}
     for name, figure in drawn.items():
         save(figure, f"{run.machine}, {run.date}", out / name)
@@ -59,13 +58,13 @@ def _cases(run: Results) -> plt.Figure | None:
         floor = next((r for r in run.rows if r.case.name == name and r.status == "floor"), None)
         _bars(axes, rows, floor)
         axes.set_title(f"{name}\n{rows[0].case.shape}", fontsize=9, loc="left")
-    marks: dict[str, list[str]] = {}
-    for r in timed:
-        if r.marks and not is_ours(r.peer):
-            marks.setdefault(r.peer, []).extend(r.marks)
-    notes = (f"* {peer}: {'; '.join(dict.fromkeys(said))}" for peer, said in marks.items())
+    notes = dict.fromkeys(f"* {r.peer}: {'; '.join(r.marks)}" for r in timed if _starred(r))
     figure.text(0.01, -0.01, "\n".join(notes), fontsize=7, va="top")
     return figure
+
+
+def _starred(row: Row) -> bool:
+    return bool(row.marks) and not is_ours(row.peer)
 
 
 def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
@@ -78,14 +77,12 @@ def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
         color=["0.25" if is_ours(r.peer) else "0.88" for r in rows],
         hatch=["" if is_ours(r.peer) else "//" for r in rows],
     )  # fmt: skip
-    names = [r.peer + " *" * (bool(r.marks) and not is_ours(r.peer)) for r in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
-    for bar, time, row in zip(bars, times, rows, strict=True):
-        memory = f", {row.bytes / MIB:,.0f} MiB" if row.bytes is not None else ""
-        cut = " (cut)" if time > limit else ""
-        axes.text(
-            bar.get_width() + limit * 0.01, bar.get_y() + 0.35, f"{time:,.0f} ms{memory}{cut}", va="center", fontsize=7
-        )
+    axes.set_yticks(range(len(rows)), [r.peer + " *" * _starred(r) for r in rows], fontsize=8)
+    labels = [
+        ", ".join(filter(None, [f"{time:,.0f} ms", mib(row.bytes)])) + (" (cut)" if time > limit else "")
+        for time, row in zip(times, rows, strict=True)
+    ]
+    axes.bar_label(bars, labels, padding=2, fontsize=7)
     if floor is not None and floor.seconds:
         line = axes.axvline(1e3 * floor.seconds, color="black", linestyle=":", linewidth=1.5)
         line.set_path_effects([withStroke(linewidth=3.5, foreground="white")])  # seen on dark bars too
@@ -94,75 +91,48 @@ def _bars(axes: Axes, rows: list[Row], floor: Row | None) -> None:
     axes.set_xlabel(f"time, ms{dotted}")
 
 
-_LABELS = {"tokens": "tokens", "vocabulary": "vocabulary, entries"}
-_SIZES = {"tokens": "tokens", "features": "hidden_size", "vocabulary": "vocab_size"}
+_AXES = {"tokens": "tokens", "features": "hidden_size", "vocabulary": "vocab_size"}
 
 
 def _curve(name: str, run: Results) -> plt.Figure | None:
-    field = CURVES[name]
     rows = [r for r in run.rows if r.case.curve == name and r.seconds]
     if not rows:
         return None
+    unit = MIB if name == "budget" else 1
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
     for peer in dict.fromkeys(r.peer for r in rows):
+        mine = [r for r in rows if r.peer == peer]
+        sizes = [getattr(r.case, CURVES[name]) // unit for r in mine]
         look = {"label": peer, **LOOKS.get(peer, {})}
-        mine = [(getattr(r.case, field), r) for r in rows if r.peer == peer]
-        times.plot(*zip(*((size, 1e3 * (r.seconds or 0)) for size, r in mine), strict=True), **look)
-        measured = [(size, r.bytes / MIB) for size, r in mine if r.bytes is not None]
-        if measured:
-            bytes_.plot(*zip(*measured, strict=True), **look)
-    for axes, unit in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        points = sorted({getattr(r.case, field) for r in rows})
-        axes.set_xticks(points, [f"{x:,}" for x in points], rotation=30)
-        axes.minorticks_off()
-        plain_ticks(axes)
-        _finish(axes, _LABELS[name], unit)
-    fixed = [f"{getattr(rows[0].case, size):,} {axis}" for axis, size in _SIZES.items() if axis != name]
+        times.plot(sizes, [1e3 * (r.seconds or 0) for r in mine], **look)
+        if any(r.bytes for r in mine):
+            bytes_.plot(sizes, [math.nan if r.bytes is None else r.bytes / MIB for r in mine], **look)
+    points = sorted({getattr(r.case, CURVES[name]) // unit for r in rows})
+    for axes, what in ((times, "time of a full step, ms"), (bytes_, "peak beyond inputs, MiB")):
+        finish(axes, name, what, points)
+        if name == "budget":
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
+            plain_ticks(axes)
+        axes.legend(fontsize=8, frameon=False)
+    fixed = [f"{getattr(rows[0].case, size):,} {axis}" for axis, size in _AXES.items() if axis != name]
     times.set_title(", ".join([*fixed, rows[0].case.dtype]), fontsize=9, loc="left")
     return figure
+
+
+def finish(axes: Axes, curve: str, y: str, points: Sequence[int]) -> None:
+    """points: the sizes that are marked on the curve's axis."""
+    axes.set_xlabel({"vocabulary": "vocabulary, entries", "budget": "memory budget, MiB"}.get(curve, curve))
+    axes.set_ylabel(y)
+    axes.grid(True, color="0.9")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(points, [f"{size:,}" for size in points], rotation=40, ha="right")
+    axes.minorticks_off()
 
 
 def plain_ticks(axes: Axes, of_a_decade: tuple[float, ...] = (1, 2, 5)) -> None:
     low, high = axes.get_ylim()
     ticks = [m * 10**e for e in range(-3, 7) for m in of_a_decade if low <= m * 10**e <= high]
     axes.set_yticks(ticks, [f"{t:,.10g}" for t in ticks])
-
-
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, color="0.9")
-    axes.legend(fontsize=8, frameon=False)
-
-
-def _budget(run: Results) -> plt.Figure | None:
-    """The dial: time against the budget beside the GEMMs that the plan counts, and planned beside measured bytes."""
-    rows = [r for r in run.rows if r.case.curve == "budget" and r.predicted_bytes and r.seconds]
-    if not rows:
-        return None
-    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4.2))
-    look, floors = LOOKS["dpo_kernels"], [r.to_floor or 0 for r in rows]
-    budgets = [(r.case.memory_budget or 0) / MIB for r in rows]
-    gemms = [(r.gemms or 0) / (rows[-1].gemms or 1) for r in rows]
-    label = f"measured: {floors[-1]:.2f} x bare GEMMs at the largest"
-    times.plot(budgets, [f / floors[-1] for f in floors], label=label, **look)
-    times.plot(budgets, gemms, "k--", marker="x", label=f"GEMMs planned: {rows[-1].gemms:.3g} at the largest")
-    measured = [(budget, r) for budget, r in zip(budgets, rows, strict=True) if r.bytes is not None]
-    for step, field, white in (("first", "first_bytes", {}), ("second", "bytes", {"markerfacecolor": "white"})):
-        held = [(r.beyond(getattr(r, field)) or 0) / MIB for _, r in measured]
-        bytes_.plot([budget for budget, _ in measured], held, label=f"measured, {step} step", **look, **white)
-    for row, budget in zip(rows, budgets, strict=True):
-        times.text(budget, 0.02, row.mode, transform=times.get_xaxis_transform(), ha="center", fontsize=7)
-    driver = [((r.predicted_bytes or 0) - (r.library_bytes or 0)) / MIB for r in rows]
-    bytes_.plot(budgets, [(r.predicted_bytes or 0) / MIB for r in rows], "k--", marker="x", label="planned")
-    bytes_.plot(budgets, driver, "k-.", marker="+", label="planned for the driver, without libraries and threads")
-    bytes_.plot(budgets, budgets, color="0.6", linestyle=":", label="the budget")
-    times.margins(x=0.1)
-    times.set_ylim(0.8 * min(gemms), None)
-    bytes_.set_ylim(bottom=0)
-    times.set_title(rows[0].case.shape, fontsize=9, loc="left")
-    _finish(times, "memory budget, MiB", "time of a step, relative to the largest budget")
-    _finish(bytes_, "memory budget, MiB", "held beyond inputs, outputs, gradients, MiB")
-    return figure
+    axes.minorticks_off()

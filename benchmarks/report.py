@@ -6,28 +6,14 @@ python -m benchmarks.report results.json [other.json] --out DIR
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.results import Results, Row, case_names, is_ours, markdown_table, mib, milliseconds
 
-HOW_TO_READ = (
-    "Times are medians of interleaved rounds, with first and third quartile and the number of rounds; ratios are "
-    "medians of the ratios within a round. Bare GEMMs: 1 product for a forward, 2 for a frozen head, 3 for all "
-    "gradients, 1 more for DPO's reference, of the rows that count alone; bare copy: the logits copied once for a "
-    "forward, twice with the gradient. GFLOP/s: the flop of those products over the time, for ours of the products "
-    "that its plan counts. Memory: the peak of a second step beyond the inputs, gradients included. Errors against "
-    "float64: of log-probs or loss the largest, absolute; of gradients the largest, relative."
-)
-
-BUDGET_NOTE = (
-    "Planned is what the driver's own tensors take and an allowance for libraries and threads (18 MiB with the C++ "
-    "kernels, 12 with PyTorch operations on a CPU, 32 on a GPU); the budget bounds it, and a first step that holds "
-    "more than its budget fails. The first step of a process takes the libraries' share, which they keep: the second "
-    "step does without, and belongs beside what is planned for the driver alone."
-)
+HOW_TO_READ = "How to read it: [benchmarks/README.md](../README.md#how-to-read)."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,8 +43,8 @@ def markdown(run: Results, picture_names: Iterable[str] = ()) -> str:
         facts(run),
         HOW_TO_READ,
         table(run.rows),
-        "## Peers that did not run, and wrong results",
-        absent(run),
+        "## Every peer: timed, wrong, or why it did not run",
+        outcomes(run.rows),
     ]
     if budget := [row for row in run.rows if row.case.memory_budget and row.first_bytes]:
         parts += ["## The memory budget: planned and measured", budget_table(budget)]
@@ -74,7 +60,7 @@ def facts(run: Results) -> str:
 def table(rows: Iterable[Row]) -> str:
     """Every case that is no point of a curve, the floor first, then by time."""
     names = (
-        "case", "what", "time", "quartiles", "rounds", "x floor", "x ours", "GFLOP/s", "peak memory", "error",
+        "case", "what", "time", "quartiles", "rounds", "x floor", "x ours", "rate", "peak memory", "error",
         "error of gradients", "notes",
     )  # fmt: skip
     shown = [row for row in rows if row.case.curve is None and row.status != "unavailable"]
@@ -91,17 +77,24 @@ def _cells(row: Row) -> list[str]:
     status = {"wrong": "**WRONG, not timed**", "failed": "**failed, not timed**"}.get(row.status)
     notes = [f"{status}: {row.reason}"] if status else list(row.marks)
     if row.mode:
-        notes.insert(0, f"{row.mode}, {row.gemms:.3g} GEMMs")
-    rate = ""
-    if row.gemms and row.seconds:  # of the case's products, of ours the plan's
-        rate = f"{1e-9 * row.gemms * row.case.gemm_flop / row.seconds:,.0f}"
+        own = f" ({row.to_own_gemms:.2f} x those bare)" if row.to_own_gemms else ""
+        notes.insert(0, f"{row.mode}, {row.gemms:.3g} GEMMs{own}")
     if row.bytes_reason:
         notes.append(f"memory: {row.bytes_reason}")
     return [
         _label(row.peer), milliseconds(row.seconds), " to ".join(map(milliseconds, row.quartiles)),
-        str(row.rounds or ""), _number(row.to_floor), _number(row.to_ours), rate, mib(row.bytes),
+        str(row.rounds or ""), _number(row.to_floor), _number(row.to_ours), _rate(row), mib(row.bytes),
         *_error_cells(row), "; ".join(notes),
     ]  # fmt: skip
+
+
+def _rate(row: Row) -> str:
+    """Of the case's products, of ours the plan's; without products, of the bytes that must be moved."""
+    if not row.seconds or row.case.level == "train":
+        return ""
+    if moved := row.moved:
+        return f"{1e-9 * moved / row.seconds:,.0f} GB/s"
+    return f"{1e-9 * (row.gemms or 0) * row.case.gemm_flop / row.seconds:,.0f} GFLOP/s"
 
 
 def _error_cells(row: Row) -> tuple[str, str]:
@@ -111,10 +104,16 @@ def _error_cells(row: Row) -> tuple[str, str]:
     return "" if value is None else f"{value:.1e}", f"{max(gradients):.1e}" if gradients else ""
 
 
-def absent(run: Results) -> str:
-    cases = Counter(f"- {row.peer}: {row.status}: {row.reason}" for row in run.rows if row.reason)
-    lines = [f"{said} ({count} cases)" for said, count in cases.items()]
-    return "\n".join(lines) or "None: every peer ran and was right."
+def outcomes(rows: Iterable[Row]) -> str:
+    """Each peer once: in how many cases it was right, and what went wrong or why it did not run."""
+    by_peer: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row.status != "floor":
+            by_peer[row.peer][f"{row.status}: {row.reason}" if row.reason else row.status] += 1
+    return "\n".join(
+        f"- {peer}: " + "; ".join(f"{said} ({count} cases)" for said, count in cases.items())
+        for peer, cases in by_peer.items()
+    )
 
 
 def budget_table(rows: list[Row]) -> str:
@@ -130,7 +129,7 @@ def budget_table(rows: list[Row]) -> str:
             change = f"{held / planned - 1:+.0%}" if held is not None and planned else ""
             cells += [mib(planned, 1), mib(held, 1), change]
         lines.append(cells)
-    return f"{markdown_table((*names, *beside), lines)}\n\n{BUDGET_NOTE}"
+    return markdown_table((*names, *beside), lines)
 
 
 def comparison(before: Results, after: Results) -> str:
@@ -158,11 +157,7 @@ def comparison(before: Results, after: Results) -> str:
         change = _change(was, row) if was and row and row.status != "floor" else ""
         lines.append([case, _label(peer), *times, *floors, change, *memory, *errors, "; ".join(notes)])
     heads = [f"- {when}: {r.machine}, {r.date}. {facts(r)}" for when, r in (("before", before), ("after", after))]
-    note = (
-        "Change: of the time over the floor's in the same rounds, negative is faster; of the time without a floor. "
-        "Noise: the ranges from first to third quartile overlap. Errors: of log-probs or loss; of gradients."
-    )
-    return "\n\n".join(["# Benchmarks compared", "\n".join(heads), note, markdown_table(names, lines)]) + "\n"
+    return "\n\n".join(["# Benchmarks compared", "\n".join(heads), HOW_TO_READ, markdown_table(names, lines)]) + "\n"
 
 
 def _change(was: Row, row: Row) -> str:

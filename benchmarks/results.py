@@ -19,16 +19,11 @@ import torch
 from benchmarks.cases import MIB, Case
 
 SECTION = "dpo_kernels"
-PACKAGES = [
-    "torch",
-    "triton",
-    "transformers",
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "dpo-kernels",
-]
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "dpo-kernels"
+)  # fmt: skip
+# How often logits go through memory, by mode: of a peer, and of the floor, whose copies read and write.
+PASSES = {"score": (1, 2), "full": (3, 4)}
 
 
 @dataclass
@@ -79,6 +74,23 @@ class Row:
         """Of a peak, what is beyond inputs, outputs and gradients: what a budget is about."""
         return None if peak is None else peak - (self.returned_bytes or 0)
 
+    @property
+    def to_own_gemms(self) -> float | None:
+        """The time over that of as many bare products as this plan makes, where to_floor counts what the task needs."""
+        if not (self.mode and self.gemms and self.to_floor):
+            return None
+        return self.to_floor * self.case.needed_gemms / self.gemms
+
+    @property
+    def moved(self) -> int:
+        """Bytes that must go through memory, of logits and copies."""
+        if self.peer == "a large copy":
+            return 2 * self.case.copied
+        if self.case.level != "logits":
+            return 0
+        passes = PASSES[self.case.mode][self.status == "floor"]
+        return passes * self.case.tokens * self.case.vocab_size * self.case.torch_dtype.itemsize
+
 
 @dataclass
 class Results:
@@ -108,13 +120,13 @@ class Results:
         return vars(self) | {"rows": rows}
 
 
-def of_this_run(rows: Sequence[Row], size: str, device: torch.device) -> Results:
+def of_this_run(rows: list[Row], size: str, device: torch.device) -> Results:
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     threads, policy = f"{torch.get_num_threads()} threads", os.environ.get("OMP_WAIT_POLICY")
     threads += f" (OMP_WAIT_POLICY {policy})" if policy else ""
     installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
-    return Results(today, size, machine(device), threads, versions, commit(), list(rows))
+    return Results(today, size, machine(device), threads, versions, commit(), rows)
 
 
 def load(path: Path) -> Results:

@@ -131,6 +131,20 @@ def trl(case: Case, device: torch.device, folder: str) -> Made:
     return Made(partial(trainer.training_step, trainer.model, inputs), trainer.model)
 
 
+def trl_enabled(case: Case, device: torch.device, folder: str) -> Made:
+    """TRL's trainer with this package's log-probs."""
+    from dpo_kernels.integrations.trl import enable
+
+    made = trl(case, device, folder)
+    own = made.step
+
+    def step() -> Tensor:
+        with enable():
+            return own()
+
+    return Made(step, made.policy)
+
+
 class TrainingProblem(Problem):
     """Trainers have models and batches of their own: what changes is every policy.
 
@@ -163,7 +177,7 @@ class TrainingProblem(Problem):
 
     def change(self) -> None:
         self.changed = True
-        self.__dict__.pop("truth", None)
+        self.forget()
         for made in self.made.values():
             made.change()
 

@@ -1,10 +1,9 @@
-"""TRL's trainers as they are, and with `dpo_kernels.integrations.trl.enable()`, on one model and one file of pairs.
+"""What TRL's trainers learn as they are, and with `dpo_kernels.integrations.trl.enable()`, from one file of pairs.
 
-    python -m benchmarks.trl_switch --model MODEL --data_path dpo.jsonl        a table on the screen
+    python -m benchmarks.trl_switch --model MODEL --data_path dpo.jsonl        tables on the screen
 
-Each run is a process of its own, from the same seed: 20 steps of DPOTrainer with loss curve, seconds a step and peak
-memory; two steps each of KTOTrainer, GRPOTrainer and RLOOTrainer, from equal policy and reference. DPOTrainer has a
-second round, shorter and in the other order, for the seconds alone. The others' are one step's, and not for quoting.
+Loss and gradient norm of 20 steps of DPOTrainer and of two each of KTOTrainer, GRPOTrainer and RLOOTrainer, from equal
+policy and reference and from the same seed. What a step takes is in `pytest benchmarks/ -k train`.
 """
 
 from __future__ import annotations
@@ -12,14 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
-import os
-import resource
-import statistics
 import sys
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +22,13 @@ from benchmarks.results import markdown_table
 from benchmarks.training import options_of
 
 TRAINERS = ("dpo", "kto", "grpo", "rloo")
-SIDES = ("TRL", "enabled")
 
 
 def run(
     trainer: str, enabled: bool, model: str, data_path: str, steps: int, batch: int, length: int
 ) -> dict[str, list[float]]:
-    """Trains; the log's losses and gradient norms, seconds of each step, peak resident MiB."""
-    from transformers import TrainerCallback
-
+    """Trains; the log's losses and gradient norms."""
     from dpo_kernels.integrations.trl import enable
-
-    clock: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            clock.append(-time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock[-1] += time.perf_counter()
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -55,11 +36,9 @@ def run(
         enable() if enabled else contextlib.nullcontext(),
     ):
         made = make_trainer(trainer, folder, model, data_path, steps, batch, length)
-        made.add_callback(Clock())
         made.train()
     logs = [entry for entry in made.state.log_history if "loss" in entry]
-    told = {name: [float(entry[name]) for entry in logs] for name in ("loss", "grad_norm")}
-    return told | {"seconds": clock, "peak_mib": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]}
+    return {name: [float(entry[name]) for entry in logs] for name in ("loss", "grad_norm")}
 
 
 def make_trainer(trainer: str, folder: str, model: str, data_path: str, steps: int, batch: int, length: int) -> Any:
@@ -98,25 +77,6 @@ def _distinct_letters(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(set(c[0]["content"]))) for c in completions]
 
 
-def report(trainer: str, rounds: list[dict[str, dict[str, list[float]]]]) -> None:
-    """Curves and peak of the first round; seconds of each round, without a run's first step."""
-    names = ("step", "loss, TRL", "loss, enabled", "grad norm, TRL", "grad norm, enabled")
-    trl, ours, *norms = (rounds[0][side][what] for what in ("loss", "grad_norm") for side in SIDES)
-    curves = zip(trl, ours, *norms, strict=True)
-    rows = ([str(step), *(f"{value:.6g}" for value in values)] for step, values in enumerate(curves, 1))
-    print(f"\n{trainer.upper()}Trainer\n\n{markdown_table(names, rows)}")
-    apart = max(abs(a - b) for a, b in zip(trl, ours, strict=True))
-    print(f"\nlargest difference of the loss {apart:.1e}")
-    for side in SIDES:
-        print(f"{side}: peak {rounds[0][side]['peak_mib'][0]:,.0f} MiB resident")
-    for number, made in enumerate(rounds, 1):
-        seconds = {side: made[side]["seconds"][1:] or made[side]["seconds"] for side in SIDES}
-        medians = {side: statistics.median(s) for side, s in seconds.items()}
-        said = "; ".join(f"{side} {medians[side]:.2f} ({min(s):.2f} to {max(s):.2f})" for side, s in seconds.items())
-        quotient = medians["enabled"] / medians["TRL"]
-        print(f"round {number}, seconds a step, median: {said}; enabled / TRL {quotient:.2f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--data_path"):
@@ -124,16 +84,15 @@ def main() -> None:
     for name, default in (("--steps", 20), ("--batch", 2), ("--length", 256)):
         parser.add_argument(name, type=int, default=default)
     a = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    names = ("step", "loss, TRL", "loss, enabled", "grad norm, TRL", "grad norm, enabled")
     for trainer in TRAINERS:
-        rounds: list[dict[str, dict[str, list[float]]]] = []
-        for steps, order in [(a.steps, SIDES), (min(a.steps, 6), SIDES[::-1])] if trainer == "dpo" else [(2, SIDES)]:
-            rounds.append({})
-            for side in order:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    job = pool.submit(run, trainer, side == "enabled", a.model, a.data_path, steps, a.batch, a.length)
-                    rounds[-1][side] = job.result()
-        report(trainer, rounds)
+        steps = a.steps if trainer == "dpo" else 2
+        own, ours = (run(trainer, on, a.model, a.data_path, steps, a.batch, a.length) for on in (False, True))
+        curves = zip(own["loss"], ours["loss"], own["grad_norm"], ours["grad_norm"], strict=True)
+        rows = ([str(step), *(f"{value:.6g}" for value in values)] for step, values in enumerate(curves, 1))
+        print(f"\n{trainer.upper()}Trainer\n\n{markdown_table(names, rows)}")
+        apart = max(abs(x - y) for x, y in zip(own["loss"], ours["loss"], strict=True))
+        print(f"\nlargest difference of the loss {apart:.1e}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.floors import make_floor
-from benchmarks.inputs import IGNORE, Inputs, Outcome, Step, make_inputs, other_order, row_blocks
+from benchmarks.inputs import IGNORE, Inputs, Outcome, Step, make_inputs, row_blocks
 from dpo_kernels import reference
 
 BETA = 0.1  # DPO's, in every case
@@ -154,13 +154,6 @@ class Truth:
             allowed[name] = FACTOR * error + floor
         return cls(exact, allowed, ours, counts)
 
-    def changed(self, case: Case) -> Truth:
-        """Of the same inputs after `Inputs.change`: every token's numbers move with it, gradients are halved."""
-        exact = {name: other_order(t) if name in PER_TOKEN else t for name, t in self.exact.items()}
-        if case.level != "dpo":
-            exact = {name: t if name == "log_probs" else 0.5 * t for name, t in exact.items()}
-        return replace(self, exact=exact, counts=other_order(self.counts))
-
     def check(self, outcome: Outcome, ours: bool) -> tuple[dict[str, float], str]:
         if self.rows is not None:
             outcome = {name: _part(t, self.rows) if name in PER_TOKEN else t for name, t in outcome.items()}
@@ -179,6 +172,7 @@ class Problem:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
+        self.first = 0  # of the tokens that are verified
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -186,7 +180,7 @@ class Problem:
 
     @cached_property
     def truth(self) -> Truth:
-        return Truth.of(self.case, self.inputs)
+        return Truth.of(self.case, self.inputs, self.first)
 
     @cached_property
     def saved(self) -> dict[str, Tensor]:
@@ -234,18 +228,13 @@ class Problem:
 
     def change(self) -> None:
         """Other values, so that a result that was kept is wrong. Of a part of the tokens, another part from now on."""
-        if self.case.verified:
-            self.inputs.change()
-            self.truth = Truth.of(self.case, self.inputs, first=1 if self.case.tokens > self.case.verified else 0)
-        else:
-            self.restore()  # whoever may have changed them while it was timed
-            self.inputs.change()
-            self.truth = self.truth.changed(self.case)
-        self.__dict__.pop("saved", None)
+        self.inputs.change()
+        self.forget()
+        self.first = 1 if self.case.tokens > self.case.verified else 0
 
     def forget(self) -> None:
-        """Frees what only verification needs, where it is large."""
-        for name in ("truth", "saved") if self.case.verified else ():
+        """Frees what only verification needs; it is made anew when it is asked for."""
+        for name in ("truth", "saved"):
             self.__dict__.pop(name, None)
 
     def clear(self) -> None:

@@ -21,7 +21,7 @@ from benchmarks.measure import Effort, interleave, measure, ratio
 from benchmarks.memory import Held
 from benchmarks.peers import CONFIGURED, PEERS, Peer, peers_of
 from benchmarks.results import Row
-from benchmarks.verify import PROMISED, Problem, Truth, answer, errors_of
+from benchmarks.verify import PROMISED, Problem, answer, errors_of
 from dpo_kernels import plan, reference
 
 ROOT = Path(__file__).parents[1]
@@ -136,16 +136,6 @@ def test_a_result_that_is_right_once_is_not_timed(level):
         assert not row.samples
 
 
-@pytest.mark.parametrize("level", ["logits", "hidden", "dpo"])
-def test_the_answer_to_changed_inputs_is_known(level):
-    case = replace(TINY, level=level)
-    inputs = make_inputs(case)
-    truth = Truth.of(case, inputs).changed(case)
-    inputs.change()
-    again = answer(case, inputs, torch.float64).outcome
-    assert max(errors_of(again, truth.exact, truth.counts).values()) < 1e-13
-
-
 def test_a_peer_that_changes_its_inputs_is_wrong_and_harms_nobody():
     def overwrites(inputs):
         log_probs = PLAIN.adapters["hidden"](inputs)
@@ -187,7 +177,7 @@ def test_what_fails_is_no_loss_to_the_others(monkeypatch):
     assert reasons == {
         "bare GEMMs": ("failed", "RuntimeError: no driver in driver.so"),
         "broken": ("failed", "RuntimeError: no driver in driver.so"),
-        "absent": ("unavailable", "not installed"),
+        "absent": ("unavailable", "no_such_package is not installed"),
         "gpu": ("unavailable", "needs a GPU (its kernels are Triton's or CuTe's)"),
         "later": ("failed", "while it was timed: MemoryError: full"),
         "plain PyTorch": ("timed", ""),
@@ -271,7 +261,7 @@ def test_added_peers_from_pytest_to_the_report(tmp_path):
         assert f"{outcome} benchmarks/test_cases.py::test_case[tiny/{peer}]" in run.stdout, run.stdout
     for line in (
         "1 skipped", "a peer's crash is failed: TypeError: an argument too many",
-        "plain PyTorch: right and timed in 1 of 1 cases", "a peer's noise: wrong: error of log_probs",
+        "plain PyTorch: timed (1 cases)", "a peer's noise: wrong: error of log_probs",
         "dpo_kernels crash: failed: TypeError: an argument too many",
     ):  # fmt: skip
         assert line in run.stdout, run.stdout
@@ -445,9 +435,10 @@ def test_a_report_has_everything_and_its_pictures(tmp_path):
     text = (tmp_path / "out" / f"{name}.md").read_text()
     for part in (
         "# Benchmarks: A CPU, 2 cores, 2030-01-02", "torch 2.13.0", "abc1234", "**dpo_kernels**", "200 ms",
-        "190 ms to 210 ms | 5 |", "| 2.00 | 1.00 | 0 | 30 MiB |",
+        "190 ms to 210 ms | 5 |", "| 2.00 | 1.00 | 0 GFLOP/s | 30 MiB |",
         "30 MiB", "keep, 3 GEMMs", "1.0e-06", "2.0e-03", "**WRONG, not timed**", "noise: wrong: error of log_probs",
         "absent: unavailable: not installed (1 cases)", "computes masked rows too",
+        "[benchmarks/README.md](../README.md#how-to-read)",
         "| budget-8 | 8 MiB | recompute | 4.00 | 2.00 | 7.0 MiB | 7.0 MiB | +0% | 5.0 MiB | 5.0 MiB | +0% |",
     ):  # fmt: skip
         assert part in text, part

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, report
-from benchmarks.cases import GPU, TINY, Case
+from benchmarks import gpu, report, results
+from benchmarks.cases import GPU, MIB, TINY, Case
 from benchmarks.configurations import Configuration
 from benchmarks.measure import Effort, measure
 from benchmarks.peers import PEERS, Peer
@@ -53,22 +53,23 @@ def test_it_runs_here_and_writes_every_field(tmp_path):
     assert run["size"] == "tiny"
     assert run["date"]
     assert {"python", "torch", "triton"} <= run["versions"].keys()
-    found = {(said["case"], said["peer"]): said for said in told["summary"]}
-    assert {said["status"] for said in found.values()} == {"timed", "floor", "unavailable"}, found
+    found = {(row.case.name, row.peer): row for row in results.load(file).rows}
+    assert {row.status for row in found.values()} == {"timed", "floor", "unavailable"}, found
     for mode, gemms in (("keep", 3), ("recompute", 4)):
         for path in ("fused", "tiles"):
-            said = found["tiny-full", f"dpo_kernels {path}, {mode}"]
-            assert said["ms"] > 0
-            assert said["to_own_gemms"] == pytest.approx(said["to_floor"] * 3 / gemms)
-            assert said["errors"].keys() == {"log_probs", "hidden", "weight"}
-    assert found["tiny-full", "plain PyTorch"]["status"] == "timed"
-    assert found["tiny-full", "a large copy"]["terabytes_per_second"] > 0
-    assert "needs a GPU" in found["tiny-full", "quack linear cross entropy"]["reason"]
-    assert found["logits-full", "dpo_kernels triton"]["terabytes_per_second"] > 0
+            row = found["tiny-full", f"dpo_kernels {path}, {mode}"]
+            assert row.seconds > 0
+            assert row.to_own_gemms == pytest.approx(row.to_floor * 3 / gemms)
+            assert row.errors.keys() == {"log_probs", "hidden", "weight"}
+    assert found["tiny-full", "plain PyTorch"].status == "timed"
+    assert found["tiny-full", "a large copy"].moved == 2 * MIB
+    assert "needs a GPU" in found["tiny-full", "quack linear cross entropy"].reason
+    assert found["logits-full", "dpo_kernels triton"].moved == 3 * 64 * 320 * 2
     assert {peer for case, peer in found if case == "tiles-score"} >= {"dpo_kernels tiles, 64 x 64", "bare GEMMs"}
     report.main([str(file), "--out", str(tmp_path)])
     (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
     assert "dpo_kernels fused, keep" in text
+    assert " GB/s | " in text
 
 
 def half_the_gradient(inputs):
@@ -94,11 +95,11 @@ def test_what_is_wrong_is_reported_as_wrong_and_not_timed():
         Peer("remembers", {"hidden": remembers}), Peer("right", PLAIN.adapters),
     ]  # fmt: skip
     rows = {row.peer: row for row in measure(FULL, peers=peers, effort=ONCE)}
-    wrong = gpu.summary(rows["dpo_kernels, half the gradient"])
-    assert wrong["status"] == "wrong"
-    assert "error of hidden" in wrong["reason"]
-    assert "error of weight" in wrong["reason"]
-    assert "ms" not in wrong
+    wrong = rows["dpo_kernels, half the gradient"]
+    assert wrong.status == "wrong"
+    assert "error of hidden" in wrong.reason
+    assert "error of weight" in wrong.reason
+    assert wrong.seconds is None
     assert "WRONG" in report.table(rows.values())
     assert (rows["raises"].status, rows["raises"].reason) == ("failed", "RuntimeError: no kernel for this chip")
     assert rows["remembers"].status == "wrong"
