@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import EXAMPLE, ROOT
+
+import train
 
 PAIR = {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
         "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]}  # fmt: skip
@@ -21,6 +24,13 @@ def run(environment, *arguments, cwd=None, launcher=()):
     return subprocess.run(
         command(*arguments, launcher=launcher), env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
     )
+
+
+def refusal(*arguments):
+    """The error that `train.py` ends with, which it prints as a sentence; here, since a process takes seconds to start."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        train.main([str(argument) for argument in arguments])
+    return str(caught.value)
 
 
 def small_run(model_dir, output_dir, **options):

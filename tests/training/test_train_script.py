@@ -15,7 +15,7 @@ import torch
 import yaml
 from helpers import EXAMPLE, ROOT
 from safetensors.torch import load_file
-from script_helpers import PAIR, command, losses, run, small_run
+from script_helpers import PAIR, command, losses, refusal, run, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -244,18 +244,22 @@ def test_results_are_never_overwritten(tmp_path, model_dir, environment):
         ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
     ],
 )
-def test_what_a_user_can_mend_is_told_in_one_sentence(tmp_path, model_dir, environment, options, message):
-    done = run(environment, *small_run(model_dir, tmp_path / "out", **options))
+def test_what_a_user_can_mend_is_an_error(tmp_path, model_dir, monkeypatch, options, message):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert message in refusal(*small_run(model_dir, tmp_path / "out", **options))
+
+
+def test_what_a_user_can_mend_is_told_in_one_sentence(tmp_path, model_dir, environment):
+    done = run(environment, *small_run(model_dir, tmp_path / "out", data_path="nowhere.jsonl"))
     assert done.returncode == 1
-    assert message in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: FileNotFoundError: no preference file")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--data_path", "--ref_weight", "--from_weight", "--from-weight"])
-def test_data_and_model_go_together(tmp_path, environment, option):
-    done = run(environment, option, "somewhere", "--output_dir", tmp_path)
-    assert done.returncode == 1
-    assert "give --data_path and --ref_weight together, or neither for the example" in done.stderr
+def test_data_and_model_go_together(tmp_path, option):
+    told = refusal(option, "somewhere", "--output_dir", tmp_path)
+    assert "give --data_path and --ref_weight together, or neither for the example" in told
 
 
 def test_abbreviated_options_are_refused(tmp_path, environment, model_dir):
