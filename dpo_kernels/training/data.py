@@ -285,7 +285,11 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
+    try:
+        part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     part.replace(path)
 
 
@@ -322,7 +326,7 @@ def _lines_of(source: Source, cache_dir: Path) -> datasets.Dataset:
             _generate, features=LINE, cache_dir=str(cache_dir), fingerprint=named, gen_kwargs={"source": source}
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, DataError | OSError):
             raise error.__cause__ from error
         raise
     except ValueError as error:  # the library's way to say that nothing came
