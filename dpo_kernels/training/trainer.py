@@ -183,6 +183,13 @@ class DPOTrainer(Trainer):
         with checkpoints.reading(str(checkpoint)):
             super()._load_rng_state(checkpoint)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers 5.24 takes one step more where a checkpoint of the last step lies within an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._sums:  # the first since the last log
             self._steps_began = time.perf_counter()
