@@ -6,16 +6,21 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import multiprocessing.popen_fork
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a fork has none of its parent's threads
+import datasets
 from helpers import EXAMPLE, ROOT
 
 from dpo_kernels.training import checkpoints
@@ -49,11 +54,84 @@ class Ended:
 
 
 @dataclass
+class Process:
+    """A run that was started."""
+
+    process: Any  # as subprocess.Popen
+    texts: tuple[IO[str], IO[str]]  # what it has said
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def end(self) -> Ended:
+        try:
+            code = self.process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            raise WrongError("hangs") from None
+        texts = []
+        for file in self.texts:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        return Ended(code, *texts)
+
+
+class _Forked(multiprocessing.popen_fork.Popen):
+    """With the names that subprocess has for it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode, self.sentinel, self.finalizer = pid, None, None, None
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or 1e9)
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a fork", timeout or 0)
+            time.sleep(0.001)
+        return code
+
+
+def _fork(argv: list[str], environment: dict[str, str], texts: tuple[IO[str], IO[str]]) -> _Forked:
+    """`python ARGV` without the seconds that its imports take, in a process of its own."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return _Forked(pid)
+    code = 1
+    try:
+        for number, file in enumerate(texts, start=1):
+            os.dup2(file.fileno(), number)
+        os.environ.update(environment)
+        datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@dataclass
 class Scene:
-    """A folder with a small model, a few pairs, and a run that nothing went wrong with."""
+    """A folder with a small model, a few pairs, and a run that nothing went wrong with.
+
+    warm: that run, and those that ask for it, are forks of this process, which has done the imports.
+    """
 
     folder: Path
     steps: int = STEPS
+    warm: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     began: float = 0.0  # seconds from the start to the log's first appearance, and to the end
     ended: float = 0.0
@@ -69,11 +147,13 @@ class Scene:
         lines = EXAMPLE.read_text(encoding="utf-8").splitlines(True)
         (self.folder / "pairs.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
         (self.folder / "others.jsonl").write_text("".join(lines[8:16]), encoding="utf-8")
+        if self.warm:
+            import matplotlib.pyplot  # noqa: F401  (the last import of a run)
         start = time.monotonic()
-        with self.start(self.straight) as process:
+        with self.start(self.straight, warm=self.warm) as process:
             until((self.straight / "log.jsonl").exists, process)
             self.began = time.monotonic() - start
-            done = end_of(process)
+            done = process.end()
         self.ended = time.monotonic() - start
         if done.code:
             raise WrongError(f"the run without a fault ends with {done.code}: {done.err[-500:]}")
@@ -93,21 +173,23 @@ class Scene:
         return [sys.executable, str(ROOT / "train.py"), *argv]
 
     def start(
-        self, output_dir: Path, before: Callable[[], None] | None = None, **options: Any
-    ) -> subprocess.Popen[str]:
-        """The process writes into files, not pipes, which would fill."""
-        logs = [(self.folder / f"{output_dir.name}.{name}").open("w+", encoding="utf-8") for name in ("out", "err")]
+        self, output_dir: Path, before: Callable[[], None] | None = None, warm: bool = False, **options: Any
+    ) -> Process:
+        """Starts a run; it writes into files, not pipes, which would fill. before: called in the new process."""
+        texts = tuple(
+            (self.folder / f"{output_dir.name}.{name}").open("w+", encoding="utf-8") for name in ("out", "err")
+        )
         environment = self.environment | options.pop("environment", {})
-        process = subprocess.Popen(
-            self.command(output_dir, **options), env=environment, stdout=logs[0], stderr=logs[1], text=True,
-            preexec_fn=before,
-        )  # fmt: skip
-        process.logs = logs  # type: ignore[attr-defined]
-        return process
+        command = self.command(output_dir, **options)
+        if warm:
+            return Process(_fork(command[1:], environment, texts), texts)
+        return Process(
+            subprocess.Popen(command, env=environment, stdout=texts[0], stderr=texts[1], preexec_fn=before), texts
+        )
 
     def run(self, output_dir: Path, **options: Any) -> Ended:
         with self.start(output_dir, **options) as process:
-            return end_of(process)
+            return process.end()
 
     def half(self, name: str, last: int = 3) -> Path:
         """A run as a kill after this step leaves it: the undisturbed run's first checkpoints."""
@@ -151,33 +233,18 @@ def happened(done: Ended) -> str:
     return f"{done.code}; {done.sentence}"
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str], may_end: bool = False) -> bool:
+def until(condition: Callable[[], bool], process: Process, may_end: bool = False) -> bool:
     """Waits for something that a process does; whether it did."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         if condition():
             return True
-        if process.poll() is not None:
+        if process.process.poll() is not None:
             if may_end:
                 return False
-            raise WrongError(f"ended too early, with {process.returncode}: {end_of(process).err[-500:]}")
+            raise WrongError(f"ended too early, with {process.process.returncode}: {process.end().err[-500:]}")
         time.sleep(0.0005)
-    process.kill()
     raise WrongError("hangs")
-
-
-def end_of(process: subprocess.Popen[str]) -> Ended:
-    try:
-        code = process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise WrongError("hangs") from None
-    texts = []
-    for file in process.logs:  # type: ignore[attr-defined]
-        file.seek(0)
-        texts.append(file.read())
-        file.close()
-    return Ended(code, *texts)
 
 
 def losses(output_dir: Path) -> list[tuple[int, float]]:

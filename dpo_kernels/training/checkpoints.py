@@ -8,7 +8,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -186,15 +186,18 @@ def writing(what: str, staged: Path, output_dir: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not TORCH_FILES.search(str(error)):
             raise
         shutil.rmtree(staged, ignore_errors=True)
-        _remove_if_empty(staged.parent)
-        try:
-            free = f", {shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB free there"
-        except OSError:
-            free = ""
+        free = ""
+        with suppress(OSError):
+            _remove_if_empty(staged.parent)
+        with suppress(OSError):
+            free = f"; {shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there"
+        said = str(error)
+        if isinstance(error, RuntimeError):
+            said = f"PyTorch could not write a file to its end, as on a full disk: {said.splitlines()[0]}"
         newest = latest(output_dir)
         before = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint before it"
         raise SaveError(
-            f"{what} could not be written to {output_dir} ({error}{free}); what was saved before is as it was, "
+            f"{what} could not be written to {output_dir} ({said}{free}); what was saved before is as it was, "
             f"{before}. Make room or mend the folder, then go on with --resume_from_checkpoint"
         ) from error
 

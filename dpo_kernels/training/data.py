@@ -10,6 +10,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,9 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.key = _key(source, tokenizer, self.options)
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
-        lines = _lines_of(source, self.cache_dir)
-        rows = self._encode(lines, tokenizer, num_proc)
+        with _written_to(self.cache_dir):
+            lines = _lines_of(source, self.cache_dir)
+            rows = self._encode(lines, tokenizer, num_proc)
         errors, dropped = (column(rows, name) for name in ("error", "dropped"))
         self.skipped = 0
         if any(errors):
@@ -315,6 +317,23 @@ BLANK: dict[str, Any] = {
     "digest": "",
     **{f"{side}_{what}": [] for side in SIDES for what in ("ids", "mask")},
 }  # fmt: skip
+
+
+@contextmanager
+def _written_to(cache_dir: Path) -> Iterator[None]:
+    """
+    Raises:
+        OSError: it cannot be written to; the library's own errors do not say where.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(
+            f"the cache of pairs, {cache_dir}, cannot be written to ({error}); make room there, or set "
+            "HF_DATASETS_CACHE to another folder"
+        ) from error
 
 
 def _lines_of(source: Source, cache_dir: Path) -> datasets.Dataset:

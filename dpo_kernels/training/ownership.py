@@ -8,7 +8,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -45,7 +45,10 @@ def owned(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         del _HELD[folder]
-        path.unlink(missing_ok=True)
+        with suppress(
+            OSError
+        ):  # of a folder that cannot be written to any more; a file that no process holds says nothing
+            path.unlink()
         os.close(descriptor)
 
 
