@@ -126,7 +126,7 @@ def _fork(argv: list[str], environment: dict[str, str], texts: tuple[IO[str], IO
 class Scene:
     """A folder with a small model, a few pairs, and a run that nothing went wrong with.
 
-    warm: that run, and those that ask for it, are forks of this process, which has done the imports.
+    warm: runs are forks of this process, which has done the imports.
     """
 
     folder: Path
@@ -150,7 +150,7 @@ class Scene:
         if self.warm:
             import matplotlib.pyplot  # noqa: F401  (the last import of a run)
         start = time.monotonic()
-        with self.start(self.straight, warm=self.warm) as process:
+        with self.start(self.straight) as process:
             until((self.straight / "log.jsonl").exists, process)
             self.began = time.monotonic() - start
             done = process.end()
@@ -173,15 +173,20 @@ class Scene:
         return [sys.executable, str(ROOT / "train.py"), *argv]
 
     def start(
-        self, output_dir: Path, before: Callable[[], None] | None = None, warm: bool = False, **options: Any
+        self, output_dir: Path, before: Callable[[], None] | None = None, cold: bool = False, **options: Any
     ) -> Process:
-        """Starts a run; it writes into files, not pipes, which would fill. before: called in the new process."""
+        """Starts a run; it writes into files, not pipes, which would fill.
+
+        Args:
+            before: called in a new process, which is then none of this one's.
+            cold: no fork, however the others are.
+        """
         texts = tuple(
             (self.folder / f"{output_dir.name}.{name}").open("w+", encoding="utf-8") for name in ("out", "err")
         )
         environment = self.environment | options.pop("environment", {})
         command = self.command(output_dir, **options)
-        if warm:
+        if self.warm and not cold and before is None:
             return Process(_fork(command[1:], environment, texts), texts)
         return Process(
             subprocess.Popen(command, env=environment, stdout=texts[0], stderr=texts[1], preexec_fn=before), texts

@@ -5,9 +5,10 @@
 Kills: SIGKILL at random moments of a small run that saves after every step, then the same command until it is done. The
 weights have to be those of a run that was never interrupted, to the bit. Of the moments about one in six is drawn in
 start-up, a third over all of training, a third while a checkpoint of a random step is written or put in its place, and
-one in six while the final model is; the row says where they fell, as the folder shows it. These runs are forks of this
-process, which has done their imports: those write nothing, and take longer than all the rest. Other faults have
-processes of their own.
+one in six while the final model is; the row says where they fell, as the folder shows it.
+
+Runs are forks of this process, which has done their imports: those write nothing, and take longer than all the rest. Where
+a fault needs it (limits, modes, a signal during the imports), the run is a process of its own.
 
 Other faults are rows of `FAULTS`. A full disk is a tmpfs of a few MiB, or a limit on the size of files (RLIMIT_FSIZE;
 Python ignores SIGXFSZ, so that a write fails with EFBIG). A read-only folder has mode 0555; where root runs this, the
@@ -65,7 +66,7 @@ KEPT = {"save_total_limit": 2}  # of the checkpoints of a run that is killed
 def kill(scene: Scene, random_: random.Random, output_dir: Path, moment: str = "") -> str:
     """A run killed at a random moment; says where that fell."""
     moment = moment or random_.choices(("start", "training", "checkpoint", "model"), (1, 2, 2, 1))[0]
-    with scene.start(output_dir, warm=scene.warm, **KEPT) as process:
+    with scene.start(output_dir, **KEPT) as process:
         waits: dict[str, tuple[Callable[[], bool], float]] = {
             "start": (lambda: True, scene.began),
             "training": ((output_dir / "log.jsonl").exists, scene.ended - scene.began),
@@ -91,7 +92,7 @@ def resumed(scene: Scene, output_dir: Path) -> None:
     expect(not damaged, f"torn checkpoints: {damaged}")
     if (output_dir / "config.json").exists():  # what can be loaded is the final model
         expect(same(output_dir / "model.safetensors", scene.straight / "model.safetensors"), "a torn model")
-    done = scene.finish(output_dir, warm=scene.warm, **KEPT)
+    done = scene.finish(output_dir, **KEPT)
     if whole:
         expect(f"going on from {whole[-1]}\n" in done.out, f"{whole[-1].name} was there, and was not taken")
 
@@ -161,8 +162,8 @@ def signalled(number: signal.Signals, code: int) -> Callable[[Scene, Path], tupl
 
 
 def signalled_early(scene: Scene, output_dir: Path) -> tuple[str, str]:
-    with scene.start(output_dir) as process:
-        time.sleep(scene.began / 2)
+    with scene.start(output_dir, cold=True) as process:
+        time.sleep(2)  # in the imports
         process.process.send_signal(signal.SIGINT)
         done = process.end()
     check(done, 130, "SIGINT: stopped")

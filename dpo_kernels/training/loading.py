@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ from transformers.utils import cached_file
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 # What the libraries raise of files that are damaged; the tokenizers' own errors are plain ones.
-UNREADABLE = (SafetensorError, UnpicklingError, EOFError, Exception)
+UNREADABLE = (SafetensorError, UnpicklingError, EOFError, JSONDecodeError, Exception)
 
 Loaded = TypeVar("Loaded")
 
