@@ -38,8 +38,9 @@ def stopped(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":  # before the seconds that imports take
-    signal.signal(signal.SIGTERM, stopped)
-    signal.signal(signal.SIGINT, stopped)
+    for heard in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(heard) != signal.SIG_IGN:  # as a shell has it for what a script starts in the background
+            signal.signal(heard, stopped)
 
 # Before torch starts its threads: threads that spin while they wait stall one another when something else needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -10,6 +10,7 @@ import multiprocessing.popen_fork
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,9 @@ class _Forked(multiprocessing.popen_fork.Popen):
     def __init__(self, pid: int) -> None:
         self.pid, self.returncode, self.sentinel, self.finalizer = pid, None, None, None
 
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
     def wait(self, timeout: float | None = None) -> int:
         end = time.monotonic() + (timeout or 1e9)
         while (code := self.poll()) is None:
@@ -147,6 +151,7 @@ class Scene:
         lines = EXAMPLE.read_text(encoding="utf-8").splitlines(True)
         (self.folder / "pairs.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
         (self.folder / "others.jsonl").write_text("".join(lines[8:16]), encoding="utf-8")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a run hears it, also where this was started by nohup
         if self.warm:
             import matplotlib.pyplot  # noqa: F401  (the last import of a run)
         start = time.monotonic()

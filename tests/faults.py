@@ -7,8 +7,8 @@ weights have to be those of a run that was never interrupted, to the bit. Of the
 start-up, a third over all of training, a third while a checkpoint of a random step is written or put in its place, and
 one in six while the final model is; the row says where they fell, as the folder shows it.
 
-Runs are forks of this process, which has done their imports: those write nothing, and take longer than all the rest. Where
-a fault needs it (limits, modes, a signal during the imports), the run is a process of its own.
+Runs are forks of this process, which has done their imports: those write nothing, and take longer than all the rest.
+Where a fault needs it (limits, modes, a signal during the imports), the run is a process of its own.
 
 Other faults are rows of `FAULTS`. A full disk is a tmpfs of a few MiB, or a limit on the size of files (RLIMIT_FSIZE;
 Python ignores SIGXFSZ, so that a write fails with EFBIG). A read-only folder has mode 0555; where root runs this, the

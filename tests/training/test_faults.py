@@ -279,6 +279,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
 
 
 def test_sigint_saves_then_interrupts(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGINT))])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -293,6 +294,14 @@ def test_sigint_saves_then_interrupts(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert checkpoints.latest(tmp_path / "twice") is None
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(tmp_path):
+    """Its model is trained, and there may be no checkpoint of it."""
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    trainer.train()
+    assert trainer.stopped_by == signal.SIGTERM
+    assert not trainer.interrupted
 
 
 def test_models_that_cannot_be_read_are_told(tmp_path):
