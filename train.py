@@ -245,7 +245,7 @@ def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
             newest = resume.newest_whole(output_dir)
             return None if newest is None else str(newest)
         resume.check_folder(wanted)
-        if (found is not None or has_model) and Path(wanted).absolute().parent != output_dir.absolute():
+        if (found is not None or has_model) and Path(wanted).resolve().parent != output_dir.resolve():
             raise ValueError(
                 f"output_dir {output_dir} holds the results of a run already, and {wanted} is a checkpoint of another; "
                 "give another --output_dir"

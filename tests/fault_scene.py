@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a fork has none of its parent's threads
 import datasets
+import torch
 from helpers import EXAMPLE, ROOT
 
 from dpo_kernels.training import checkpoints
@@ -145,15 +145,17 @@ class Scene:
             "HF_DATASETS_CACHE": str(self.folder / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }  # fmt: skip
+        if self.warm:
+            import matplotlib.pyplot  # noqa: F401  (the last import of a run)
+
+            torch.set_num_threads(1)  # a fork has none of its parent's
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a run hears it, also where nohup started this
         model, tokenizer = make_small_model(EXAMPLE, vocab_size=400, hidden_size=64, layers=1)
         model.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
         lines = EXAMPLE.read_text(encoding="utf-8").splitlines(True)
         (self.folder / "pairs.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
         (self.folder / "others.jsonl").write_text("".join(lines[8:16]), encoding="utf-8")
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a run hears it, also where this was started by nohup
-        if self.warm:
-            import matplotlib.pyplot  # noqa: F401  (the last import of a run)
         start = time.monotonic()
         with self.start(self.straight) as process:
             until((self.straight / "log.jsonl").exists, process)
@@ -178,16 +180,22 @@ class Scene:
         return [sys.executable, str(ROOT / "train.py"), *argv]
 
     def start(
-        self, output_dir: Path, before: Callable[[], None] | None = None, cold: bool = False, **options: Any
+        self,
+        output_dir: Path,
+        before: Callable[[], None] | None = None,
+        cold: bool = False,
+        say: str = "",
+        **options: Any,
     ) -> Process:
         """Starts a run; it writes into files, not pipes, which would fill.
 
         Args:
             before: called in a new process, which is then none of this one's.
             cold: no fork, however the others are.
+            say: a name for the files of what it says; default: output_dir's.
         """
         texts = tuple(
-            (self.folder / f"{output_dir.name}.{name}").open("w+", encoding="utf-8") for name in ("out", "err")
+            (self.folder / f"{say or output_dir.name}.{name}").open("w+", encoding="utf-8") for name in ("out", "err")
         )
         environment = self.environment | options.pop("environment", {})
         command = self.command(output_dir, **options)

@@ -149,12 +149,12 @@ def damage(folder: Path) -> str:
         if not path.is_file():
             return f"has no {name}"
         if path.stat().st_size != size:
-            return f"has a {name} of {path.stat().st_size:,} bytes, which were {size:,} when it was saved"
+            return f"has {path.stat().st_size:,} bytes of {name}, not the {size:,} that were saved"
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
-            return f"has a {path.name} that is cut short"
+            return f"has only a part of {path.name}"
         if path.suffix in (".pt", ".pth") and path.is_file() and not zipfile.is_zipfile(path):
-            return f"has a {path.name} that is cut short"
+            return f"has only a part of {path.name}"
     return ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import warnings
@@ -63,6 +62,8 @@ def _locked(path: Path) -> int:
                 "its permissions"
             ) from error
         try:
+            import fcntl  # not on Windows
+
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -73,6 +74,8 @@ def _locked(path: Path) -> int:
                     "for it, stop it, or give another --output_dir"
                 ) from error
             warnings.warn(f"{path.parent} cannot be locked ({error.strerror}): start no second run there", stacklevel=4)
+        except ImportError:
+            warnings.warn(f"{path.parent} cannot be locked on this system: start no second run there", stacklevel=4)
         if _is_still(path, descriptor):
             said = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
             os.ftruncate(descriptor, 0)

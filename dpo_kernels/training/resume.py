@@ -130,7 +130,7 @@ def tell_changes(checkpoint: Path, now: dict[str, Any]) -> None:
 
 def set_aside_newer(checkpoint: Path, output_dir: Path) -> None:
     """Takes checkpoints of the same run that come after this one out of the way: the run makes those steps again."""
-    if checkpoint.absolute().parent != output_dir.absolute():
+    if checkpoint.resolve().parent != output_dir.resolve():
         return
     newer = [
         path for path in checkpoints.all_of(output_dir) if checkpoints.step_of(path) > checkpoints.step_of(checkpoint)

@@ -65,6 +65,7 @@ class DPOTrainer(Trainer):
     train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
     _staged_in: str | None = None
+    _facts: dict[str, Any] | None = None  # of the training that is running, for its checkpoints
     _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
@@ -136,6 +137,7 @@ class DPOTrainer(Trainer):
         if self.model is self.model_wrapped:
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         with self._owning():
+            self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
             checkpoint = self._checked(resume_from_checkpoint)
             with self._signal.listening():
                 result = super().train(checkpoint, *args, **kwargs)
@@ -164,12 +166,9 @@ class DPOTrainer(Trainer):
             resume.check_folder(wanted)
             resume.check_data(wanted, self.train_dataset, self.args.allow_changed_data)
             if self.args.process_index == 0:
-                resume.tell_changes(Path(wanted), self._facts())
+                resume.tell_changes(Path(wanted), self._facts or {})
                 resume.set_aside_newer(Path(wanted), output_dir)
         return wanted
-
-    def _facts(self) -> dict[str, Any]:
-        return resume.facts(self.args, self.train_dataset, self._reference_name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with checkpoints.reading(resume_from_checkpoint):
@@ -317,7 +316,7 @@ class DPOTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(staged / name / checkpoints.STATE_NAME))
-                checkpoints.write_facts(staged / name, self._facts())
+                checkpoints.write_facts(staged / name, self._facts or {})
                 checkpoints.publish(staged / name, target / name)
                 checkpoints.rotate(target, limit, self.state.best_model_checkpoint, target / name)
         self.accelerator.wait_for_everyone()
