@@ -103,23 +103,23 @@ def kills(scene: Scene, count: int, seed: int, tell: Callable[[str], None] = pri
     found: collections.Counter[str] = collections.Counter()
     wrong: dict[str, list[str]] = collections.defaultdict(list)
     for number in range(count):
-        output_dir = scene.folder / f"kill-{number}"
-        where = kill(scene, random.Random(f"{seed} {number}"), output_dir)
-        found[where] += 1
+        output_dir, where = scene.folder / f"kill-{number}", "before its moment"
         try:
+            where = kill(scene, random.Random(f"{seed} {number}"), output_dir)
             resumed(scene, output_dir)
             tell(f"kill {number}: {where}")
         except WrongError as error:
             wrong[where].append(f"kill {number}: {error}")
             tell(f"kill {number}: {where}: WRONG: {error}")
+        found[where] += 1
         for folder in (output_dir, output_dir.with_suffix(".cache")):
             shutil.rmtree(folder, ignore_errors=True)
     return [
         Row(
             f"kill -9: {where}", f"{found[where]} kills, resumed with the same command",
-            "nothing: the same weights to the bit", wrong[where],
+            "" if wrong[where] else "nothing: the same weights to the bit", wrong[where],
         )
-        for where in WHERE if found[where]
+        for where in (*WHERE, "before its moment") if found[where]
     ]  # fmt: skip
 
 
