@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import os
 import random
 import resource
@@ -49,6 +50,7 @@ from fault_scene import (
 )
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpo_kernels.training import checkpoints
 
@@ -377,8 +379,25 @@ FAULTS: dict[str, Callable[[Scene, Path], tuple[str, str]]] = {
 def table(rows: list[Row], title: str) -> Table:
     made = Table("fault", "exit status and what is said", "lost", "", title=title, show_lines=True)
     for row in rows:
-        made.add_row(row.fault, row.happened, row.lost, "\n".join(("WRONG", *row.wrong)) if row.wrong else "right")
+        verdict = "\n".join(("WRONG", *row.wrong)) if row.wrong else "right"
+        made.add_row(*map(Text, (row.fault, row.happened, row.lost, verdict)))
     return made
+
+
+def page(rows: list[Row], title: str) -> str:
+    """docs/faults.md."""
+    lines = [
+        "# What is done to runs, and what comes of it",
+        "",
+        f"{title}; `make faults` does it (`tests/faults.py` says how). DIR is the folder of the runs.",
+        "",
+        "| fault | exit status and what is said | lost |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        happened = f"WRONG: {'; '.join(row.wrong)}" if row.wrong else row.happened
+        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in (row.fault, happened, row.lost))} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -386,7 +405,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=None, metavar="WORD", help="faults with one of these in the name")
-    parser.add_argument("--write", type=Path, help="a file for the table")
+    parser.add_argument("--write", type=Path, help="a file for the table, in Markdown: docs/faults.md")
     args = parser.parse_args()
     start, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -406,11 +425,10 @@ def main() -> int:
             rows.append(row)
             print(f"{name}: {'WRONG: ' + row.wrong[0] if row.wrong else row.happened}", flush=True)
         rows = kills(scene, args.kills, args.seed) + rows
-    made = table(rows, f"{args.kills} kills, seed {args.seed}, {time.monotonic() - start:.0f} s")
-    Console(width=150).print(made)
+    title = f"{args.kills} kills, seed {args.seed}, {time.monotonic() - start:.0f} s, {datetime.date.today()}"
+    Console(width=150).print(table(rows, title))
     if args.write:
-        with args.write.open("w", encoding="utf-8") as file:
-            Console(file=file, width=150).print(made)
+        args.write.write_text(page(rows, title), encoding="utf-8")
     return 1 if any(row.wrong for row in rows) else 0
 
 
