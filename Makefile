@@ -9,7 +9,7 @@ SANITIZED ?= $(wildcard tests/backends/test_cpp.py) $(addprefix tests/conformanc
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test lint fuzz breadth sanitize bench clean
+.PHONY: install train test lint fuzz breadth faults sanitize bench clean
 
 install: $(STAMP)
 
@@ -45,6 +45,12 @@ fuzz: $(STAMP)
 # A tiny instance of every causal class of transformers through the fused head; writes docs/models.md.
 breadth: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/breadth.py --write
+
+# What can go wrong around a run, done to small ones: KILLS of them killed with -9 at moments that SEED draws and resumed,
+# signals, full disks, read-only folders, damaged checkpoints, changed data. Ten minutes on 2 cores; writes docs/faults.md.
+KILLS ?= 50
+faults: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/faults.py --kills $(KILLS) --seed $(SEED) --write docs/faults.md
 
 # A report of either sanitizer ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the
 # start.

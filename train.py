@@ -9,6 +9,7 @@ the formats of TRL, LLaMA-Factory, ms-swift, axolotl, torchtune, NeMo-RL and HH-
 transformers.TrainingArguments work too; `python train.py --help` lists them.
 """
 
+# ruff: noqa: E402  (signals are heard during the imports, and a variable is set before them)
 from __future__ import annotations
 
 import copy
@@ -16,11 +17,30 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
+
+STARTED = os.getpid()
+
+
+def stopped(number: int, frame: FrameType | None) -> None:
+    """Outside of training, where there is no step to end."""
+    if os.getpid() != STARTED:
+        os._exit(128 + number)  # a worker, which has nothing to say
+    os.write(2, f"train.py: {signal.Signals(number).name}: stopped; go on with --resume_from_checkpoint\n".encode())
+    sys.exit(128 + number)  # as a shell reports a process that the signal ended
+
+
+if __name__ == "__main__":  # before the seconds that imports take
+    for heard in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(heard) != signal.SIG_IGN:  # as a shell has it for what a script starts in the background
+            signal.signal(heard, stopped)
 
 # Before torch starts its threads: threads that spin while they wait stall one another when something else needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,9 +49,10 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, ReadOptions, checkpoints
+from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, ReadOptions, checkpoints, resume
 from dpo_kernels.training.data_report import lengths
 from dpo_kernels.training.loading import check_positions, load_config, load_model, load_tokenizer, max_positions
+from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.report import save_lengths
 from dpo_kernels.training.show import show_pairs
 from dpo_kernels.training.small_model import make_small_model
@@ -44,7 +65,6 @@ EXAMPLE_DEFAULTS = {
     "--save_strategy": "epoch", "--save_total_limit": "1", "--use_cpu": "True",
 }  # fmt: skip
 DEFAULT_MAX_LENGTH = 2048
-INTERRUPTED = 128 + 15  # what a shell reports of a process that a SIGTERM ended
 
 
 @dataclass
@@ -116,6 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     """Trains; returns the exit status. What a user can mend (ValueError, OSError, ...) is told in one sentence."""
     script, config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(str(config.output_dir))
+    with owned(output_dir) if config.process_index == 0 else nullcontext():
+        return train_in(output_dir, script, config)
+
+
+def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> int:
+    """`main` in a folder that no other run writes into."""
     resume_from = checkpoint_to_resume(config, output_dir)
     # Before the weights are loaded: what is wrong with the data or its tokenizer is told in seconds.
     example = make_small_model(EXAMPLE) if script.ref_weight is None else None
@@ -123,6 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     max_length = choose_max_length(script, example[0].config if example else None)
     with config.main_process_first(desc="reading the pairs"):
         train, held_out = load_pairs(script, config, tokenizer, max_length)
+    if resume_from is not None:
+        say(config, f"going on from {resume_from}")
+        resume.check_data(resume_from, train, config.allow_changed_data)
     if config.process_index == 0:
         tell(script, train, held_out, tokenizer, output_dir)
     policy, reference = load_models(script, example[0] if example else None, config.loss_options.needs_reference)
@@ -136,9 +165,12 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         say(config, f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        if not trainer.interrupted:  # the second one, which did not wait for the step
+            stopped(signal.SIGINT, None)
     if trainer.interrupted:
         say(config, f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint")
-        return INTERRUPTED
+        return 128 + (trainer.stopped_by or signal.SIGTERM)
     trainer.save_model()
     if held_out:
         last = trainer.state.global_step
@@ -184,26 +216,40 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DPOConfig]:
 
 
 def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
-    """The checkpoint asked for; refuses to start afresh over the results of another run.
+    """The checkpoint asked for; refuses to start afresh, or from another run's, over the results of a run.
 
     Raises:
-        ValueError: the checkpoint does not exist, or output_dir holds a run and no resume was asked for.
+        ValueError: the checkpoint does not exist or is damaged, or output_dir holds a run that this one would replace.
     """
-    found = checkpoints.latest(output_dir)
     wanted = config.resume_from_checkpoint
-    if wanted in (None, "False", "false"):
-        if found is not None or any(output_dir.glob("*.safetensors*")) or any(output_dir.glob("*.bin*")):
+    with config.main_process_first(local=False, desc="looking for checkpoints"):
+        if config.process_index == 0:
+            checkpoints.clean(output_dir)  # what a killed run left may be a checkpoint
+        found = checkpoints.latest(output_dir)
+        has_model = any(output_dir.glob("*.safetensors*")) or any(output_dir.glob("*.bin*"))
+        if wanted in (None, "False", "false"):
+            if found is not None or has_model:
+                raise ValueError(
+                    f"output_dir {output_dir} holds the results of a run already; go on with it with "
+                    "--resume_from_checkpoint, or give another --output_dir"
+                )
+            return None
+        if wanted in ("latest", "True", "true"):
+            if found is None and has_model:
+                raise ValueError(
+                    f"output_dir {output_dir} holds a model, and no checkpoint to go on from: starting from the "
+                    "beginning would replace it; give another --output_dir"
+                )
+            if found is None:
+                say(config, f"no checkpoint in {output_dir} yet: starting from the beginning")
+            newest = resume.newest_whole(output_dir)
+            return None if newest is None else str(newest)
+        resume.check_folder(wanted)
+        if (found is not None or has_model) and Path(wanted).resolve().parent != output_dir.resolve():
             raise ValueError(
-                f"output_dir {output_dir} holds the results of a run already; go on with it with "
-                "--resume_from_checkpoint, or give another --output_dir"
+                f"output_dir {output_dir} holds the results of a run already, and {wanted} is a checkpoint of another; "
+                "give another --output_dir"
             )
-        return None
-    if wanted in ("latest", "True", "true"):
-        if found is None:
-            say(config, f"no checkpoint in {output_dir} yet: starting from the beginning")
-        return None if found is None else str(found)
-    if not Path(wanted, "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is no checkpoint (it has no trainer_state.json)")
     return wanted
 
 

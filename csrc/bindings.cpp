@@ -1,12 +1,14 @@
 // The operators that Python sees, torch.ops.dpo_kernels_cpp, and the checks of every size and dtype at this boundary.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "hidden.h"
 #include "logits.h"
 #include "products.h"
 #include "recycle.h"
+#include "threads.h"
 
 #include <string_view>
 
@@ -225,6 +227,19 @@ Tensor exp2_op(const Tensor& x) {
   return y;
 }
 
+// For tests: how often each of `count` tasks ran. Task `fails`, if there is one, throws.
+Tensor run_tasks_op(int64_t count, int64_t fails) {
+  Tensor runs = at::zeros({count}, at::TensorOptions().dtype(at::kLong));
+  int64_t* of_task = runs.data_ptr<int64_t>();
+  run_tasks(count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      TORCH_CHECK(i != fails, "task ", i, " fails");
+      ++of_task[i];
+    }
+  });
+  return runs;
+}
+
 }  // namespace
 }  // namespace dpo_kernels
 
@@ -253,5 +268,6 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       dpo_kernels::logits_backward_op);
   m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
   m.def("release() -> int", dpo_kernels::release_recycled);
+  m.def("run_tasks(int count, int fails) -> Tensor", dpo_kernels::run_tasks_op);
   m.def("exp2(Tensor x) -> Tensor", dpo_kernels::exp2_op);
 }

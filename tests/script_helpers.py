@@ -27,7 +27,7 @@ def run(environment, *arguments, cwd=None, launcher=()):
 
 
 def refusal(*arguments):
-    """The error that `train.py` ends with, which it prints as a sentence; here, since a process takes seconds to start."""
+    """The error that `train.py` ends with and prints; in this process, since one takes seconds to start."""
     with pytest.raises((ValueError, OSError)) as caught:
         train.main([str(argument) for argument in arguments])
     return str(caught.value)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,14 @@ class Progress(ProgressCallback):
 
 
 class RunLog(TrainerCallback):
-    """Every log entry as a line of JSON in output_dir, and the curves as a picture at each save and at the end."""
+    """Every log entry as a line of JSON in output_dir, and the curves as a picture at each save and at the end.
+
+    A disk that is full ends no training here: what cannot be written is told, and the log is written again from the
+    trainer's history as soon as that works.
+    """
+
+    def __init__(self) -> None:
+        self._behind = False  # the file lacks lines
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -52,39 +60,62 @@ class RunLog(TrainerCallback):
             write_whole(self._path(args), "".join(json.dumps(entry) + "\n" for entry in state.log_history))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.log_history:
-            with self._path(args).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+        if not (state.is_world_process_zero and state.log_history):
+            return
+        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+        try:
+            if self._behind:
+                write_whole(self._path(args), "".join(lines))
+            else:
+                with self._path(args).open("a", encoding="utf-8") as file:
+                    file.write(lines[-1])
+            self._behind = False
+        except OSError as error:
+            self._tell(error)
+            self._behind = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            save_curves(state.log_history, Path(str(args.output_dir)))
+            try:
+                save_curves(state.log_history, Path(str(args.output_dir)))
+            except OSError as error:
+                self._tell(error)
 
     on_train_end = on_evaluate = on_save
+
+    def _tell(self, error: OSError) -> None:
+        if not self._behind:
+            warnings.warn(f"log and curves cannot be written ({error}); training goes on without", stacklevel=2)
 
     def _path(self, args: TrainingArguments) -> Path:
         return Path(str(args.output_dir)) / LOG_NAME
 
 
-class StopOnSigterm(TrainerCallback):
-    """A SIGTERM to any process lets the step end, saves a checkpoint and stops all of them."""
+class StopOnSignal(TrainerCallback):
+    """A SIGTERM or SIGINT to any process lets the step end, saves a checkpoint and stops all of them.
+
+    A second SIGINT interrupts at once.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.received = False
+        self.number: int | None = None  # of the signal, where it came to this process
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """For the length of a training; the handler that was there before comes back after it."""
-        self.received = False
+        """For the length of a training; the handlers that were there before come back after it."""
+        self.received, self.number, self._listener = False, None, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield  # signals reach the main thread alone
             return
-        before = signal.signal(signal.SIGTERM, self._remember)
+        heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._remember) for number in heard}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.received = anywhere(self.accelerator, self.received)
@@ -92,8 +123,13 @@ class StopOnSigterm(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        os.write(2, b"\nSIGTERM: saving a checkpoint after this step\n")
+        if os.getpid() != self._listener:
+            return  # a forked worker, to which a terminal sends its SIGINT too: the step needs it
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received, self.number = True, number
+        again = ", again to stop at once" if number == signal.SIGINT else ""
+        os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint after this step{again}\n".encode())
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -136,7 +172,8 @@ class StopOnNonFinite(TrainerCallback):
         raise NonFiniteError(
             f"step {state.global_step + 1}: {' and '.join(bad) or 'the loss of another process'} not finite (loss "
             f"{float(self.step_loss)}); stopped before the update. The last good step is saved in {folder}. "
-            "Look at the data of this step, or lower --learning_rate, then go on with --resume_from_checkpoint"
+            "Look at the data of this step, or lower --learning_rate, then go on with --resume_from_checkpoint (and "
+            "--allow_changed_data true where you have changed the data)"
         )
 
 

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
 
 PREFIX = "checkpoint-"
 STAGING = ".incomplete"
 REPLACED = ".replaced"
+SET_ASIDE = ".set-aside"
+STATE_NAME = "trainer_state.json"
+FACTS_NAME = "dpo_checkpoint.json"  # the sizes of a checkpoint's files, and what it was trained on
+# A model is one by these: where they are last to come, one that came in part is none.
+LAST = ("config.json", "adapter_config.json")
+# What PyTorch says of files that cannot be written or read, as RuntimeError.
+TORCH_FILES = re.compile(r"PytorchStream(Writer|Reader)|inline_container|file write failed|unexpected pos")
+
+
+class SaveError(OSError):
+    """A checkpoint or a model could not be written; what was saved before is as it was."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or cannot be gone on from."""
 
 
 def staging(output_dir: str | os.PathLike[str]) -> Path:
@@ -32,45 +55,187 @@ def publish(staged: Path, target: Path) -> None:
 
 
 def publish_files(staged: Path, target: Path) -> None:
-    """Renames each file of a finished folder, and of those in it, into another folder, which may hold more."""
+    """Renames each file of a finished folder, and of those in it, into another folder, which may hold more.
+
+    From the first rename on the folder's name says that it is whole, so that `clean` can go on where a kill ended it.
+    """
     _flush(staged)
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
-        final = target / path.relative_to(staged)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(final)
-        _fsync(final.parent)
-    shutil.rmtree(staged)
+    whole = _whole(target)
+    _move_files(whole, target)  # of a save that was killed
+    staged.replace(whole)
+    _fsync(whole.parent)
+    _move_files(whole, target)
+    _remove_if_empty(whole.parent)
 
 
 def all_of(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first."""
     found = [p for p in Path(output_dir).glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def latest(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint of a run, None if there is none."""
-    return max(all_of(output_dir), key=lambda p: int(p.name.removeprefix(PREFIX)), default=None)
+    """The newest checkpoint of a run, None if there is none."""
+    return max(all_of(output_dir), key=step_of, default=None)
 
 
-def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
-    """Deletes the oldest checkpoints beyond `limit`, never the newest nor the best one."""
+def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | None, saved: Path | None = None) -> None:
+    """Deletes the oldest checkpoints beyond `limit`, never the one just saved (None: the newest) nor the best one."""
     if not limit or limit < 1:
         return
     found = all_of(output_dir)
-    spare = [p for p in found[:-1] if best is None or p.name != Path(best).name]
+    kept = {(saved or found[-1]).name if found else "", Path(best).name if best is not None else ""}
+    spare = [p for p in found if p.name not in kept]
     for path in spare[: max(0, len(found) - limit)]:
         _discard(path, staging(output_dir))
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Gives a checkpoint a name by which no run takes it up; returns it."""
+    target = checkpoint.with_name(f"{checkpoint.name}{SET_ASIDE}")
+    number = 2
+    while target.exists():
+        target, number = checkpoint.with_name(f"{checkpoint.name}{SET_ASIDE}-{number}"), number + 1
+    checkpoint.replace(target)
+    _fsync(target.parent)
+    return target
+
+
 def clean(output_dir: str | os.PathLike[str]) -> None:
-    """Removes what a killed run left unfinished; a checkpoint that it was about to replace comes back."""
-    for old in staging(output_dir).glob(f"{PREFIX}*{REPLACED}"):
-        target = Path(output_dir) / old.name.removesuffix(REPLACED)
-        if not target.exists():
-            old.replace(target)
-    shutil.rmtree(staging(output_dir), ignore_errors=True)
+    """Ends what a killed run left unfinished.
+
+    A model that was whole is put in its place, a checkpoint that was about to be replaced comes back; the rest goes.
+    """
+    target = Path(output_dir)
+    _move_files(_whole(target), target)
+    for old in staging(target).glob(f"{PREFIX}*{REPLACED}"):
+        final = target / old.name.removesuffix(REPLACED)
+        if not final.exists():
+            old.replace(final)
+    shutil.rmtree(staging(target), ignore_errors=True)
+    for part in target.glob(".*"):  # of files that are written beside and renamed
+        if re.fullmatch(r"\.(curves\.png|lengths\.png|log\.jsonl\.\d+|skipped.*\.jsonl\.\d+)", part.name):
+            part.unlink(missing_ok=True)
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes beside a checkpoint's files how large each is, and what it was trained on."""
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    sizes.pop(FACTS_NAME, None)
+    (folder / FACTS_NAME).write_text(json.dumps({"files": sizes, **facts}, indent=1), encoding="utf-8")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `write_facts` wrote; nothing where a checkpoint has none, as those of other programs."""
+    try:
+        return dict(json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, in words; "" of a whole one."""
+    if not (folder / STATE_NAME).is_file():
+        return f"has no {STATE_NAME}"
+    for name in (STATE_NAME, FACTS_NAME):
+        if (folder / name).exists() and not _is_json(folder / name):
+            return f"has a {name} that is no JSON"
+    for name, size in read_facts(folder).get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            return f"has no {name}"
+        if path.stat().st_size != size:
+            return f"has {path.stat().st_size:,} bytes of {name}, not the {size:,} that were saved"
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
+            return f"has only a part of {path.name}"
+        if path.suffix in (".pt", ".pth") and path.is_file() and not zipfile.is_zipfile(path):
+            return f"has only a part of {path.name}"
+    return ""
+
+
+@contextmanager
+def reading(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: what is read inside cannot be read, or does not fit the model.
+    """
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be read, or is not of this model ({type(error).__name__}: {error}); go on "
+            "from an older one with --resume_from_checkpoint FOLDER, or check --ref_weight and --from_weight"
+        ) from error
+
+
+@contextmanager
+def writing(what: str, staged: Path, output_dir: Path) -> Iterator[None]:
+    """Takes away again what could not be written to its end.
+
+    Raises:
+        SaveError: a file could not be written; says what there is to go on from.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_FILES.search(str(error)):
+            raise
+        shutil.rmtree(staged, ignore_errors=True)
+        free = ""
+        with suppress(OSError):
+            _remove_if_empty(staged.parent)
+        with suppress(OSError):
+            free = f"; {shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there"
+        said = str(error)
+        if isinstance(error, RuntimeError):
+            said = f"PyTorch could not write a file to its end, as on a full disk: {said.splitlines()[0]}"
+        newest = latest(output_dir)
+        before = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint before it"
+        raise SaveError(
+            f"{what} could not be written to {output_dir} ({said}{free}); what was saved before is as it was, "
+            f"{before}. Make room or mend the folder, then go on with --resume_from_checkpoint"
+        ) from error
+
+
+def _whole(target: Path) -> Path:
+    return staging(target) / "model.whole"
+
+
+def _move_files(folder: Path, target: Path) -> None:
+    if not folder.exists():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: (path.name in LAST, path)):
+        final = target / path.relative_to(folder)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(final)
+        _fsync(final.parent)
+    shutil.rmtree(folder)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    """Whether a file is as long as its header says: 8 bytes of the header's length, the header, the tensors."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def _discard(folder: Path, through: Path | None = None) -> None:
@@ -80,12 +245,17 @@ def _discard(folder: Path, through: Path | None = None) -> None:
         doomed.parent.mkdir(exist_ok=True)
         folder.replace(doomed)
         shutil.rmtree(doomed)
+        _remove_if_empty(doomed.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
-            _fsync(path)
+        _fsync(path)
     _fsync(folder)
 
 

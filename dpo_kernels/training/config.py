@@ -36,6 +36,9 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"nargs": "?", "const": "latest", "help": "A checkpoint folder; alone: the latest of output_dir."},
     )
+    allow_changed_data: bool = field(
+        default=False, metadata={"help": "Resume with other pairs than those that the checkpoint was trained on."}
+    )
     beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference, >= 0."})
     dpo_aggregate: Literal["sum", "mean"] = field(default="sum", metadata={"help": "Over the tokens of an answer."})
     loss_type: list[str] = field(

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,9 @@ class DPODataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.key = _key(source, tokenizer, self.options)
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
-        lines = _lines_of(source, self.cache_dir)
-        rows = self._encode(lines, tokenizer, num_proc)
+        with _written_to(self.cache_dir):
+            lines = _lines_of(source, self.cache_dir)
+            rows = self._encode(lines, tokenizer, num_proc)
         errors, dropped = (column(rows, name) for name in ("error", "dropped"))
         self.skipped = 0
         if any(errors):
@@ -285,7 +287,11 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
+    try:
+        part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     part.replace(path)
 
 
@@ -313,6 +319,23 @@ BLANK: dict[str, Any] = {
 }  # fmt: skip
 
 
+@contextmanager
+def _written_to(cache_dir: Path) -> Iterator[None]:
+    """
+    Raises:
+        OSError: it cannot be written to; the library's own errors do not say where.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(
+            f"the cache of pairs, {cache_dir}, cannot be written to ({error}); make room there, or set "
+            "HF_DATASETS_CACHE to another folder"
+        ) from error
+
+
 def _lines_of(source: Source, cache_dir: Path) -> datasets.Dataset:
     """All lines of a source as they are, in a file that memory can be mapped to."""
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -322,7 +345,7 @@ def _lines_of(source: Source, cache_dir: Path) -> datasets.Dataset:
             _generate, features=LINE, cache_dir=str(cache_dir), fingerprint=named, gen_kwargs={"source": source}
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, DataError | OSError):
             raise error.__cause__ from error
         raise
     except ValueError as error:  # the library's way to say that nothing came

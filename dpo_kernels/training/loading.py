@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,6 +33,9 @@ from transformers.utils import cached_file
 
 # One of these is there wherever a tokenizer is.
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+# What the libraries raise of files that are damaged; the tokenizers' own errors are plain ones.
+UNREADABLE = (SafetensorError, UnpicklingError, EOFError, JSONDecodeError, Exception)
 
 Loaded = TypeVar("Loaded")
 
@@ -244,10 +252,22 @@ def _tie(model: Any, missing: set[str]) -> None:
 
 
 def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:
-    """What a loader gives; what it says of code that may not run, in the words of the command line."""
+    """What a loader gives; in words of ours what it says of damaged files, and of code that may not run.
+
+    Raises:
+        LoadError: there is no such folder, its files cannot be read, or it brings code, which was not allowed.
+    """
+    _check_exists(name)
     try:
         return load()
-    except ValueError as error:
+    except Exception as error:
+        if type(error) in UNREADABLE or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)):
+            raise LoadError(
+                f"{name} holds files that cannot be read, cut short perhaps ({type(error).__name__}: {error}); "
+                "download or save it again"
+            ) from error
+        if not isinstance(error, ValueError):
+            raise
         if "trust_remote_code" not in str(error):
             raise
         raise LoadError(
@@ -256,7 +276,13 @@ def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:
         ) from error
 
 
+def _check_exists(name: str) -> None:
+    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise LoadError(f"there is no model folder {name}, and no hub name is like this; give a folder, or owner/name")
+
+
 def _has_tokenizer(name: str) -> bool:
+    _check_exists(name)
     return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in FILES)
 
 

@@ -93,7 +93,12 @@ def _save(figure: Any, target: Path) -> Path:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}")
-    figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
+    try:
+        figure.savefig(part, dpi=110, format="png")
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        plt.close(figure)
     part.replace(target)
     return target

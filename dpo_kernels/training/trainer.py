@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,14 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
-from dpo_kernels.training import aux_loss, checkpoints
+from dpo_kernels.training import aux_loss, checkpoints, resume
 from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
-from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSigterm
+from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
 from dpo_kernels.training.model import FusedHead
+from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.processes import check_head, from_main
 from dpo_kernels.training.randomness import Silenced, disable_dropout
@@ -61,6 +65,7 @@ class DPOTrainer(Trainer):
     train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
     _staged_in: str | None = None
+    _facts: dict[str, Any] | None = None  # of the training that is running, for its checkpoints
     _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
@@ -93,6 +98,7 @@ class DPOTrainer(Trainer):
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
         balances = self.aux_loss.weight > 0 and not is_of_its_own_kind(model)
         self._gives_mask = balances or "flash" in str(_attention(model))
+        self._reference_name = getattr(getattr(ref_model, "config", None), "_name_or_path", None)
         self.reference = reference_for(
             ref_model, model, self.accelerator, args, self._gives_mask, is_sharded=self.is_fsdp_enabled
         )
@@ -100,9 +106,9 @@ class DPOTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
-        self._sigterm = StopOnSigterm(self.accelerator)
+        self._signal = StopOnSignal(self.accelerator)
         self._non_finite = StopOnNonFinite(self.accelerator, self.save_checkpoint)
-        for callback in (RunLog(), self._sigterm, self._non_finite):
+        for callback in (RunLog(), self._signal, self._non_finite):
             self.add_callback(callback)
         if args.precompute_ref_log_probs and self.reference.identity() is not None:
             self._precompute()
@@ -114,13 +120,71 @@ class DPOTrainer(Trainer):
         """The frozen reference, as long as there is one."""
         return self.reference.model
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer`'s; True resumes from the newest checkpoint that is whole.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or was trained on other pairs (`DPOConfig.allow_changed_data`).
+            FolderInUseError: another run writes into output_dir.
+            SaveError: a checkpoint could not be written.
+            KeyboardInterrupt: after a SIGINT, with the last step saved.
+        """
         # An evaluation before training marks the model as prepared, and accelerate would then train it without DDP,
         # each process on its own (transformers 5.24, accelerate 1.15).
         if self.model is self.model_wrapped:
             self.model.__dict__.pop("_is_accelerate_prepared", None)
-        with self._sigterm.listening():
-            return super().train(*args, **kwargs)
+        with self._owning():
+            self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
+            checkpoint = self._checked(resume_from_checkpoint)
+            with self._signal.listening():
+                result = super().train(checkpoint, *args, **kwargs)
+        if self.interrupted and self._signal.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        return result
+
+    @contextmanager
+    def _owning(self) -> Iterator[None]:
+        if self.args.process_index == 0:
+            with owned(str(self.args.output_dir)):
+                yield
+        else:
+            yield
+
+    def _checked(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to go on from, if any; says what is other than it was."""
+        if wanted is None or wanted is False:
+            return None
+        output_dir = Path(str(self.args.output_dir))
+        with self.args.main_process_first(local=False, desc="looking at checkpoints"):
+            if wanted is True:
+                if (newest := resume.newest_whole(output_dir)) is None:
+                    raise checkpoints.CheckpointError(f"there is no checkpoint in {output_dir} to go on from")
+                wanted = str(newest)
+            resume.check_folder(wanted)
+            resume.check_data(wanted, self.train_dataset, self.args.allow_changed_data)
+            if self.args.process_index == 0:
+                resume.tell_changes(Path(wanted), self._facts or {})
+                resume.set_aside_newer(Path(wanted), output_dir)
+        return wanted
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with checkpoints.reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers 5.24 takes one step more where a checkpoint of the last step lies within an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._sums:  # the first since the last log
@@ -197,8 +261,13 @@ class DPOTrainer(Trainer):
 
     @property
     def interrupted(self) -> bool:
-        """Whether a SIGTERM ended training early; a checkpoint of the last step is then saved."""
-        return self._sigterm.received
+        """Whether a SIGTERM or SIGINT ended training early; a checkpoint of the last step is then saved."""
+        return self._signal.received and self.state.global_step < self.state.max_steps
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The number of the signal that came to this process."""
+        return self._signal.number
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Model and tokenizer to output_dir, each file whole or not at all."""
@@ -207,10 +276,13 @@ class DPOTrainer(Trainer):
                 return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or str(self.args.output_dir))
         staged = checkpoints.staging(target) / "model"
-        self.save_model(str(staged), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.publish_files(staged, target)
+        with checkpoints.writing("the model", staged, target):
+            if self.args.should_save:
+                shutil.rmtree(staged, ignore_errors=True)
+            self.save_model(str(staged), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.publish_files(staged, target)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -231,17 +303,19 @@ class DPOTrainer(Trainer):
         staged = checkpoints.staging(target)
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
         self._staged_in, self.args.save_total_limit = str(staged), None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staged_in, self.args.save_total_limit = None, limit
-        if self.state.best_model_checkpoint is not None:
-            self.state.best_model_checkpoint = str(target / Path(self.state.best_model_checkpoint).name)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / name / "trainer_state.json"))
-            checkpoints.publish(staged / name, target / name)
-            checkpoints.rotate(target, limit, self.state.best_model_checkpoint)
+        with checkpoints.writing(f"the checkpoint of step {self.state.global_step}", staged / name, target):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staged_in, self.args.save_total_limit = None, limit
+            if self.state.best_model_checkpoint is not None:
+                self.state.best_model_checkpoint = str(target / Path(self.state.best_model_checkpoint).name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / name / checkpoints.STATE_NAME))
+                checkpoints.write_facts(staged / name, self._facts or {})
+                checkpoints.publish(staged / name, target / name)
+                checkpoints.rotate(target, limit, self.state.best_model_checkpoint, target / name)
         self.accelerator.wait_for_everyone()
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:

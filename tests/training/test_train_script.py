@@ -39,26 +39,6 @@ def test_without_arguments_it_trains_the_example(tmp_path, environment):
     assert "it/s" in done.stderr  # the progress bar
 
 
-def test_kill_9_and_resume_gives_the_same_weights_bit_for_bit(tmp_path, model_dir, environment):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    done = run(environment, *small_run(model_dir, straight, max_steps=30, save_steps=10))
-    assert done.returncode == 0, done.stderr
-    arguments = small_run(model_dir, killed, max_steps=30, save_steps=10)
-    with subprocess.Popen(
-        command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as p:
-        wait_for(lambda: (killed / "log.jsonl").exists() and len(losses(killed)) >= 13, p)
-        p.send_signal(signal.SIGKILL)
-        assert p.wait() == -signal.SIGKILL
-    assert len(losses(killed)) < 30
-    done = run(environment, *arguments, "--resume_from_checkpoint")
-    assert done.returncode == 0, done.stderr
-    weights = [load_file(d / "model.safetensors") for d in (straight, killed)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert losses(killed) == losses(straight)
-
-
 def test_sigterm_saves_and_exits(tmp_path, model_dir, environment):
     output_dir = tmp_path / "out"
     arguments = small_run(model_dir, output_dir, max_steps=2000, save_steps=10_000)

@@ -1,0 +1,105 @@
+"""The threads of the C++ kernels: every task once, any number of callers, forks, errors, and OpenMP's binding."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import ROOT
+
+from dpo_kernels import hidden_to_log_probs
+
+
+@pytest.fixture(params=[1, 2, 3, 8])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def step(seed=0, tokens=130):
+    """Log-probs and both gradients of a call that has work for several threads."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 32, generator=generator).requires_grad_()
+    weight = torch.randn(1500, 32, generator=generator).requires_grad_()
+    labels = torch.randint(1500, (tokens,), generator=generator)
+    log_probs = hidden_to_log_probs(hidden, weight, labels, impl="cpp")
+    log_probs.sum().backward()
+    return torch.cat([log_probs.detach(), hidden.grad.flatten(), weight.grad.flatten()])
+
+
+def run_tasks(count, fails=-1):
+    step(tokens=2)  # builds and loads the kernels
+    return torch.ops.dpo_kernels_cpp.run_tasks(count, fails)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 1000])
+def test_every_task_runs_once(threads, count):
+    for _ in range(50):
+        assert run_tasks(count).tolist() == [1] * count
+
+
+def test_an_error_of_a_task_reaches_the_caller_and_the_threads_go_on(threads):
+    for fails in (0, 1, 99):
+        with pytest.raises(RuntimeError, match=f"task {fails} fails"):
+            run_tasks(100, fails)
+        assert run_tasks(100).tolist() == [1] * 100
+
+
+def test_callers_in_many_threads_do_not_disturb_each_other(threads):
+    alone = [step(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            together = list(pool.map(step, range(4)))
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_the_number_of_threads_may_change_between_calls():
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 8, 2, 5, 1, 3):
+            torch.set_num_threads(number)
+            assert run_tasks(200).tolist() == [1] * 200
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_child(queue):
+    torch.set_num_threads(2)
+    queue.put(step().sum().item())
+
+
+def test_a_forked_process_starts_threads_of_its_own():
+    torch.set_num_threads(2)
+    expected = step().sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join(60)
+    assert child.exitcode == 0
+    assert step().sum().item() == expected
+
+
+def test_where_openmp_binds_threads_to_cores_its_own_are_used():
+    code = """
+import torch
+from test_cpp_threads import step
+torch.set_num_threads(2)
+expected = step()
+assert torch.equal(step(), expected)
+print(len(torch.ops.dpo_kernels_cpp.run_tasks(64, -1)))
+"""
+    environment = os.environ | {
+        "OMP_PROC_BIND": "true", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/backends"))),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["64"]

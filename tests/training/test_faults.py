@@ -1,0 +1,319 @@
+"""A short fixed part of `make faults`: one kill, and what is done about damage, other data and a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+from fault_scene import Scene
+from faults import kill, resumed
+from helpers import EXAMPLE
+from training_helpers import Pairs, logs, make_trainer, weights
+from transformers import TrainerCallback
+
+from dpo_kernels.training import DPODataset, checkpoints, resume
+from dpo_kernels.training.callbacks import RunLog
+from dpo_kernels.training.checkpoints import CheckpointError, SaveError
+from dpo_kernels.training.loading import LoadError, load_config, load_model, load_tokenizer
+from dpo_kernels.training.ownership import FolderInUseError, owned
+from dpo_kernels.training.small_model import make_small_model
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+
+
+def test_a_run_killed_while_it_saves_ends_with_the_same_weights(tmp_path):
+    scene = Scene(tmp_path, steps=3)
+    assert "save" in kill(scene, random.Random(0), tmp_path / "killed", "checkpoint")
+    resumed(scene, tmp_path / "killed")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("dpo_kernels.training.callbacks.save_curves", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Two steps, a checkpoint of each, and the weights of a third."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(folder, max_steps=3, **SAVING)
+    trainer.train()
+    shutil.rmtree(folder / "checkpoint-3")
+    return folder, weights(trainer)
+
+
+@pytest.fixture
+def run(two_steps, tmp_path):
+    """A copy of two steps and their checkpoints, and a trainer to go on with."""
+    shutil.copytree(two_steps[0], tmp_path, dirs_exist_ok=True)
+    return make_trainer(tmp_path, max_steps=3, **SAVING)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGE = [
+    ("model.safetensors", cut, r"has [\d,]+ bytes of model.safetensors, not the"),
+    ("optimizer.pt", cut, r"has [\d,]+ bytes of optimizer.pt, not the"),
+    ("optimizer.pt", os.unlink, "has no optimizer.pt"),
+    ("rng_state.pth", os.unlink, "has no rng_state.pth"),
+    ("trainer_state.json", os.unlink, "has no trainer_state.json"),
+    ("trainer_state.json", cut, "has a trainer_state.json that is no JSON"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "said"), DAMAGE)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(two_steps, tmp_path, name, change, said):
+    shutil.copytree(two_steps[0], tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "checkpoint-2" / name)
+    with pytest.raises(CheckpointError, match=rf"resume_from_checkpoint is .*checkpoint-2', which .*{name}"):
+        resume.check_folder(tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match=rf"checkpoint-2 {said}.*: going on from checkpoint-1"):
+        assert resume.newest_whole(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_after_damage_the_weights_are_the_same(two_steps, run, tmp_path):
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match="checkpoint-2 has no optimizer.pt: going on from checkpoint-1"):
+        run.train(resume_from_checkpoint=True)
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "checkpoint-2.set-aside").is_dir()
+    assert all(torch.equal(weights(run)[name], weight) for name, weight in two_steps[1].items())
+
+
+def test_files_of_other_programs_are_looked_into(run, tmp_path):
+    """Where no sizes are noted, and where they are right."""
+    folder = tmp_path / "checkpoint-2"
+    (folder / checkpoints.FACTS_NAME).unlink()
+    assert checkpoints.damage(folder) == ""
+    with pytest.warns(UserWarning, match="does not say what data it was trained on"):
+        resume.check_data(folder, Pairs(3), allow_changed=False)
+    whole = {path: path.read_bytes() for path in (folder / "model.safetensors", folder / "optimizer.pt")}
+    for path, content in whole.items():
+        for part in (content[:-1], content[:5], b"", content[:8] + b"[" + content[9:]):
+            if path.suffix == ".pt" and len(part) == len(content):
+                continue
+            path.write_bytes(part)
+            assert checkpoints.damage(folder) == f"has only a part of {path.name}"
+        path.write_bytes(content)
+    (folder / "optimizer.pt").write_bytes(whole[folder / "optimizer.pt"].replace(b"state", b"stale"))
+    with (
+        pytest.warns(UserWarning, match="does not say"),
+        pytest.raises(CheckpointError, match="cannot be read, or is not of this model"),
+    ):
+        run.train(resume_from_checkpoint=str(folder))
+
+
+def test_where_every_checkpoint_is_damaged_none_is_touched(run, tmp_path):
+    for folder in checkpoints.all_of(tmp_path):
+        cut(folder / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: checkpoint-2 has .*, checkpoint-1 has"):
+        run.train(resume_from_checkpoint=True)
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
+
+
+def test_other_data_is_refused_unless_allowed(run, tmp_path):
+    run.train_dataset = Pairs(6)
+    with pytest.raises(CheckpointError, match=r"not those that .*checkpoint-2 was trained on \(8 then, 6 now\)"):
+        run.train(resume_from_checkpoint=True)
+    run.args.allow_changed_data = True
+    with pytest.warns(UserWarning, match="other pairs than .*, as allowed"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_the_same_number_of_other_pairs_or_another_order_is_other_data(tmp_path):
+    _, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
+    dataset = DPODataset(EXAMPLE, tokenizer, 80, cache_dir=tmp_path)
+    checkpoints.write_facts(tmp_path, {"data": resume.data_facts(dataset.select([0, 1, 2]))})
+    resume.check_data(tmp_path, dataset.select([0, 1, 2]), allow_changed=False)
+    for other in (dataset.select([0, 1, 3]), dataset.select([0, 2, 1]), dataset.select([0, 1])):
+        with pytest.raises(CheckpointError, match="the pairs are not those that"):
+            resume.check_data(tmp_path, other, allow_changed=False)
+
+
+def test_other_options_and_a_missing_optimizer_are_told(tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_only_model=True, **SAVING).train()
+    trainer = make_trainer(tmp_path, max_steps=2, **SAVING | {"learning_rate": 0.5, "beta": 0.2})
+    with pytest.warns(UserWarning, match="checkpoint-1") as told:
+        trainer.train(resume_from_checkpoint=True)
+    said = " ".join(str(warning.message) for warning in told)
+    assert "was trained with other options: learning_rate 0.01 -> 0.5, max_steps 1 -> 2, beta 0.1 -> 0.2" in said
+    assert "holds no state of the optimizer" in said
+
+
+def test_a_run_that_is_done_takes_no_step_more(run, tmp_path):
+    """Its last checkpoint lies within an epoch: transformers would."""
+    run.args.max_steps = 2
+    with pytest.warns(UserWarning, match="max_steps 3 -> 2"):
+        run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 2
+    assert [entry["step"] for entry in logs(tmp_path)] == [1, 2]
+    saved = type(run.model).from_pretrained(tmp_path / "checkpoint-2")
+    assert all(torch.equal(p, weights(run)[name]) for name, p in saved.named_parameters())
+
+
+def test_from_an_older_checkpoint_newer_ones_are_kept_and_not_taken(run, tmp_path):
+    run.args.save_total_limit = 1
+    with pytest.warns(UserWarning, match=r"kept, and taken up by no run: checkpoint-2.set-aside"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-3"]
+    (tmp_path / "checkpoint-2").mkdir()
+    assert checkpoints.set_aside(tmp_path / "checkpoint-2").name == "checkpoint-2.set-aside-2"
+
+
+def test_rotation_never_takes_what_was_just_saved(tmp_path):
+    for step in (1, 2, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoints.rotate(tmp_path, 2, None, tmp_path / "checkpoint-2")
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-2", "checkpoint-9"]
+
+
+def test_a_model_that_came_in_part_comes_whole(tmp_path, monkeypatch):
+    staged = checkpoints.staging(tmp_path) / "model"
+    (staged / "inner").mkdir(parents=True)
+    names = ["a", "config.json", "inner/c", "model.safetensors"]
+    for name in names:
+        (staged / name).write_text(name)
+    monkeypatch.setattr(checkpoints, "_fsync", Dies(after=len(names) + 4))  # after two of the four files
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.publish_files(staged, tmp_path)
+    assert not (tmp_path / "config.json").exists()  # without which it cannot be loaded
+    assert 0 < sum((tmp_path / name).exists() for name in names) < 4
+    monkeypatch.undo()
+    checkpoints.clean(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == names
+
+
+class Dies:
+    def __init__(self, after):
+        self.after = after
+
+    def __call__(self, path):
+        self.after -= 1
+        if self.after < 0:
+            raise KeyboardInterrupt
+
+
+def test_a_folder_has_one_run(tmp_path):
+    with owned(tmp_path / "out"):
+        with owned(tmp_path / "out"):
+            pass
+        assert (tmp_path / "out" / ".lock").exists()
+        pid = os.fork()
+        if pid == 0:  # a lock of POSIX's is a process's own: this one has none
+            try:
+                from dpo_kernels.training import ownership
+
+                ownership._HELD.clear()
+                with owned(tmp_path / "out"):
+                    os._exit(3)
+            except FolderInUseError as error:
+                os._exit(0 if f"is in use by another run (process {os.getppid()} on" in str(error) else 4)
+            finally:
+                os._exit(5)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not (tmp_path / "out" / ".lock").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"output_dir .* cannot be written to"), owned(tmp_path / "file" / "out"):
+        pass
+
+
+class Full:
+    """A disk on which nothing has room."""
+
+    def __call__(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):
+    def fill():
+        monkeypatch.setattr(trainer, "_save_rng_state", Full())
+
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[At(3, fill)], **SAVING)
+    with pytest.raises(SaveError, match=r"the checkpoint of step 3 could not be .*No space left.*checkpoint is .*-2"):
+        trainer.train()
+    assert not checkpoints.staging(tmp_path).exists()
+    assert not any(map(checkpoints.damage, checkpoints.all_of(tmp_path)))
+    monkeypatch.setattr("dpo_kernels.training.checkpoints.publish_files", Full())
+    with pytest.raises(SaveError, match="the model could not be written to"):
+        trainer.save_model()
+    with pytest.raises(RuntimeError, match="of another kind"), checkpoints.writing("it", tmp_path / "x", tmp_path):
+        raise RuntimeError("of another kind")
+
+
+class At(TrainerCallback):
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.do()
+
+
+def test_a_log_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
+    path = tmp_path / "elsewhere" / "log.jsonl"
+    monkeypatch.setattr(RunLog, "_path", lambda *_: path)
+    monkeypatch.setattr("dpo_kernels.training.callbacks.save_curves", Full())
+
+    def hide():
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.write_text("")  # a file where the folder was
+
+    def show():
+        path.parent.unlink()
+
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[At(2, hide), At(3, show)])
+    with pytest.warns(UserWarning, match="log and curves cannot be written .*; training goes on without"):
+        trainer.train()
+    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]
+
+
+def test_sigint_saves_then_interrupts(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.interrupted
+    assert checkpoints.latest(tmp_path).name == "checkpoint-2"
+
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make_trainer(tmp_path / "twice", max_steps=4, callbacks=[At(2, twice)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoints.latest(tmp_path / "twice") is None
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(tmp_path):
+    """Its model is trained, and there may be no checkpoint of it."""
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    trainer.train()
+    assert trainer.stopped_by == signal.SIGTERM
+    assert not trainer.interrupted
+
+
+def test_models_that_cannot_be_read_are_told(tmp_path):
+    model, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "tokenizer.json"):
+        cut(tmp_path / name)
+    with pytest.raises(LoadError, match="holds files that cannot be read, cut short perhaps"):
+        load_model(str(tmp_path))
+    with pytest.raises(LoadError, match="holds files that cannot be read, cut short perhaps"):
+        load_tokenizer(str(tmp_path))
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(LoadError, match="there is no model folder /nowhere/model"):
+            load("/nowhere/model")
