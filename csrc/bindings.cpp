@@ -269,5 +269,6 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
   m.def("release() -> int", dpo_kernels::release_recycled);
   m.def("run_tasks(int count, int fails) -> Tensor", dpo_kernels::run_tasks_op);
+  m.def("set_crowded(bool crowded) -> ()", dpo_kernels::set_crowded);
   m.def("exp2(Tensor x) -> Tensor", dpo_kernels::exp2_op);
 }

@@ -37,7 +37,7 @@ bool looks(std::chrono::microseconds time, bool at_all, const F& found) {
 }
 
 struct Job {
-  const std::function<void()>& work;
+  const std::function<int64_t()>& work;
   int64_t wanted;  // helpers that may still come
   std::atomic<int64_t> running{0};
   std::exception_ptr error = nullptr;
@@ -45,12 +45,17 @@ struct Job {
 
 class Pool {
  public:
-  void run(int64_t helpers, const std::function<void()>& work) {
+  static int64_t cores() {
+    static const int64_t found = std::max(1u, std::thread::hardware_concurrency());
+    return found;
+  }
+
+  void run(int64_t helpers, const std::function<int64_t()>& work) {
     Job job{work, helpers};
     {
       std::lock_guard lock(mutex_);
       for (; started_ < helpers; ++started_) std::thread([this] { help(); }).detach();
-      outnumber_ = helpers >= cores_;
+      outnumber_ = helpers >= cores();
       jobs_.push_back(&job);
       open_.fetch_add(1);
       for (int64_t i = std::min<int64_t>(helpers, sleeping_); i > 0; --i) new_job_.notify_one();
@@ -116,7 +121,6 @@ class Pool {
   std::atomic<int64_t> open_{0};  // how many
   std::atomic<bool> outnumber_{false};  // threads of the last job, its caller among them, the cores
   int64_t started_ = 0, sleeping_ = 0;
-  const int64_t cores_ = std::max(1u, std::thread::hardware_concurrency());
 };
 
 // Never destroyed: its threads run until the process ends. A forked process has none of them and begins anew.
@@ -138,12 +142,50 @@ bool openmp_binds() {
   return binds;
 }
 
+using Clock = std::chrono::steady_clock;
+
+// Until when the cores count as crowded. A single wait may be the system's noise, so it is believed for a short time, and
+// for twice as long each time that the next one follows at once.
+std::atomic<Clock::time_point> crowded_until{Clock::time_point::min()};
+std::atomic<Clock::duration> believed{Clock::duration::zero()};
+constexpr std::chrono::milliseconds kLeastBelieved{20}, kMostBelieved{1000};
+
+void saw_a_wait(Clock::time_point now) {
+  const Clock::duration last = believed;
+  const bool again = last > Clock::duration::zero() && now - crowded_until.load() < last;
+  believed = again ? std::min<Clock::duration>(2 * last, kMostBelieved) : kLeastBelieved;
+  crowded_until = now + believed.load();
+}
+
+// Runs work() on PyTorch's threads, and sees whether one of them was waited for longer than a share takes.
+void run_on_openmp(int64_t helpers, const std::function<int64_t()>& work) {
+  const auto start = Clock::now();
+  auto end_of_own = start;
+  int64_t taken = 0;
+  at::parallel_for(0, helpers + 1, 1, [&](int64_t first, int64_t) {
+    const int64_t shares = work();
+    if (first == 0) taken = shares, end_of_own = Clock::now();  // the calling thread
+  });
+  const auto end = Clock::now();
+  const auto share = (end_of_own - start) / std::max<int64_t>(taken, 1);
+  if (end - end_of_own > 2 * share + std::chrono::microseconds(300)) saw_a_wait(end);
+}
+
 }  // namespace
 
-void run_together(int64_t helpers, const std::function<void()>& work) {
-  if (helpers <= 0 || at::in_parallel_region()) return work();
-  if (openmp_binds()) return at::parallel_for(0, helpers + 1, 1, [&](int64_t, int64_t) { work(); });
-  pool()->run(helpers, work);
+void set_crowded(bool crowded) {
+  believed = Clock::duration::zero();
+  crowded_until = crowded ? Clock::now() + std::chrono::hours(1) : Clock::time_point::min();
+}
+
+void run_together(int64_t helpers, const std::function<int64_t()>& work) {
+  if (helpers <= 0 || at::in_parallel_region()) {
+    work();
+  } else if (openmp_binds() || (helpers < Pool::cores() && Clock::now() > crowded_until.load())) {
+    run_on_openmp(helpers, work);
+  } else {
+    pool()->run(helpers, work);
+  }
 }
 
 }  // namespace dpo_kernels

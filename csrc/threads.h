@@ -1,9 +1,10 @@
 // Threads that share the work of a kernel, and how they wait.
 //
-// PyTorch's own (OpenMP) take fixed shares and spin until the last one is done. Where another process holds a core, the
-// one that waits keeps the other core busy with waiting. Here a thread takes the next share when it is done with one, and
-// nobody waits for a thread that has no share; who has to wait sleeps after some microseconds, so that the system
-// gives the core to the thread that is waited for.
+// A thread takes the next share of the work when it is done with one. While the cores are ours the threads are PyTorch's
+// own (OpenMP), which spin between kernels and are at hand at once; beside them, others would share their cores. Where
+// another process holds a core, spinning is what hurts: the core that waits is kept from the thread that is waited
+// for. Then, and where there are more threads than cores, the threads are ours: nobody waits for one that has no share, and
+// who has to wait sleeps after some microseconds.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,8 +23,11 @@ constexpr int64_t kShares = 8;    // of its work that a thread takes one by one
 inline int64_t threads() { return std::min<int64_t>(at::get_num_threads(), kThreads); }
 
 // Runs work() in the calling thread and in up to helpers others at once, and returns when all of them have returned. A
-// helper that is late does not run it at all. Rethrows an exception of any of them.
-void run_together(int64_t helpers, const std::function<void()>& work);
+// helper that is late may not run it at all. Rethrows an exception of any of them. work returns how many shares it took.
+void run_together(int64_t helpers, const std::function<int64_t()>& work);
+
+// For tests: from now on the cores count as crowded by others, or as ours alone, as if that had just been seen.
+void set_crowded(bool crowded);
 
 // Runs work(first, last) over [0, count) on at most threads() threads, in shares of at least `least`; then done() once in
 // each thread that took part.
@@ -33,8 +37,11 @@ void run_tasks(int64_t count, int64_t least, const Work& work, const Done& done)
   const int64_t share = std::max(count / (std::max<int64_t>(workers, 1) * kShares), least);
   std::atomic<int64_t> next{0};
   run_together(workers - 1, [&] {
-    for (int64_t i = next.fetch_add(share); i < count; i = next.fetch_add(share)) work(i, std::min(i + share, count));
+    int64_t taken = 0;
+    for (int64_t i = next.fetch_add(share); i < count; i = next.fetch_add(share), ++taken)
+      work(i, std::min(i + share, count));
     done();
+    return taken;
   });
 }
 

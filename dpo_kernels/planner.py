@@ -26,7 +26,6 @@ class Capabilities:
     """What the plan has to know of a back end on a device; the values are in `dpo_kernels.backends`.
 
     tiles: (tokens, vocabulary) of a tile, best first; small ones are for small budgets.
-    few_tokens: the tile of calls that have no more tokens than it: wider, so that a step has fewer of them.
     scratch: bytes that library calls, or all threads together, may hold inside a call; the first call of a process also
         loads and generates code.
     widens: dtypes whose operands products need in the accumulation dtype.
@@ -42,7 +41,6 @@ class Capabilities:
 
     tiles: tuple[tuple[int, int], ...]
     scratch: int
-    few_tokens: tuple[int, int] | None = None
     widens: tuple[torch.dtype, ...] = ()
     packs: bool = False
     one_pass: bool = False
@@ -205,9 +203,9 @@ class Workload:
 
     def tile_sizes(self) -> list[tuple[int, int]]:
         """The device's tiles that this shape fills at least half, cut to it; best first."""
-        few = self.capabilities.few_tokens
-        tiles = ((few,) if few and self.tokens <= few[0] else ()) + self.capabilities.tiles
-        useful = [(n, v) for n, v in tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size]
+        useful = [
+            (n, v) for n, v in self.capabilities.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size
+        ]
         return [
             (min(n, max(self.tokens, 1)), min(v, self.vocab_size)) for n, v in useful or [self.capabilities.tiles[-1]]
         ]

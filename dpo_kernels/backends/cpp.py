@@ -26,7 +26,7 @@ LARGEST_LOGIT = 7e5
 
 CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
-    few_tokens=(256, 8192), widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
+    widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
 )  # fmt: skip
 WITHOUT_BFLOAT16 = replace(CAPABILITIES, widens=(torch.float16, torch.bfloat16))
 
