@@ -12,257 +12,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from fuzz_calls import EPS, LARGEST, CallSpec, Inputs, draw, gradients, make_inputs, run, wanted
 from torch import Tensor
 
-import dpo_kernels
-from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, reference, token_stats
+from dpo_kernels import reference
 from dpo_kernels.overrides import override
-
-EPS = torch.finfo(torch.float32).eps
-LARGEST = torch.finfo(torch.float32).max
-LAYOUTS = ("contiguous", "strided", "transposed", "offset", "expanded")
-SPECIALS = ("none", "banned", "far", "lowest label", "nan row", "inf row", "huge row")
-HOOKS = ("none", "strided", "moved")
-
-
-@dataclass(frozen=True)
-class CallSpec:
-    """One call; everything random in it follows from `seed`."""
-
-    seed: int = 0
-    level: str = "hidden"  # "hidden", "stats" or "logits"
-    shape: tuple[int, ...] = (3,)
-    features: int = 4
-    vocab: int = 5
-    dtype: torch.dtype = torch.float32
-    layout: str = "contiguous"  # of hidden states or logits
-    weight_layout: str = "contiguous"
-    bias: str = "none"  # or a layout
-    special: str = "none"
-    magnitude: float = 1.0  # about the largest logit
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    ignored: float = 0.0
-    ignore_index: int | None = -100
-    outputs: tuple[str, ...] = ()
-    grads: tuple[str, ...] = ("hidden", "weight")
-    budget: float | None = None  # None: the default; else from 0, the least that works, to 1, all that is of use
-    upstream: str = "random"  # or "expanded", "strided", "zero"
-    autocast: bool = False
-    hooks: str = "none"
-    inplace: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "logit_scale": self.logit_scale, "softcap": self.softcap}
-
-
-def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
-    """The call of this number; sizes: the most tokens, features and vocabulary."""
-    r = random.Random(number)
-
-    def size(most: int) -> int:
-        return max(1, round(most ** r.random()) if r.random() < 0.7 else r.randint(1, most))
-
-    tokens = size(sizes[0])
-    shape = r.choice([(tokens,), (tokens,), (1, tokens), (2, max(1, tokens // 2))])
-    level = r.choice(["hidden", "hidden", "stats", "logits"])
-    chosen = r.choice(
-        [(), ("hidden",), ("weight",), ("hidden", "weight"), ("hidden", "weight"), ("hidden", "weight", "bias")]
-    )
-    names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    return CallSpec(
-        seed=number,
-        level=level,
-        shape=shape,
-        features=size(sizes[1]),
-        vocab=size(sizes[2]),
-        dtype=r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
-        layout=r.choice(LAYOUTS[:4] if r.random() < 0.5 else LAYOUTS[:1]),
-        weight_layout=r.choice(LAYOUTS[:4] if r.random() < 0.3 else LAYOUTS[:1]),
-        bias=r.choice(["none", "none", "contiguous", "strided", "expanded"]),
-        special=r.choice(SPECIALS) if r.random() < 0.3 else "none",
-        magnitude=r.choice([0.1, 1.0, 10.0, 10.0, 60.0, 1e3, 1e5]),
-        temperature=r.choice([1.0, 1.0, 0.5, 2.0, 1e-2, 1e2]),
-        logit_scale=r.choice([1.0, 1.0, 0.25, -1.0, 0.0, 3.0]),
-        softcap=r.choice([None, None, None, 30.0, 1.0, 0.01, 1e4]),
-        ignored=r.choice([0.0, 0.0, 0.3, 0.9, 1.0]),
-        ignore_index=r.choice([-100, -100, -1, 0, None]),
-        outputs=tuple(n for n in names if r.random() < 0.5) if level == "stats" else (),
-        grads=chosen,
-        budget=r.choice([None, None, 0.0, r.random(), 1.0]),
-        upstream=r.choice(["random", "random", "expanded", "strided", "zero"]),
-        autocast=level != "logits" and r.random() < 0.1,
-        hooks=r.choice(HOOKS) if r.random() < 0.2 else "none",
-        inplace=level == "logits" and r.random() < 0.4,
-    )
-
-
-def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same numbers, otherwise in memory."""
-    if layout == "strided":
-        wide = torch.full((*values.shape[:-1], 2 * values.shape[-1]), torch.nan, dtype=values.dtype)
-        wide[..., ::2] = values
-        return wide[..., ::2]
-    if layout == "transposed" and values.ndim > 1:
-        return values.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "offset":
-        flat = torch.full((values.numel() + 1,), torch.nan, dtype=values.dtype)
-        flat[1:] = values.reshape(-1)
-        return flat[1:].view(values.shape)
-    if layout == "expanded":
-        return values.reshape(-1)[:1].expand(values.shape)
-    return values.contiguous()
-
-
-@dataclass
-class Inputs:
-    rows: Tensor  # hidden states (..., D) or logits (..., V)
-    weight: Tensor | None
-    bias: Tensor | None
-    labels: Tensor
-    upstream: dict[str, Tensor]
-
-
-def make_inputs(spec: CallSpec) -> Inputs:
-    g = torch.Generator().manual_seed(spec.seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    labels = torch.randint(spec.vocab, spec.shape, generator=g)
-    if spec.ignore_index is not None:
-        # A stand-in that may be a token too: then it counts nowhere.
-        labels[torch.rand(spec.shape, generator=g) < spec.ignored] = spec.ignore_index
-    scale = spec.magnitude * abs(spec.temperature / (spec.logit_scale or 1.0)) / 3
-    scale = min(scale, 3e3 if spec.dtype == torch.float16 else 1e30)
-    weight = bias = None
-    if spec.level == "logits":
-        rows = randn(*spec.shape, spec.vocab) * scale
-    else:
-        rows = randn(*spec.shape, spec.features) * scale**0.5
-        weight = lay_out(
-            (randn(spec.vocab, spec.features) * scale**0.5 / spec.features**0.5).to(spec.dtype), spec.weight_layout
-        )
-        if spec.bias != "none":
-            bias = (randn(spec.vocab) * scale / 3).to(spec.dtype)
-    flat = rows.view(-1, rows.shape[-1])
-    if spec.special == "nan row":
-        flat[0] = torch.nan
-    elif spec.special == "inf row":
-        flat[0, 0] = torch.inf
-    elif spec.special == "huge row":
-        flat[0] *= 1e4
-    elif spec.special == "banned" and spec.level == "logits":
-        flat[torch.rand(flat.shape, generator=g) < 0.3] = -torch.inf
-    elif spec.special == "far":
-        flat[0] += 1e5 if spec.dtype == torch.float32 else 0.0
-    elif spec.special == "lowest label" and spec.level == "logits" and spec.dtype == torch.float32:
-        flat[0, int(labels.view(-1)[0].clamp(0, spec.vocab - 1))] = -LARGEST
-    if bias is not None:
-        if spec.special == "banned":
-            bias[torch.rand(spec.vocab, generator=g) < 0.3] = -torch.inf
-        bias = lay_out(bias, spec.bias)
-    upstream = {}
-    for name in ("log_probs", "entropy"):
-        values = torch.randn(spec.shape, generator=g)
-        if spec.upstream == "zero":
-            values = torch.zeros(spec.shape)
-        elif spec.upstream in ("expanded", "strided"):
-            values = lay_out(values, spec.upstream)
-        upstream[name] = values
-    return Inputs(lay_out(rows.to(spec.dtype), spec.layout), weight, bias, labels, upstream)
-
-
-@dataclass
-class Result:
-    values: dict[str, Tensor]
-    grads: dict[str, Tensor]
-
-
-def wanted(spec: CallSpec, inputs: Inputs) -> tuple[str, ...]:
-    if spec.level == "logits":
-        return ("hidden",) if spec.grads else ()
-    return tuple(n for n in spec.grads if n != "bias" or inputs.bias is not None)
-
-
-def budget_of(spec: CallSpec, inputs: Inputs, impl: str) -> int | None:
-    if spec.budget is None or spec.level == "logits":
-        return None
-    assert inputs.weight is not None
-    counted = inputs.labels.numel() if spec.ignore_index is None else int((inputs.labels != spec.ignore_index).sum())
-
-    def of(budget: int) -> int:
-        return dpo_kernels.plan(
-            counted, spec.features, spec.vocab, spec.dtype, grads=wanted(spec, inputs), outputs=spec.outputs,
-            softcap=spec.softcap, compute_dtype=torch.bfloat16 if spec.autocast else None, memory_budget=budget,
-            impl=impl, labels=inputs.labels.numel(),
-        ).bytes  # fmt: skip
-
-    most = of(2**50)
-    try:
-        of(1)
-        least = 1
-    except ValueError as error:
-        least = int(str(error).split("at least ")[1].split(" ")[0].replace(",", ""))
-    return max(least, round(least + spec.budget * (most - least)))
-
-
-@contextlib.contextmanager
-def hooked(kind: str) -> Iterator[None]:
-    def unpack(saved: Tensor) -> Tensor:
-        if kind == "moved" or saved.ndim == 0:
-            return saved.clone(memory_format=torch.contiguous_format)
-        wide = torch.stack([saved, saved], -1)
-        return wide[..., 0]
-
-    if kind == "none":
-        yield
-    else:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            yield
-
-
-def run(spec: CallSpec, inputs: Inputs, impl: str) -> Result:
-    leaves = {"hidden": inputs.rows, "weight": inputs.weight, "bias": inputs.bias}
-    names = wanted(spec, inputs)
-    leaves = {k: None if t is None else t.detach().requires_grad_(k in names) for k, t in leaves.items()}
-    options: dict[str, Any] = {**spec.options, "ignore_index": spec.ignore_index, "impl": impl}
-    cast = torch.autocast("cpu", torch.bfloat16) if spec.autocast else contextlib.nullcontext()
-    with hooked(spec.hooks), cast:
-        if spec.level == "logits":
-            rows = leaves["hidden"]
-            given = rows * 1 if spec.inplace and rows.requires_grad else rows
-            values = {"log_probs": logits_to_log_probs(given, inputs.labels, inplace_backward=spec.inplace, **options)}
-        else:
-            arguments = (leaves["hidden"], leaves["weight"], inputs.labels, leaves["bias"])
-            options["memory_budget"] = budget_of(spec, inputs, impl)
-            if spec.level == "stats":
-                made = token_stats(*arguments, outputs=spec.outputs, **options)
-                values = {k: v for k, v in made._asdict().items() if v is not None}
-            else:
-                values = {"log_probs": hidden_to_log_probs(*arguments, **options)}
-    return Result(values, gradients(values, inputs, [leaves[n] for n in names], names))
-
-
-def gradients(
-    values: dict[str, Tensor], inputs: Inputs, leaves: list[Any], names: tuple[str, ...]
-) -> dict[str, Tensor]:
-    outs = [n for n in ("log_probs", "entropy") if n in values and values[n].requires_grad]
-    if not leaves or not outs:
-        return {}
-    upstream = [inputs.upstream[n].to(values[n].dtype) for n in outs]
-    found = torch.autograd.grad([values[n] for n in outs], leaves, upstream)
-    return dict(zip(names, found, strict=True))
 
 
 @dataclass
@@ -314,7 +74,15 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
     made = stats(z, labels, spec.ignore_index, spec.outputs)
     values = {k: v for k, v in made._asdict().items() if v is not None}
     names = wanted(spec, inputs)
-    grads = gradients(values, inputs, [wide[n] for n in names], names)
+    if spec.level == "losses":
+        mask = labels != spec.ignore_index
+        ref = inputs.ref_log_probs.double()
+        values["loss"] = reference.dpo_loss(ref, values["log_probs"], mask, spec.beta, spec.aggregate)[0]
+    results = {k: v for k, v in values.items() if k != "log_probs"} if spec.level == "losses" else values
+    upstream = dict(inputs.upstream)
+    if spec.level == "losses":
+        upstream["log_probs"] = torch.autograd.grad(values["loss"], values["log_probs"], retain_graph=True)[0]
+    grads = gradients(results, inputs, [wide[n] for n in names], names)
     with torch.no_grad():
         p = torch.softmax(zs, -1)
         top = torch.where(zs.isfinite(), delta, 0)
@@ -334,37 +102,70 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
             "log_sum_sq_probs", lp
         ).abs().nan_to_num(0, 0, 0)
         bounds["mean_logits"] = 2 * top.mean(-1) + EPS * (8 + spec.vocab / 8) * finite.mean(-1)
-        grad_bounds = bound_gradients(spec, inputs, wide, names, p, log_p, off, moment, counted, grads)
+        upstream_error = torch.zeros_like(off)
+        if spec.level == "losses":
+            bounds["loss"], upstream_error = bound_loss(spec, inputs, lp, off, upstream["log_probs"])
+        softmax = Softmax(p, log_p, off, moment, counted)
+        grad_bounds = bound_gradients(spec, inputs.labels, wide, names, softmax, upstream, upstream_error, grads)
     undefined = bool(beyond.any() or values["log_probs"].isnan().any())
     return Truth(values, grads, bounds, grad_bounds, undefined)
 
 
+def bound_loss(
+    spec: CallSpec, inputs: Inputs, log_probs: Tensor, off: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By how much the loss, and its gradient of each log-prob, may be off.
+
+    The margin of a pair is off by what its tokens are together; -log sigmoid changes by at most as much, its derivative
+    by at most that power of e.
+    """
+    weights = (inputs.labels != spec.ignore_index).double()
+    if spec.aggregate == "mean":
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-8)
+    pairs, length = len(weights) // 2, weights.shape[1]
+    rounding = EPS * (8 + length) * (log_probs.abs() + inputs.ref_log_probs.abs())
+    answers = spec.beta * (weights * (2 * off + rounding)).sum(1)
+    margin = sum(answers.chunk(2))
+    most = spec.beta * weights / pairs
+    share = torch.expm1(margin.clamp(max=30.0) + 16 * EPS).repeat(2).unsqueeze(1)
+    return margin.mean() + 16 * EPS * (1 + length), torch.minimum(gradient.abs() * share, most)
+
+
+@dataclass
+class Softmax:
+    """p, log_p (..., V): probabilities. off (...): by how much a log-prob may be off. moment: sum of p |log p|."""
+
+    p: Tensor
+    log_p: Tensor
+    off: Tensor
+    moment: Tensor
+    counted: Tensor
+
+
 def bound_gradients(
     spec: CallSpec,
-    inputs: Inputs,
+    labels: Tensor,
     wide: dict[str, Tensor],
     names: tuple[str, ...],
-    p: Tensor,
-    log_p: Tensor,
-    off: Tensor,
-    moment: Tensor,
-    counted: Tensor,
+    softmax: Softmax,
+    upstream: dict[str, Tensor],
+    upstream_error: Tensor,
     grads: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """p, log_p (..., V): probabilities. off (...): by how much a log-prob may be off. moment: sum of p |log p|."""
-    labels = inputs.labels
-    g = inputs.upstream["log_probs"].double().abs() * counted
+    p, log_p, off, moment, counted = softmax.p, softmax.log_p, softmax.off, softmax.moment, softmax.counted
+    g = upstream["log_probs"].double().abs() * counted
     slope = abs(spec.logit_scale / spec.temperature)
     at_label = torch.zeros_like(p).scatter_(-1, torch.where(counted, labels, 0).unsqueeze(-1), 1.0)
     size = g.unsqueeze(-1) * (p + at_label * -torch.expm1(torch.where(at_label > 0, log_p, 0)))
     if "entropy" in spec.outputs and spec.upstream is not None:
-        h = inputs.upstream["entropy"].double().abs() * counted
+        h = upstream["entropy"].double().abs() * counted
         size = size + h.unsqueeze(-1) * p * (torch.where(p > 0, log_p, 0).abs() + moment.unsqueeze(-1))
     size = slope * size
     compute = torch.bfloat16 if spec.autocast else spec.dtype
     rounding = torch.finfo(compute).eps if spec.level != "logits" else 0.0
     relative = (4 * off.unsqueeze(-1) + rounding + 64 * EPS).clamp(max=4.0)
     error = size * relative + 64 * torch.finfo(torch.float32).tiny * (1 + slope) * (1 + g.unsqueeze(-1))
+    error = error + slope * upstream_error.unsqueeze(-1) * (p + at_label)
     if compute == torch.float16:  # what is too small for it
         error = error + slope * 6e-8 * (g.unsqueeze(-1) > 0)
     if spec.softcap is not None:  # 1 - tanh^2 loses its digits where the cap holds
@@ -480,7 +281,8 @@ def fuzz(impl: str, numbers: range, sizes: tuple[int, int, int]) -> tuple[int, C
 def as_script(spec: CallSpec, impl: str) -> str:
     changed = [f for f in dataclasses.fields(CallSpec) if getattr(spec, f.name) != f.default]
     arguments = ", ".join(f"{f.name}={getattr(spec, f.name)!r}" for f in changed)
-    return f"import torch\nfrom fuzz import CallSpec, compare\nprint(compare(CallSpec({arguments}), {impl!r}))"
+    imports = "import torch\nfrom fuzz import compare\nfrom fuzz_calls import CallSpec\n"
+    return f"{imports}print(compare(CallSpec({arguments}), {impl!r}))"
 
 
 SIZES = {"cpp": (150, 96, 2300), "torch": (150, 96, 2300), "triton": (40, 48, 200)}

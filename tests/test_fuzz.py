@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import fuzz_calls
 import pytest
 import torch
-from fuzz import SIZES, CallSpec, as_script, compare, fuzz, shrink
+from fuzz import SIZES, as_script, compare, fuzz, shrink
+from fuzz_calls import CallSpec
 
+from dpo_kernels import FusedLinearDPOLoss
 from dpo_kernels.backends import pytorch
 from dpo_kernels.backends import triton as triton_backend
 
@@ -66,6 +71,15 @@ def test_a_stride_that_is_forgotten_is_found(monkeypatch):
     spec = CallSpec(seed=1, shape=(3,), features=8, vocab=40, bias="strided")
     assert compare(spec, "triton") is not None
     assert compare(CallSpec(seed=1, shape=(3,), features=8, vocab=40, bias="contiguous"), "triton") is None
+
+
+def test_a_loss_of_another_beta_is_found(monkeypatch):
+    monkeypatch.setattr(fuzz_calls, "FusedLinearDPOLoss", lambda beta, *_, **o: FusedLinearDPOLoss(1.001 * beta, **o))
+    spec = CallSpec(seed=1, level="losses", shape=(4, 6), features=8, vocab=40)
+    assert "loss at 0" in compare(spec, "torch")
+    monkeypatch.undo()
+    assert compare(spec, "torch") is None
+    assert compare(replace(spec, compiled=True), "torch") is None
 
 
 def test_a_failure_is_shrunk_and_printed_as_a_script():

@@ -1,0 +1,284 @@
+"""Random calls of the public functions: how one is drawn from its number, made and run (see fuzz.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dpo_kernels
+from dpo_kernels import FusedLinearDPOLoss, hidden_to_log_probs, logits_to_log_probs, token_stats
+
+EPS = torch.finfo(torch.float32).eps
+LARGEST = torch.finfo(torch.float32).max
+LAYOUTS = ("contiguous", "strided", "transposed", "offset", "expanded")
+SPECIALS = ("none", "banned", "far", "lowest label", "nan row", "inf row", "huge row")
+HOOKS = ("none", "strided", "moved")
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """One call; everything random in it follows from `seed`."""
+
+    seed: int = 0
+    level: str = "hidden"  # "hidden", "stats", "logits" or "losses"
+    shape: tuple[int, ...] = (3,)
+    features: int = 4
+    vocab: int = 5
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"  # of hidden states or logits
+    weight_layout: str = "contiguous"
+    bias: str = "none"  # or a layout
+    special: str = "none"
+    magnitude: float = 1.0  # about the largest logit
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    ignored: float = 0.0
+    ignore_index: int | None = -100
+    outputs: tuple[str, ...] = ()
+    grads: tuple[str, ...] = ("hidden", "weight")
+    budget: float | None = None  # None: the default; else from 0, the least that works, to 1, all that is of use
+    upstream: str = "random"  # or "expanded", "strided", "zero"
+    autocast: bool = False
+    hooks: str = "none"
+    inplace: bool = False
+    compiled: bool = False
+    beta: float = 0.1  # of a loss, as `aggregate`
+    aggregate: str = "sum"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
+    """The call of this number; sizes: the most tokens, features and vocabulary."""
+    r = random.Random(number)
+
+    def size(most: int) -> int:
+        return max(1, round(most ** r.random()) if r.random() < 0.7 else r.randint(1, most))
+
+    tokens = size(sizes[0])
+    shape = r.choice([(tokens,), (tokens,), (1, tokens), (2, max(1, tokens // 2))])
+    level = r.choice(["hidden", "hidden", "stats", "logits", "losses"])
+    if level == "losses":
+        shape = (2 * r.randint(1, 3), max(1, tokens // 4))
+    chosen = r.choice(
+        [(), ("hidden",), ("weight",), ("hidden", "weight"), ("hidden", "weight"), ("hidden", "weight", "bias")]
+    )
+    names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    return CallSpec(
+        seed=number,
+        level=level,
+        shape=shape,
+        features=size(sizes[1]),
+        vocab=size(sizes[2]),
+        dtype=r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+        layout=r.choice(LAYOUTS[:4] if r.random() < 0.5 else LAYOUTS[:1]),
+        weight_layout=r.choice(LAYOUTS[:4] if r.random() < 0.3 else LAYOUTS[:1]),
+        bias=r.choice(["none", "none", "contiguous", "strided", "expanded"]),
+        special=r.choice(SPECIALS) if r.random() < 0.3 and level != "losses" else "none",
+        magnitude=r.choice([0.1, 1.0, 10.0, 10.0, 60.0, 1e3, 1e5][: 4 if level == "losses" else 7]),
+        temperature=r.choice([1.0, 1.0, 0.5, 2.0, 1e-2, 1e2]),
+        logit_scale=r.choice([1.0, 1.0, 0.25, -1.0, 0.0, 3.0]),
+        softcap=r.choice([None, None, None, 30.0, 1.0, 0.01, 1e4]),
+        ignored=r.choice([0.0, 0.0, 0.3, 0.9, 1.0]),
+        ignore_index=r.choice([-100, -100, -1, 0] + [None] * (level != "losses")),
+        outputs=tuple(n for n in names if r.random() < 0.5) if level == "stats" else (),
+        grads=chosen,
+        budget=r.choice([None, None, 0.0, r.random(), 1.0]),
+        upstream=r.choice(["random", "random", "expanded", "strided", "zero"]),
+        autocast=level != "logits" and r.random() < 0.1,
+        hooks=r.choice(HOOKS) if r.random() < 0.2 else "none",
+        inplace=level == "logits" and r.random() < 0.4,
+        compiled=r.random() < 0.005,
+        beta=r.choice([0.1, 0.1, 0.01, 2.0, 0.0]),
+        aggregate=r.choice(["sum", "sum", "mean"]),
+    )
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """The same numbers, otherwise in memory."""
+    if layout == "strided":
+        wide = torch.full((*values.shape[:-1], 2 * values.shape[-1]), torch.nan, dtype=values.dtype)
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    if layout == "transposed" and values.ndim > 1:
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "offset":
+        flat = torch.full((values.numel() + 1,), torch.nan, dtype=values.dtype)
+        flat[1:] = values.reshape(-1)
+        return flat[1:].view(values.shape)
+    if layout == "expanded":
+        return values.reshape(-1)[:1].expand(values.shape)
+    return values.contiguous()
+
+
+@dataclass
+class Inputs:
+    rows: Tensor  # hidden states (..., D) or logits (..., V)
+    weight: Tensor | None
+    bias: Tensor | None
+    labels: Tensor
+    upstream: dict[str, Tensor]
+    ref_log_probs: Tensor  # of the labels' shape, for a loss
+
+
+def make_inputs(spec: CallSpec) -> Inputs:
+    g = torch.Generator().manual_seed(spec.seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    labels = torch.randint(spec.vocab, spec.shape, generator=g)
+    if spec.ignore_index is not None:
+        # A stand-in that may be a token too: then it counts nowhere.
+        labels[torch.rand(spec.shape, generator=g) < spec.ignored] = spec.ignore_index
+    scale = spec.magnitude * abs(spec.temperature / (spec.logit_scale or 1.0)) / 3
+    scale = min(scale, 3e3 if spec.dtype == torch.float16 else 1e30)
+    weight = bias = None
+    if spec.level == "logits":
+        rows = randn(*spec.shape, spec.vocab) * scale
+    else:
+        rows = randn(*spec.shape, spec.features) * scale**0.5
+        weight = lay_out(
+            (randn(spec.vocab, spec.features) * scale**0.5 / spec.features**0.5).to(spec.dtype), spec.weight_layout
+        )
+        if spec.bias != "none":
+            bias = (randn(spec.vocab) * scale / 3).to(spec.dtype)
+    flat = rows.view(-1, rows.shape[-1])
+    if spec.special == "nan row":
+        flat[0] = torch.nan
+    elif spec.special == "inf row":
+        flat[0, 0] = torch.inf
+    elif spec.special == "huge row":
+        flat[0] *= 1e4
+    elif spec.special == "banned" and spec.level == "logits":
+        flat[torch.rand(flat.shape, generator=g) < 0.3] = -torch.inf
+    elif spec.special == "far":
+        flat[0] += 1e5 if spec.dtype == torch.float32 else 0.0
+    elif spec.special == "lowest label" and spec.level == "logits" and spec.dtype == torch.float32:
+        flat[0, int(labels.view(-1)[0].clamp(0, spec.vocab - 1))] = -LARGEST
+    if bias is not None:
+        if spec.special == "banned":
+            bias[torch.rand(spec.vocab, generator=g) < 0.3] = -torch.inf
+        bias = lay_out(bias, spec.bias)
+    upstream = {}
+    for name in ("log_probs", "entropy"):
+        values = torch.randn(spec.shape, generator=g)
+        if spec.upstream == "zero":
+            values = torch.zeros(spec.shape)
+        elif spec.upstream in ("expanded", "strided"):
+            values = lay_out(values, spec.upstream)
+        upstream[name] = values
+    ref_log_probs = -torch.rand(spec.shape, generator=g) * 5
+    return Inputs(lay_out(rows.to(spec.dtype), spec.layout), weight, bias, labels, upstream, ref_log_probs)
+
+
+@dataclass
+class Result:
+    values: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+
+def wanted(spec: CallSpec, inputs: Inputs) -> tuple[str, ...]:
+    if spec.level == "logits":
+        return ("hidden",) if spec.grads else ()
+    return tuple(n for n in spec.grads if n != "bias" or inputs.bias is not None)
+
+
+def budget_of(spec: CallSpec, inputs: Inputs, impl: str) -> int | None:
+    if spec.budget is None or spec.level == "logits":
+        return None
+    assert inputs.weight is not None
+    counted = inputs.labels.numel() if spec.ignore_index is None else int((inputs.labels != spec.ignore_index).sum())
+
+    def of(budget: int) -> int:
+        return dpo_kernels.plan(
+            counted, spec.features, spec.vocab, spec.dtype, grads=wanted(spec, inputs), outputs=spec.outputs,
+            softcap=spec.softcap, compute_dtype=torch.bfloat16 if spec.autocast else None, memory_budget=budget,
+            impl=impl, labels=inputs.labels.numel(),
+        ).bytes  # fmt: skip
+
+    most = of(2**50)
+    try:
+        of(1)
+        least = 1
+    except ValueError as error:
+        least = int(str(error).split("at least ")[1].split(" ")[0].replace(",", ""))
+    return max(least, round(least + spec.budget * (most - least)))
+
+
+@contextlib.contextmanager
+def hooked(kind: str) -> Iterator[None]:
+    def unpack(saved: Tensor) -> Tensor:
+        if kind == "moved" or saved.ndim == 0:
+            return saved.clone(memory_format=torch.contiguous_format)
+        wide = torch.stack([saved, saved], -1)
+        return wide[..., 0]
+
+    if kind == "none":
+        yield
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            yield
+
+
+def run(spec: CallSpec, inputs: Inputs, impl: str) -> Result:
+    leaves = {"hidden": inputs.rows, "weight": inputs.weight, "bias": inputs.bias}
+    names = wanted(spec, inputs)
+    leaves = {k: None if t is None else t.detach().requires_grad_(k in names) for k, t in leaves.items()}
+    function = call_of(spec, inputs, impl)
+    if spec.compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    cast = torch.autocast("cpu", torch.bfloat16) if spec.autocast else contextlib.nullcontext()
+    with hooked(spec.hooks), cast:
+        values = function(leaves["hidden"], leaves["weight"], leaves["bias"])
+    return Result(values, gradients(values, inputs, [leaves[n] for n in names], names))
+
+
+def call_of(spec: CallSpec, inputs: Inputs, impl: str) -> Callable[..., dict[str, Tensor]]:
+    """From hidden states (or logits), weight and bias to what the call gives, by name."""
+    labels = inputs.labels
+    options: dict[str, Any] = {**spec.options, "ignore_index": spec.ignore_index, "impl": impl}
+    if spec.level == "logits":
+
+        def from_logits(rows: Tensor, *_: Any) -> dict[str, Tensor]:
+            given = rows * 1 if spec.inplace and rows.requires_grad else rows
+            return {"log_probs": logits_to_log_probs(given, labels, inplace_backward=spec.inplace, **options)}
+
+        return from_logits
+    options["memory_budget"] = budget_of(spec, inputs, impl)
+    if spec.level == "losses":
+        loss = FusedLinearDPOLoss(spec.beta, spec.aggregate, **options)
+
+        def to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+            return {"loss": loss(hidden, weight, labels, bias=bias, ref_log_probs=inputs.ref_log_probs).loss}
+
+        return to_loss
+
+    def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        if spec.level == "hidden":
+            return {"log_probs": hidden_to_log_probs(hidden, weight, labels, bias, **options)}
+        made = token_stats(hidden, weight, labels, bias, outputs=spec.outputs, **options)
+        return {name: value for name, value in made._asdict().items() if value is not None}
+
+    return from_hidden
+
+
+def gradients(
+    values: dict[str, Tensor], inputs: Inputs, leaves: list[Any], names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    outs = [n for n in ("loss", "log_probs", "entropy") if n in values and values[n].requires_grad]
+    if not leaves or not outs:
+        return {}
+    upstream = [torch.ones_like(values[n]) if n == "loss" else inputs.upstream[n].to(values[n].dtype) for n in outs]
+    found = torch.autograd.grad([values[n] for n in outs], leaves, upstream)
+    return dict(zip(names, found, strict=True))
