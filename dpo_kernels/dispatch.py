@@ -112,7 +112,8 @@ def _run(backend: Backend, call: Call) -> tuple[Execution, Saved]:
         entropy="entropy" in options.outputs, softcap=options.transform.softcap is not None, labels=call.label_count,
         capabilities=capable,
     )  # fmt: skip
-    made = plan(workload, options.memory_budget)
+    copied = hidden.numel() * hidden.element_size() if call.tokens.masked else 0  # without what is ignored (ops.py)
+    made = plan(workload, options.memory_budget, copied)
     execution = Execution(backend.name, capable, configuration, made, call.tokens.index is None, call.tokens.masked)
     with _as_decided(hidden):
         return execution, driver.forward(call, made, backend.tile_ops(call, made, execution))

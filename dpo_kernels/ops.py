@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import pickle
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -330,9 +329,6 @@ def _call(
     if tokens.masked:
         # Not even NaN in a token that is ignored may reach the weight's gradient; the copy counts in the budget.
         hidden = hidden.masked_fill(ignored(labels, options.ignore_index).unsqueeze(-1), 0)
-        if options.memory_budget is not None:
-            left = options.memory_budget - hidden.numel() * hidden.element_size()
-            options = replace(options, memory_budget=max(1, left))
     return Call(hidden, weight, bias, tokens, labels.numel(), options)
 
 
@@ -344,7 +340,7 @@ def _tokens(labels: Tensor, options: Options, execution: Execution, index: Tenso
     """The tokens that forward found; nothing waits for the device."""
     if execution.masked:
         return Tokens.all_masked(labels, options.ignore_index)
-    return Tokens.found(labels, None if execution.every else index)
+    return Tokens.found(labels, None if execution.all_count else index)
 
 
 def _token_grads(

@@ -271,14 +271,16 @@ class Workload:
 
 
 @lru_cache(maxsize=4096)
-def plan(s: Workload, budget: int | None = None) -> Plan:
-    """What a call will do under a memory budget in bytes; None is 1 GiB, or twice the bytes of hidden states and weight
-    where that is more.
+def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
+    """What a call will do under a memory budget in bytes, of which `held` are taken.
+
+    The default budget is 1 GiB, or twice the bytes of hidden states and weight where that is more.
 
     Raises:
         ValueError: the budget is too small to run at all; names the least that works.
     """
-    budget = s.default_budget() if budget is None else budget
+    given = s.default_budget() if budget is None else budget
+    budget = given - held
     sizes = s.tile_sizes()
     # Full GEMM efficiency needs a tile of some size, so small tiles come after the order that needs no accumulator.
     half = -(-len(sizes) // 2)
@@ -287,7 +289,7 @@ def plan(s: Workload, budget: int | None = None) -> Plan:
     if (shared := _tile_of_a_full_step(s, budget)) is not None:
         candidates = [(shared, c) for c in choices] + candidates
     jacobian = s.wide * s.tokens * s.hidden_size * s.frozen
-    least = None
+    least = 0
     if s.frozen:  # the Jacobian may not fit: then the logits come again in backward, three GEMMs instead of two
         candidates += [(t, (Sweep("tokens", True, False),)) for t in sizes]
     for (n, v), sweeps in candidates:
@@ -299,12 +301,12 @@ def plan(s: Workload, budget: int | None = None) -> Plan:
             "d log_prob / d hidden": jacobian if not sweeps else 0,
         }
         needed = sum(memory.values())
-        least = needed if least is None else min(least, needed)
+        least = min(least, needed) if least else needed
         if needed <= budget:
             return _spend(s, budget, (n, v), sweeps, memory)
     raise ValueError(
-        f"memory_budget is {budget:,} bytes ({_mib(budget)}), but {s.tokens:,} tokens x {s.hidden_size:,} features x "
-        f"{s.vocab_size:,} vocabulary in {s.dtype} need at least {least:,} ({_mib(least or 0)})"
+        f"memory_budget is {given:,} bytes ({_mib(given)}), but {s.tokens:,} tokens x {s.hidden_size:,} features x "
+        f"{s.vocab_size:,} vocabulary in {s.dtype} need at least {least + held:,} ({_mib(least + held)})"
     )
 
 

@@ -60,14 +60,14 @@ class Execution:
     """What forward decided of a call; backward is given it.
 
     backend: the name of the one that ran. configuration: the back end's own value, or None. plan: None for a call on
-    logits. every: all labels count. masked: as in `call.Tokens`.
+    logits. all_count: no label is ignored. masked: as in `call.Tokens`.
     """
 
     backend: str
     capabilities: Capabilities
     configuration: Any
     plan: Plan | None
-    every: bool
+    all_count: bool
     masked: bool = False
 
     def operand(self, compute_dtype: torch.dtype) -> torch.dtype:

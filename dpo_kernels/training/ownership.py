@@ -44,9 +44,8 @@ def owned(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         del _HELD[folder]
-        with suppress(
-            OSError
-        ):  # of a folder that cannot be written to any more; a file that no process holds says nothing
+        # Of a folder that cannot be written to any more: a file that no process holds says nothing.
+        with suppress(OSError):
             path.unlink()
         os.close(descriptor)
 

@@ -9,10 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_kernels import (
     FusedLinearDPOLoss,
+    dispatch,
     driver,
     hidden_to_log_probs,
     logits_to_log_probs,
     ops,
+    planner,
     reference,
     token_stats,
 )
@@ -276,8 +278,21 @@ class TestCapture:
     def test_the_copy_counts_in_the_budget(self, target):
         head = target.head(20, 16, 90)
         self.now = True
-        with pytest.raises(ValueError, match="memory_budget is 1 bytes"):
-            token_stats(head.hidden, head.weight, head.labels, memory_budget=20 * 16 * 4)
+        copy = 20 * 16 * 4
+        with pytest.raises(ValueError, match=f"memory_budget is {copy:,} bytes") as error:
+            token_stats(head.hidden, head.weight, head.labels, memory_budget=copy)
+        least = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
+        token_stats(head.hidden, head.weight, head.labels, memory_budget=least)
+        with pytest.raises(ValueError, match="need at least"):
+            token_stats(head.hidden, head.weight, head.labels, memory_budget=least - copy)
+
+    def test_the_copy_counts_in_the_default_budget(self, target, monkeypatch):
+        asked = []
+        monkeypatch.setattr(dispatch, "plan", lambda *arguments: asked.append(arguments) or planner.plan(*arguments))
+        head = target.head(20, 16, 90)
+        for self.now in (False, True):
+            token_stats(head.hidden, head.weight, head.labels)
+        assert [held for *_, held in asked] == [0, 20 * 16 * 4]
 
 
 class TestEveryLabelCounts:
