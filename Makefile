@@ -5,7 +5,8 @@ ARGS ?=
 WORKERS ?= 2
 THREADS ?= 1
 # What `make sanitize` runs, with the C++ kernels built for it: numbers at ragged sizes, every dtype, mode and option.
-SANITIZED ?= $(wildcard tests/backends/test_cpp.py) $(addprefix tests/conformance/test_,numbers.py modes.py edges.py) -k cpp
+SANITIZED ?= $(wildcard tests/backends/test_cpp*.py) tests/test_fuzz.py \
+	$(addprefix tests/conformance/test_,numbers.py modes.py edges.py unusual_calls.py) -k cpp
 BIN := .venv/bin
 STAMP := .venv/.installed
 
