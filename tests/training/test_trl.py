@@ -7,8 +7,8 @@ import torch
 import trl
 import trl.trainer.utils as utils
 from helpers import EXAMPLE, assert_as_good, assert_close, make_head
+from trl_trainers import TRAINERS, run
 
-from benchmarks.trl_switch import TRAINERS, run
 from dpo_kernels import TokenStats, reference
 from dpo_kernels.integrations.trl import FusedLogProbs, disable, enable
 from dpo_kernels.training.small_model import make_small_model

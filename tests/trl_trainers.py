@@ -1,14 +1,7 @@
-"""What TRL's trainers learn as they are, and with `dpo_kernels.integrations.trl.enable()`, from one file of pairs.
-
-    python -m benchmarks.trl_switch --model MODEL --data_path dpo.jsonl        tables on the screen
-
-Loss and gradient norm of 20 steps of DPOTrainer and of two each of KTOTrainer, GRPOTrainer and RLOOTrainer, from equal
-policy and reference and from the same seed. What a step takes is in `pytest benchmarks/ -k train`.
-"""
+"""TRL's trainers on a file of pairs, as they are and with `enable()`: what they log, from equal weights."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
@@ -18,7 +11,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import markdown_table
 from benchmarks.training import options_of
 
 TRAINERS = ("dpo", "kto", "grpo", "rloo")
@@ -75,25 +67,3 @@ def make_trainer(trainer: str, folder: str, model: str, data_path: str, steps: i
 
 def _distinct_letters(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(set(c[0]["content"]))) for c in completions]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--model", "--data_path"):
-        parser.add_argument(name, required=True)
-    for name, default in (("--steps", 20), ("--batch", 2), ("--length", 256)):
-        parser.add_argument(name, type=int, default=default)
-    a = parser.parse_args()
-    names = ("step", "loss, TRL", "loss, enabled", "grad norm, TRL", "grad norm, enabled")
-    for trainer in TRAINERS:
-        steps = a.steps if trainer == "dpo" else 2
-        own, ours = (run(trainer, on, a.model, a.data_path, steps, a.batch, a.length) for on in (False, True))
-        curves = zip(own["loss"], ours["loss"], own["grad_norm"], ours["grad_norm"], strict=True)
-        rows = ([str(step), *(f"{value:.6g}" for value in values)] for step, values in enumerate(curves, 1))
-        print(f"\n{trainer.upper()}Trainer\n\n{markdown_table(names, rows)}")
-        apart = max(abs(x - y) for x, y in zip(own["loss"], ours["loss"], strict=True))
-        print(f"\nlargest difference of the loss {apart:.1e}")
-
-
-if __name__ == "__main__":
-    main()
