@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <string_view>
 #include <thread>
@@ -144,18 +145,41 @@ bool openmp_binds() {
 
 using Clock = std::chrono::steady_clock;
 
-// Until when the cores count as crowded. A single wait may be the system's noise, so it is believed for a short time, and
-// for twice as long each time that the next one follows at once.
-std::atomic<Clock::time_point> crowded_until{Clock::time_point::min()};
-std::atomic<Clock::duration> believed{Clock::duration::zero()};
-constexpr std::chrono::milliseconds kLeastBelieved{20}, kMostBelieved{1000};
+// Whether the cores are crowded by others, in kernels of ours, since time passes without any. A single wait may be the
+// system's noise, so it is believed for a few kernels, and for twice as many each time that the next one follows at once.
+// Races between callers cost a kernel at the wrong threads.
+class Crowd {
+ public:
+  // Asked once a kernel.
+  bool is_here() {
+    if (left_.load() <= 0) return false;
+    left_.fetch_sub(1);
+    return true;
+  }
 
-void saw_a_wait(Clock::time_point now) {
-  const Clock::duration last = believed;
-  const bool again = last > Clock::duration::zero() && now - crowded_until.load() < last;
-  believed = again ? std::min<Clock::duration>(2 * last, kMostBelieved) : kLeastBelieved;
-  crowded_until = now + believed.load();
-}
+  void saw(bool wait) {
+    if (wait) {
+      believed_ = calm_.load() < believed_.load() ? std::min<int64_t>(2 * believed_, kMost) : kLeast;
+      left_ = believed_.load();
+      calm_ = 0;
+    } else {
+      calm_.fetch_add(1);
+    }
+  }
+
+  void set(bool crowded) {
+    believed_ = 0;
+    calm_ = 0;
+    left_ = crowded ? std::numeric_limits<int64_t>::max() : 0;
+  }
+
+ private:
+  static constexpr int64_t kLeast = 16, kMost = 1024;  // a step has 20 to 100 kernels
+  std::atomic<int64_t> left_{0};      // kernels for which it is still believed
+  std::atomic<int64_t> believed_{0};  // for how many, the last time
+  std::atomic<int64_t> calm_{0};      // kernels without a wait since then
+};
+Crowd crowd;
 
 // Runs work() on PyTorch's threads, and sees whether one of them was waited for longer than a share takes.
 void run_on_openmp(int64_t helpers, const std::function<int64_t()>& work) {
@@ -168,20 +192,17 @@ void run_on_openmp(int64_t helpers, const std::function<int64_t()>& work) {
   });
   const auto end = Clock::now();
   const auto share = (end_of_own - start) / std::max<int64_t>(taken, 1);
-  if (end - end_of_own > 2 * share + std::chrono::microseconds(300)) saw_a_wait(end);
+  crowd.saw(end - end_of_own > 2 * share + std::chrono::microseconds(300));
 }
 
 }  // namespace
 
-void set_crowded(bool crowded) {
-  believed = Clock::duration::zero();
-  crowded_until = crowded ? Clock::now() + std::chrono::hours(1) : Clock::time_point::min();
-}
+void set_crowded(bool crowded) { crowd.set(crowded); }
 
 void run_together(int64_t helpers, const std::function<int64_t()>& work) {
   if (helpers <= 0 || at::in_parallel_region()) {
     work();
-  } else if (openmp_binds() || (helpers < Pool::cores() && Clock::now() > crowded_until.load())) {
+  } else if (openmp_binds() || (helpers < Pool::cores() && !crowd.is_here())) {
     run_on_openmp(helpers, work);
   } else {
     pool()->run(helpers, work);
