@@ -53,13 +53,17 @@ KILLS ?= 50
 faults: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/faults.py --kills $(KILLS) --seed $(SEED) --write docs/faults.md
 
-# A report of either sanitizer ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the
+# The threads alone under the thread sanitizer, all kernels under those of addresses and undefined behaviour.
+# A report of any ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the
 # start.
 SANITIZERS = CXX="$(CXX)" DPO_KERNELS_CACHE=build/sanitize \
 	DPO_KERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 sanitize: $(STAMP)
+	mkdir -p build/sanitize
+	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Itests/csrc -Icsrc tests/csrc/threads_stress.cpp csrc/threads.cpp \
+		-pthread -o build/sanitize/threads_stress && build/sanitize/threads_stress
 	$(SANITIZERS) $(BIN)/python -m dpo_kernels.build
 	$(SANITIZERS) $(BIN)/python -m pytest -W "error:dpo_kernels falls back" --capture=sys $(SANITIZED)
 

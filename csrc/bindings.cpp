@@ -240,6 +240,19 @@ Tensor run_tasks_op(int64_t count, int64_t fails) {
   return runs;
 }
 
+void set_crowded_op(bool crowded) { crowd.set(crowded); }
+
+// For tests: whether each of these kernels ran on threads of ours, of which a wait says whether PyTorch's had to wait.
+std::vector<int64_t> crowd_op(at::IntArrayRef waits) {
+  Crowd seen;
+  std::vector<int64_t> ours;
+  for (int64_t wait : waits) {
+    ours.push_back(seen.is_here());
+    if (!ours.back()) seen.saw(wait != 0);
+  }
+  return ours;
+}
+
 }  // namespace
 }  // namespace dpo_kernels
 
@@ -269,6 +282,8 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
   m.def("release() -> int", dpo_kernels::release_recycled);
   m.def("run_tasks(int count, int fails) -> Tensor", dpo_kernels::run_tasks_op);
-  m.def("set_crowded(bool crowded) -> ()", dpo_kernels::set_crowded);
+  m.def("set_crowded(bool crowded) -> ()", dpo_kernels::set_crowded_op);
+  m.def("crowd(int[] waits) -> int[]", dpo_kernels::crowd_op);
+  m.def("runs_on_own_threads() -> int", dpo_kernels::runs_on_own_threads);
   m.def("exp2(Tensor x) -> Tensor", dpo_kernels::exp2_op);
 }

@@ -1,14 +1,20 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <signal.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include <chrono>
 #include <condition_variable>
-#include <cstdlib>
 #include <exception>
 #include <limits>
 #include <mutex>
-#include <string_view>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -37,6 +43,15 @@ bool looks(std::chrono::microseconds time, bool at_all, const F& found) {
   return false;
 }
 
+// That this process may run on.
+int64_t cores() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
 struct Job {
   const std::function<int64_t()>& work;
   int64_t wanted;  // helpers that may still come
@@ -46,16 +61,12 @@ struct Job {
 
 class Pool {
  public:
-  static int64_t cores() {
-    static const int64_t found = std::max(1u, std::thread::hardware_concurrency());
-    return found;
-  }
-
   void run(int64_t helpers, const std::function<int64_t()>& work) {
     Job job{work, helpers};
     {
       std::lock_guard lock(mutex_);
-      for (; started_ < helpers; ++started_) std::thread([this] { help(); }).detach();
+      ++runs_;
+      start(helpers);
       outnumber_ = helpers >= cores();
       jobs_.push_back(&job);
       open_.fetch_add(1);
@@ -79,6 +90,8 @@ class Pool {
     lock.unlock();
     if (error) std::rethrow_exception(error);
   }
+
+  int64_t runs() const { return runs_; }
 
  private:
   [[noreturn]] void help() {
@@ -108,6 +121,19 @@ class Pool {
     }
   }
 
+  // Fewer where the system gives no more: a missing helper is only missed. Signals stay with the threads of the program.
+  void start(int64_t helpers) {
+    if (started_ >= helpers) return;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; started_ < helpers; ++started_) std::thread([this] { help(); }).detach();
+    } catch (const std::system_error&) {
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
   // No further helper may come.
   void close(Job& job) {
     const auto at = std::find(jobs_.begin(), jobs_.end(), &job);
@@ -117,6 +143,7 @@ class Pool {
   }
 
   std::mutex mutex_;
+  std::atomic<int64_t> runs_{0};
   std::condition_variable new_job_, done_;
   std::vector<Job*> jobs_;      // that helpers may come to, oldest first
   std::atomic<int64_t> open_{0};  // how many
@@ -135,74 +162,65 @@ Pool*& pool() {
 
 // Whether OpenMP binds threads to cores: then one that is started from a bound thread would share its only core.
 bool openmp_binds() {
-  static const bool binds = [] {
-    const char* bind = std::getenv("OMP_PROC_BIND");
-    const bool asked = bind != nullptr && std::string_view(bind) != "false" && std::string_view(bind) != "FALSE";
-    return asked || std::getenv("GOMP_CPU_AFFINITY") != nullptr || std::getenv("KMP_AFFINITY") != nullptr;
-  }();
-  return binds;
+#if defined(_OPENMP)
+  return omp_get_proc_bind() != omp_proc_bind_false;
+#else
+  return false;
+#endif
 }
 
-using Clock = std::chrono::steady_clock;
-
-// Whether the cores are crowded by others, in kernels of ours, since time passes without any. A single wait may be the
-// system's noise, so it is believed for a few kernels, and for twice as many each time that the next one follows at once.
-// Races between callers cost a kernel at the wrong threads.
-class Crowd {
- public:
-  // Asked once a kernel.
-  bool is_here() {
-    if (left_.load() <= 0) return false;
-    left_.fetch_sub(1);
-    return true;
-  }
-
-  void saw(bool wait) {
-    if (wait) {
-      believed_ = calm_.load() < believed_.load() ? std::min<int64_t>(2 * believed_, kMost) : kLeast;
-      left_ = believed_.load();
-      calm_ = 0;
-    } else {
-      calm_.fetch_add(1);
-    }
-  }
-
-  void set(bool crowded) {
-    believed_ = 0;
-    calm_ = 0;
-    left_ = crowded ? std::numeric_limits<int64_t>::max() : 0;
-  }
-
- private:
-  static constexpr int64_t kLeast = 16, kMost = 1024;  // a step has 20 to 100 kernels
-  std::atomic<int64_t> left_{0};      // kernels for which it is still believed
-  std::atomic<int64_t> believed_{0};  // for how many, the last time
-  std::atomic<int64_t> calm_{0};      // kernels without a wait since then
-};
-Crowd crowd;
-
-// Runs work() on PyTorch's threads, and sees whether one of them was waited for longer than a share takes.
+// Runs work() on PyTorch's threads, and sees whether one of them waited for longer than shares take.
 void run_on_openmp(int64_t helpers, const std::function<int64_t()>& work) {
+  using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  auto end_of_own = start;
-  int64_t taken = 0;
-  at::parallel_for(0, helpers + 1, 1, [&](int64_t first, int64_t) {
-    const int64_t shares = work();
-    if (first == 0) taken = shares, end_of_own = Clock::now();  // the calling thread
+  std::atomic<Clock::time_point> first_end{Clock::time_point::max()};
+  std::atomic<int64_t> shares{0};
+  at::parallel_for(0, helpers + 1, 1, [&](int64_t, int64_t) {
+    shares += work();
+    const auto end = Clock::now();
+    auto before = first_end.load();
+    while (end < before && !first_end.compare_exchange_weak(before, end)) {
+    }
   });
   const auto end = Clock::now();
-  const auto share = (end_of_own - start) / std::max<int64_t>(taken, 1);
-  crowd.saw(end - end_of_own > 2 * share + std::chrono::microseconds(300));
+  const auto share = (end - start) * (helpers + 1) / std::max<int64_t>(shares, 1);
+  crowd.saw(end - first_end.load() > 3 * share + std::chrono::microseconds(300));
 }
 
 }  // namespace
 
-void set_crowded(bool crowded) { crowd.set(crowded); }
+Crowd crowd;
+
+bool Crowd::is_here() {
+  if (left_.load() <= 0 || Clock::now() > until_.load()) return false;
+  left_.fetch_sub(1);
+  return true;
+}
+
+void Crowd::saw(bool wait) {
+  if (!wait) {
+    calm_.fetch_add(1);
+    return;
+  }
+  believed_ = calm_.load() < believed_.load() ? std::min<int64_t>(2 * believed_, kMost) : kLeast;
+  left_ = believed_.load();
+  until_ = Clock::now() + kLongest;
+  calm_ = 0;
+}
+
+void Crowd::set(bool crowded) {
+  believed_ = 0;
+  calm_ = 0;
+  left_ = crowded ? std::numeric_limits<int64_t>::max() : 0;
+  until_ = crowded ? Clock::time_point::max() : Clock::time_point::min();
+}
+
+int64_t runs_on_own_threads() { return pool()->runs(); }
 
 void run_together(int64_t helpers, const std::function<int64_t()>& work) {
   if (helpers <= 0 || at::in_parallel_region()) {
     work();
-  } else if (openmp_binds() || (helpers < Pool::cores() && !crowd.is_here())) {
+  } else if (openmp_binds() || (helpers < cores() && !crowd.is_here())) {
     run_on_openmp(helpers, work);
   } else {
     pool()->run(helpers, work);

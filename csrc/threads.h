@@ -4,13 +4,14 @@
 // own (OpenMP), which spin between kernels and are at hand at once; beside them, others would share their cores. Where
 // another process holds a core, spinning is what hurts: the core that waits is kept from the thread that is waited
 // for. Then, and where there are more threads than cores, the threads are ours: nobody waits for one that has no share, and
-// who has to wait sleeps after some microseconds.
+// one that has to wait goes to sleep after some microseconds.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 
@@ -26,8 +27,33 @@ inline int64_t threads() { return std::min<int64_t>(at::get_num_threads(), kThre
 // helper that is late may not run it at all. Rethrows an exception of any of them. work returns how many shares it took.
 void run_together(int64_t helpers, const std::function<int64_t()>& work);
 
-// For tests: from now on the cores count as crowded by others, or as ours alone, as if that had just been seen.
-void set_crowded(bool crowded);
+// Whether the cores are crowded by others. It is counted in kernels: between them time passes that says nothing. A
+// single wait may be the system's noise, so it is believed for a few kernels, and for twice as many each time that the next
+// one follows at once. Races between callers cost a kernel at the wrong threads.
+class Crowd {
+ public:
+  // Asked once a kernel.
+  bool is_here();
+  // What a kernel on PyTorch's threads was like.
+  void saw(bool wait);
+  // For tests: from now on, until the other is said.
+  void set(bool crowded);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr int64_t kLeast = 16, kMost = 1024;  // a step has 20 to 100 kernels
+  static constexpr std::chrono::seconds kLongest{2};   // of large kernels
+  std::atomic<int64_t> left_{0};      // kernels for which it is still believed
+  std::atomic<Clock::time_point> until_{Clock::time_point::min()};
+  std::atomic<int64_t> believed_{0};  // for how many, the last time
+  std::atomic<int64_t> calm_{0};      // kernels without a wait since then
+};
+
+// That of this process.
+extern Crowd crowd;
+
+// For tests: how many times threads of ours were asked to help.
+int64_t runs_on_own_threads();
 
 // Runs work(first, last) over [0, count) on at most threads() threads, in shares of at least `least`; then done() once in
 // each thread that took part.

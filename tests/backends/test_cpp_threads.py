@@ -93,17 +93,68 @@ def run_tasks_in_child():
     return 0 if torch.ops.dpo_kernels_cpp.run_tasks(100, -1).tolist() == [1] * 100 else 1
 
 
-def test_where_openmp_binds_threads_to_cores_its_own_are_used():
+def runs():
+    return torch.ops.dpo_kernels_cpp.runs_on_own_threads()
+
+
+def test_whose_threads_run(threads, crowded):
+    """Ours where the cores are crowded, or fewer than the threads."""
+    before = runs()
+    for _ in range(10):
+        run_tasks(100)
+    ours = runs() - before
+    if threads == 1:
+        assert ours == 0
+    elif crowded or threads > len(os.sched_getaffinity(0)):
+        assert ours == 10
+    else:
+        assert ours < 10  # a wait may have been seen
+
+
+@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores"])
+@pytest.mark.parametrize("crowded", [True], indirect=True)
+def test_where_openmp_binds_threads_to_cores_its_own_are_used(variable):
     code = """
 import torch
-from test_cpp_threads import step
+from test_cpp_threads import run_tasks, runs, step
 torch.set_num_threads(2)
-expected = step()
-assert torch.equal(step(), expected)
-print(len(torch.ops.dpo_kernels_cpp.run_tasks(64, -1)))
+step()
+torch.ops.dpo_kernels_cpp.set_crowded(True)
+assert run_tasks(64).tolist() == [1] * 64
+print(runs())
 """
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "backends")))
-    environment = os.environ | {"OMP_PROC_BIND": "true", "PYTHONPATH": path}
+    environment = os.environ | {"PYTHONPATH": path} | dict([variable.split("=")])
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["64"]
+    assert done.stdout.split() == ["0"]
+
+
+@pytest.mark.parametrize("crowded", [True], indirect=True)
+def test_fewer_cores_than_threads_are_seen_through_affinity(crowded):
+    allowed = os.sched_getaffinity(0)
+    before, torch_threads = runs(), torch.get_num_threads()
+    torch.ops.dpo_kernels_cpp.set_crowded(False)
+    torch.set_num_threads(2)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert run_tasks(100).tolist() == [1] * 100
+    finally:
+        os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(torch_threads)
+    assert runs() == before + 1
+
+
+def crowd(*waits):
+    return torch.ops.dpo_kernels_cpp.crowd(waits)
+
+
+def test_a_wait_is_believed_for_some_kernels_and_longer_each_time_that_the_next_follows():
+    assert crowd(*[0] * 50) == [0] * 50
+    assert crowd(0, 1, *[0] * 40) == [0, 0, *[1] * 16, *[0] * 24]
+    again = crowd(*[1] * 6000)  # whenever it is looked at
+    lengths = [len(run) for run in "".join(map(str, again)).split("0") if run]
+    assert lengths[:7] == [16, 32, 64, 128, 256, 512, 1024]
+    assert max(lengths) == 1024
+    calm = crowd(1, *[0] * 16, *[0] * 16, 1, *[0] * 40)  # as long a calm as was believed: noise again
+    assert sum(calm) == 32
