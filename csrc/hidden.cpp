@@ -12,6 +12,8 @@
 #include "products.h"
 #include "transform.h"
 
+#include <memory>
+
 namespace dpo_kernels {
 namespace {
 
@@ -205,7 +207,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
   const int64_t padded = tile.token_blocks() * kBlock;
   float* state[kFields];
   for (int64_t i = 0; i < kFields; ++i) state[i] = whole_state.data_ptr<float>() + i * whole_state.stride(0) + row;
-  std::vector<float> found(grid.column_lanes * kLaneFields * padded);
+  const auto found = std::make_unique_for_overwrite<float[]>(grid.column_lanes * kLaneFields * padded);
   auto of_lane = [&](int64_t lane, int64_t token, float** s) {
     for (int64_t i = 0; i < kLaneFields; ++i) s[i] = &found[(lane * kLaneFields + i) * padded + token];
   };

@@ -26,7 +26,7 @@ struct RowState {
   float label_logit = kNaN;
 
   void merge(const RowState& part) {
-    sums.merge(part.sums, kLogProbsOnly);
+    dpo_kernels::merge(sums, part.sums, kLogProbsOnly);
     if (part.label_logit == part.label_logit) label_logit = part.label_logit;
   }
 };

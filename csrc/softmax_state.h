@@ -62,15 +62,15 @@ struct Sums {
     if (want.entropy) shifted = shifted + more_shifted;
     if (want.squares) squares = squares + more_squares;
   }
-
-  // Of columns behind these, relative to a base of their own.
-  void merge(Sums part, const Outputs& want) {
-    const N both = std::max(base, part.base);
-    raise(both, want);
-    part.raise(both, want);
-    add(part.total, part.shifted, part.squares, want);
-  }
 };
+
+// Adds the sums of columns behind these, relative to a base of their own.
+inline void merge(Sums<float>& sums, Sums<float> part, const Outputs& want) {
+  const float both = std::max(sums.base, part.base);
+  sums.raise(both, want);
+  part.raise(both, want);
+  sums.add(part.total, part.shifted, part.squares, want);
+}
 
 // The sums in a state from token t on. Those that are not wanted are 0, and stay in it as they are.
 template <typename N>
@@ -91,7 +91,7 @@ void store(const Sums<N>& s, float* const* state, int64_t t, const Outputs& want
   if (want.squares) put(s.squares, state[kSquares] + t);
 }
 
-// `size` tokens that have seen no logit yet, in the first so many fields.
+// Makes the first fields those of `size` tokens that have seen no logit yet.
 inline void clear(float* const* state, int64_t fields, int64_t size) {
   for (int64_t i = 0; i < fields; ++i) {
     const float start = i == kBase ? kNoBase : i == kMaximum ? -kInf : i == kLabelLogit ? kNaN : 0.f;
@@ -103,7 +103,7 @@ inline void clear(float* const* state, int64_t fields, int64_t size) {
 inline void merge(float* const* state, const float* const* part, int64_t begin, int64_t end, const Outputs& want) {
   for (int64_t t = begin; t < end; ++t) {
     Sums<float> sums = load<float>(state, t, want);
-    sums.merge(load<float>(part, t, want), want);
+    merge(sums, load<float>(part, t, want), want);
     store(sums, state, t, want);
     if (want.logits) state[kLogits][t] += part[kLogits][t];
     if (want.argmax && part[kMaximum][t] > state[kMaximum][t]) {

@@ -17,7 +17,7 @@ from dpo_kernels import FusedLinearDPOLoss, hidden_to_log_probs, logits_to_log_p
 EPS = torch.finfo(torch.float32).eps
 LARGEST = torch.finfo(torch.float32).max
 LAYOUTS = ("contiguous", "strided", "transposed", "offset", "expanded")
-SPECIALS = ("none", "banned", "far", "lowest label", "nan row", "inf row", "huge row")
+SPECIALS = ("none", "banned", "banned label", "far", "lowest label", "nan row", "inf row", "huge row")
 HOOKS = ("none", "strided", "moved")
 
 
@@ -51,6 +51,9 @@ class CallSpec:
     compiled: bool = False
     beta: float = 0.1  # of a loss, as `aggregate`
     aggregate: str = "sum"
+    label_dtype: torch.dtype = torch.int64
+    threads: int = 1
+    crowded: bool = False  # which threads the C++ kernels take
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,9 +72,10 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
     level = r.choice(["hidden", "hidden", "stats", "logits", "losses"])
     if level == "losses":
         shape = (2 * r.randint(1, 3), max(1, tokens // 4))
-    chosen = r.choice(
-        [(), ("hidden",), ("weight",), ("hidden", "weight"), ("hidden", "weight"), ("hidden", "weight", "bias")]
-    )
+    if r.random() < 0.01:
+        shape = (*shape[:-1], 0)
+    inputs = ("hidden", "weight", "bias")
+    chosen = r.choice([(), ("hidden",), ("hidden", "weight"), tuple(n for n in inputs if r.random() < 0.5)])
     names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     return CallSpec(
         seed=number,
@@ -84,8 +88,8 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         weight_layout=r.choice(LAYOUTS[:4] if r.random() < 0.3 else LAYOUTS[:1]),
         bias=r.choice(["none", "none", "contiguous", "strided", "expanded"]),
         special=r.choice(SPECIALS) if r.random() < 0.3 and level != "losses" else "none",
-        magnitude=r.choice([0.1, 1.0, 10.0, 10.0, 60.0, 1e3, 1e5][: 4 if level == "losses" else 7]),
-        temperature=r.choice([1.0, 1.0, 0.5, 2.0, 1e-2, 1e2]),
+        magnitude=r.choice([0.1, 1.0, 10.0, 10.0, 60.0, 1e3, 1e5, 1e7][: 4 if level == "losses" else 8]),
+        temperature=r.choice([1.0, 1.0, 0.5, 2.0, 1e-2, 1e2, 1e-6, 1e6]),
         logit_scale=r.choice([1.0, 1.0, 0.25, -1.0, 0.0, 3.0]),
         softcap=r.choice([None, None, None, 30.0, 1.0, 0.01, 1e4]),
         ignored=r.choice([0.0, 0.0, 0.3, 0.9, 1.0]),
@@ -97,9 +101,12 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         autocast=level != "logits" and r.random() < 0.1,
         hooks=r.choice(HOOKS) if r.random() < 0.2 else "none",
         inplace=level == "logits" and r.random() < 0.4,
-        compiled=r.random() < 0.005,
+        compiled=r.random() < 0.01,
         beta=r.choice([0.1, 0.1, 0.01, 2.0, 0.0]),
         aggregate=r.choice(["sum", "sum", "mean"]),
+        label_dtype=r.choice([torch.int64, torch.int64, torch.int32, torch.int16]),
+        threads=r.choice([1, 1, 2, 3, 8]),
+        crowded=r.random() < 0.5,
     )
 
 
@@ -153,21 +160,27 @@ def make_inputs(spec: CallSpec) -> Inputs:
         if spec.bias != "none":
             bias = (randn(spec.vocab) * scale / 3).to(spec.dtype)
     flat = rows.view(-1, rows.shape[-1])
-    if spec.special == "nan row":
+    first_label = int(labels.view(-1)[0].clamp(0, spec.vocab - 1)) if labels.numel() else 0
+    special = spec.special if labels.numel() else "none"
+    if special == "nan row":
         flat[0] = torch.nan
-    elif spec.special == "inf row":
+    elif special == "inf row":
         flat[0, 0] = torch.inf
-    elif spec.special == "huge row":
+    elif special == "huge row":
         flat[0] *= 1e4
-    elif spec.special == "banned" and spec.level == "logits":
+    elif special == "banned" and spec.level == "logits":
         flat[torch.rand(flat.shape, generator=g) < 0.3] = -torch.inf
-    elif spec.special == "far":
+    elif special == "far":
         flat[0] += 1e5 if spec.dtype == torch.float32 else 0.0
-    elif spec.special == "lowest label" and spec.level == "logits" and spec.dtype == torch.float32:
-        flat[0, int(labels.view(-1)[0].clamp(0, spec.vocab - 1))] = -LARGEST
+    elif special == "lowest label" and spec.level == "logits" and spec.dtype == torch.float32:
+        flat[0, first_label] = -LARGEST
+    elif special == "banned label" and spec.level == "logits":
+        flat[0, first_label] = -torch.inf
     if bias is not None:
-        if spec.special == "banned":
+        if special == "banned":
             bias[torch.rand(spec.vocab, generator=g) < 0.3] = -torch.inf
+        elif special == "banned label":
+            bias[first_label] = -torch.inf
         bias = lay_out(bias, spec.bias)
     upstream = {}
     for name in ("log_probs", "entropy"):
@@ -178,7 +191,8 @@ def make_inputs(spec: CallSpec) -> Inputs:
             values = lay_out(values, spec.upstream)
         upstream[name] = values
     ref_log_probs = -torch.rand(spec.shape, generator=g) * 5
-    return Inputs(lay_out(rows.to(spec.dtype), spec.layout), weight, bias, labels, upstream, ref_log_probs)
+    rows, labels = lay_out(rows.to(spec.dtype), spec.layout), labels.to(spec.label_dtype)
+    return Inputs(rows, weight, bias, labels, upstream, ref_log_probs)
 
 
 @dataclass
@@ -230,17 +244,34 @@ def hooked(kind: str) -> Iterator[None]:
             yield
 
 
+@contextlib.contextmanager
+def threads_of(spec: CallSpec, impl: str) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(spec.threads)
+    crowded = spec.crowded and impl == "cpp" and hasattr(torch.ops.dpo_kernels_cpp, "set_crowded")
+    if crowded:
+        torch.ops.dpo_kernels_cpp.set_crowded(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if crowded:
+            torch.ops.dpo_kernels_cpp.set_crowded(False)
+
+
 def run(spec: CallSpec, inputs: Inputs, impl: str) -> Result:
     leaves = {"hidden": inputs.rows, "weight": inputs.weight, "bias": inputs.bias}
     names = wanted(spec, inputs)
     leaves = {k: None if t is None else t.detach().requires_grad_(k in names) for k, t in leaves.items()}
     function = call_of(spec, inputs, impl)
-    if spec.compiled:
-        torch._dynamo.reset()
-        function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    arguments = (leaves["hidden"], leaves["weight"], leaves["bias"])
     cast = torch.autocast("cpu", torch.bfloat16) if spec.autocast else contextlib.nullcontext()
-    with hooked(spec.hooks), cast:
-        values = function(leaves["hidden"], leaves["weight"], leaves["bias"])
+    with hooked(spec.hooks), cast, threads_of(spec, impl):
+        if spec.compiled:
+            torch._dynamo.reset()
+            function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+            function(*arguments, 1.5 * spec.temperature)  # another number first: it must not stay
+        values = function(*arguments, spec.temperature)
     return Result(values, gradients(values, inputs, [leaves[n] for n in names], names))
 
 
@@ -248,26 +279,29 @@ def call_of(spec: CallSpec, inputs: Inputs, impl: str) -> Callable[..., dict[str
     """From hidden states (or logits), weight and bias to what the call gives, by name."""
     labels = inputs.labels
     options: dict[str, Any] = {**spec.options, "ignore_index": spec.ignore_index, "impl": impl}
+    del options["temperature"]
     if spec.level == "logits":
+        options["inplace_backward"] = spec.inplace
 
-        def from_logits(rows: Tensor, *_: Any) -> dict[str, Tensor]:
+        def from_logits(rows: Tensor, _: Any, __: Any, temperature: float) -> dict[str, Tensor]:
             given = rows * 1 if spec.inplace and rows.requires_grad else rows
-            return {"log_probs": logits_to_log_probs(given, labels, inplace_backward=spec.inplace, **options)}
+            return {"log_probs": logits_to_log_probs(given, labels, temperature=temperature, **options)}
 
         return from_logits
     options["memory_budget"] = budget_of(spec, inputs, impl)
     if spec.level == "losses":
-        loss = FusedLinearDPOLoss(spec.beta, spec.aggregate, **options)
+        loss = FusedLinearDPOLoss(spec.beta, spec.aggregate, temperature=spec.temperature, **options)
 
-        def to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        def to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, _: float) -> dict[str, Tensor]:
             return {"loss": loss(hidden, weight, labels, bias=bias, ref_log_probs=inputs.ref_log_probs).loss}
 
         return to_loss
 
-    def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> dict[str, Tensor]:
+        given = (hidden, weight, labels, bias)
         if spec.level == "hidden":
-            return {"log_probs": hidden_to_log_probs(hidden, weight, labels, bias, **options)}
-        made = token_stats(hidden, weight, labels, bias, outputs=spec.outputs, **options)
+            return {"log_probs": hidden_to_log_probs(*given, temperature=temperature, **options)}
+        made = token_stats(*given, outputs=spec.outputs, temperature=temperature, **options)
         return {name: value for name, value in made._asdict().items() if value is not None}
 
     return from_hidden

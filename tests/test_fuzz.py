@@ -11,7 +11,7 @@ from fuzz import SIZES, as_script, compare, fuzz, shrink
 from fuzz_calls import CallSpec
 
 from dpo_kernels import FusedLinearDPOLoss
-from dpo_kernels.backends import pytorch
+from dpo_kernels.backends import cpp, pytorch
 from dpo_kernels.backends import triton as triton_backend
 
 CALLS = {"cpp": 400, "torch": 300, "triton": 40}
@@ -56,6 +56,51 @@ def test_a_planted_fault_is_found(monkeypatch, where, name, fault):
     assert number < 100
     assert "right is" in said
     assert spec.shape == (1,)
+
+
+def cpp_other_sign(grads, own=cpp._vectors):
+    gradient, *rest = own(grads)
+    return (-gradient, *rest)
+
+
+def cpp_one_column_off(self, tile, labels, own=cpp.CppTileOps._tile):
+    packed, weight, bias, labels, first, *numbers = own(self, tile, labels)
+    return packed, weight, bias, labels, first + (first > 0), *numbers
+
+
+def cpp_no_label(grads, own=cpp._vectors):
+    """Its correction is that of a label of probability one."""
+    gradient, log_probs, *rest = own(grads)
+    return (gradient, torch.zeros_like(log_probs), *rest)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [(cpp, "_vectors", cpp_other_sign), (cpp.CppTileOps, "_tile", cpp_one_column_off), (cpp, "_vectors", cpp_no_label)],
+    ids=["sign", "column", "label"],
+)
+def test_a_fault_planted_before_the_cpp_kernels_is_found(monkeypatch, override, where, name, fault):
+    override(capabilities={"tiles": ((64, 64), (64, 128))})
+    monkeypatch.setattr(where, name, fault)
+    found = fuzz("cpp", range(500), SIZES["cpp"])
+    assert found is not None
+    assert found[0] < 100
+    assert "right is" in found[2]
+
+
+def test_a_number_where_the_label_is_banned_is_found(monkeypatch):
+    spec = CallSpec(seed=3, level="logits", shape=(2,), vocab=9, special="banned label")
+    assert compare(spec, "torch") is None
+    own = fuzz_calls.logits_to_log_probs
+    monkeypatch.setattr(fuzz_calls, "logits_to_log_probs", lambda *a, **o: own(*a, **o).clamp(min=-1e4))
+    assert "right is -inf" in compare(spec, "torch")
+
+
+def test_a_loss_shrinks_to_a_loss(monkeypatch):
+    monkeypatch.setattr(fuzz_calls, "FusedLinearDPOLoss", lambda beta, *_, **o: FusedLinearDPOLoss(1.01 * beta, **o))
+    _, spec, said = fuzz("torch", range(300), SIZES["torch"])
+    assert (spec.level, spec.shape[0]) == ("losses", 2)
+    assert "right is" in said
 
 
 def test_a_stride_that_is_forgotten_is_found(monkeypatch):
