@@ -227,16 +227,26 @@ Tensor exp2_op(const Tensor& x) {
   return y;
 }
 
-// For tests: how often each of `count` tasks ran. Task `fails`, if there is one, throws.
-Tensor run_tasks_op(int64_t count, int64_t fails) {
+// For tests: how often each of `count` tasks ran, on threads of ours or as kernels run. Task `fails`, if there is one, throws.
+Tensor run_tasks_op(int64_t count, int64_t fails, bool ours) {
   Tensor runs = at::zeros({count}, at::TensorOptions().dtype(at::kLong));
   int64_t* of_task = runs.data_ptr<int64_t>();
-  run_tasks(count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      TORCH_CHECK(i != fails, "task ", i, " fails");
-      ++of_task[i];
-    }
-  });
+  auto task = [&](int64_t i) {
+    TORCH_CHECK(i != fails, "task ", i, " fails");
+    ++of_task[i];
+  };
+  if (ours) {
+    std::atomic<int64_t> next{0};
+    run_on_own_threads(threads() - 1, [&] {
+      int64_t taken = 0;
+      for (int64_t i = next++; i < count; i = next++, ++taken) task(i);
+      return taken;
+    });
+  } else {
+    run_tasks(count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) task(i);
+    });
+  }
   return runs;
 }
 
@@ -281,7 +291,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       dpo_kernels::logits_backward_op);
   m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
   m.def("release() -> int", dpo_kernels::release_recycled);
-  m.def("run_tasks(int count, int fails) -> Tensor", dpo_kernels::run_tasks_op);
+  m.def("run_tasks(int count, int fails, bool ours) -> Tensor", dpo_kernels::run_tasks_op);
   m.def("set_crowded(bool crowded) -> ()", dpo_kernels::set_crowded_op);
   m.def("crowd(int[] waits) -> int[]", dpo_kernels::crowd_op);
   m.def("runs_on_own_threads() -> int", dpo_kernels::runs_on_own_threads);

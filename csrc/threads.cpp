@@ -25,10 +25,9 @@ namespace {
 // microseconds of Python.
 constexpr std::chrono::microseconds kHelperLooks{100}, kCallerLooks{20};
 
-// Whether found() within that time. Threads that outnumber the cores do not look: they would look in each other's time.
+// Whether found() within that time.
 template <typename F>
-bool looks(std::chrono::microseconds time, bool at_all, const F& found) {
-  if (!at_all) return found();
+bool looks(std::chrono::microseconds time, const F& found) {
   const auto until = std::chrono::steady_clock::now() + time;
   do {
     for (int i = 0; i < 32; ++i) {
@@ -67,7 +66,6 @@ class Pool {
       std::lock_guard lock(mutex_);
       ++runs_;
       start(helpers);
-      outnumber_ = helpers >= cores();
       jobs_.push_back(&job);
       open_.fetch_add(1);
       for (int64_t i = std::min<int64_t>(helpers, sleeping_); i > 0; --i) new_job_.notify_one();
@@ -82,7 +80,7 @@ class Pool {
     close(job);
     if (job.running > 0) {
       lock.unlock();
-      looks(kCallerLooks, !outnumber_, [&] { return job.running == 0; });
+      looks(kCallerLooks, [&] { return job.running == 0; });
       lock.lock();
       done_.wait(lock, [&] { return job.running == 0; });
     }
@@ -99,7 +97,7 @@ class Pool {
     for (;;) {
       if (jobs_.empty()) {
         lock.unlock();
-        looks(kHelperLooks, !outnumber_, [&] { return open_ > 0; });
+        looks(kHelperLooks, [&] { return open_ > 0; });
         lock.lock();
         ++sleeping_;
         new_job_.wait(lock, [&] { return !jobs_.empty(); });
@@ -147,7 +145,6 @@ class Pool {
   std::condition_variable new_job_, done_;
   std::vector<Job*> jobs_;      // that helpers may come to, oldest first
   std::atomic<int64_t> open_{0};  // how many
-  std::atomic<bool> outnumber_{false};  // threads of the last job, its caller among them, the cores
   int64_t started_ = 0, sleeping_ = 0;
 };
 
@@ -184,7 +181,7 @@ void run_on_openmp(int64_t helpers, const std::function<int64_t()>& work) {
   });
   const auto end = Clock::now();
   const auto share = (end - start) * (helpers + 1) / std::max<int64_t>(shares, 1);
-  crowd.saw(end - first_end.load() > 3 * share + std::chrono::microseconds(300));
+  if (helpers < cores()) crowd.saw(end - first_end.load() > 3 * share + std::chrono::microseconds(300));
 }
 
 }  // namespace
@@ -217,13 +214,15 @@ void Crowd::set(bool crowded) {
 
 int64_t runs_on_own_threads() { return pool()->runs(); }
 
+void run_on_own_threads(int64_t helpers, const std::function<int64_t()>& work) { pool()->run(helpers, work); }
+
 void run_together(int64_t helpers, const std::function<int64_t()>& work) {
   if (helpers <= 0 || at::in_parallel_region()) {
     work();
-  } else if (openmp_binds() || (helpers < cores() && !crowd.is_here())) {
-    run_on_openmp(helpers, work);
+  } else if (!openmp_binds() && helpers < cores() && crowd.is_here()) {
+    run_on_own_threads(helpers, work);
   } else {
-    pool()->run(helpers, work);
+    run_on_openmp(helpers, work);
   }
 }
 

@@ -3,8 +3,9 @@
 // A thread takes the next share of the work when it is done with one. While the cores are ours the threads are PyTorch's
 // own (OpenMP), which spin between kernels and are at hand at once; beside them, others would share their cores. Where
 // another process holds a core, spinning is what hurts: the core that waits is kept from the thread that is waited
-// for. Then, and where there are more threads than cores, the threads are ours: nobody waits for one that has no share, and
-// one that has to wait goes to sleep after some microseconds.
+// for. Then the threads are ours: nobody waits for one that has no share, and one that has to wait goes to sleep after some
+// microseconds. Where there are more threads than cores OpenMP's hardly spin, and they stay: all of them wake for
+// every kernel, which gives us more of a core that others use too.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -27,6 +28,9 @@ inline int64_t threads() { return std::min<int64_t>(at::get_num_threads(), kThre
 // helper that is late may not run it at all. Rethrows an exception of any of them. work returns how many shares it took.
 void run_together(int64_t helpers, const std::function<int64_t()>& work);
 
+// The same, on threads of ours.
+void run_on_own_threads(int64_t helpers, const std::function<int64_t()>& work);
+
 // Whether the cores are crowded by others. It is counted in kernels: between them time passes that says nothing. A
 // single wait may be the system's noise, so it is believed for a few kernels, and for twice as many each time that the next
 // one follows at once. Races between callers cost a kernel at the wrong threads.
@@ -36,7 +40,7 @@ class Crowd {
   bool is_here();
   // What a kernel on PyTorch's threads was like.
   void saw(bool wait);
-  // For tests: from now on, until the other is said.
+  // For tests: so it is from now on, until the other is said.
   void set(bool crowded);
 
  private:

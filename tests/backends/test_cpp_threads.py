@@ -42,21 +42,26 @@ def step(seed=0, tokens=130):
     return torch.cat([log_probs.detach(), hidden.grad.flatten(), weight.grad.flatten()])
 
 
-def run_tasks(count, fails=-1):
-    return torch.ops.dpo_kernels_cpp.run_tasks(count, fails)
+def run_tasks(count, fails=-1, ours=False):
+    return torch.ops.dpo_kernels_cpp.run_tasks(count, fails, ours)
+
+
+@pytest.fixture(params=[False, True], ids=["as kernels", "ours"])
+def ours(request):
+    return request.param
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 1000])
-def test_every_task_runs_once(threads, count):
+def test_every_task_runs_once(threads, count, ours):
     for _ in range(50):
-        assert run_tasks(count).tolist() == [1] * count
+        assert run_tasks(count, ours=ours).tolist() == [1] * count
 
 
-def test_an_error_of_a_task_reaches_the_caller_and_the_threads_go_on(threads):
+def test_an_error_of_a_task_reaches_the_caller_and_the_threads_go_on(threads, ours):
     for fails in (0, 1, 99):
         with pytest.raises(RuntimeError, match=f"task {fails} fails"):
-            run_tasks(100, fails)
-        assert run_tasks(100).tolist() == [1] * 100
+            run_tasks(100, fails, ours)
+        assert run_tasks(100, ours=ours).tolist() == [1] * 100
 
 
 def test_callers_in_many_threads_do_not_disturb_each_other(threads):
@@ -67,30 +72,29 @@ def test_callers_in_many_threads_do_not_disturb_each_other(threads):
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_the_number_of_threads_may_change_between_calls():
+def test_the_number_of_threads_may_change_between_calls(ours):
     before = torch.get_num_threads()
     try:
         for number in (1, 8, 2, 5, 1, 3):
             torch.set_num_threads(number)
-            assert run_tasks(200).tolist() == [1] * 200
+            assert run_tasks(200, ours=ours).tolist() == [1] * 200
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("crowded", [True], indirect=True)
 def test_a_forked_process_starts_threads_of_its_own(threads):
     """OpenMP's hang there, in any library that uses them."""
-    assert run_tasks(100).tolist() == [1] * 100
+    assert run_tasks(100, ours=True).tolist() == [1] * 100
     context = multiprocessing.get_context("fork")
     child = context.Process(target=lambda: sys.exit(run_tasks_in_child()))
     child.start()
     child.join(60)
     assert child.exitcode == 0
-    assert run_tasks(100).tolist() == [1] * 100
+    assert run_tasks(100, ours=True).tolist() == [1] * 100
 
 
 def run_tasks_in_child():
-    return 0 if torch.ops.dpo_kernels_cpp.run_tasks(100, -1).tolist() == [1] * 100 else 1
+    return 0 if run_tasks(100, ours=True).tolist() == [1] * 100 else 1
 
 
 def runs():
@@ -98,14 +102,14 @@ def runs():
 
 
 def test_whose_threads_run(threads, crowded):
-    """Ours where the cores are crowded, or fewer than the threads."""
+    """Ours where the cores are crowded, and as many as the threads."""
     before = runs()
     for _ in range(10):
         run_tasks(100)
     ours = runs() - before
-    if threads == 1:
+    if threads == 1 or threads > len(os.sched_getaffinity(0)):
         assert ours == 0
-    elif crowded or threads > len(os.sched_getaffinity(0)):
+    elif crowded:
         assert ours == 10
     else:
         assert ours < 10  # a wait may have been seen
@@ -134,7 +138,6 @@ print(runs())
 def test_fewer_cores_than_threads_are_seen_through_affinity(crowded):
     allowed = os.sched_getaffinity(0)
     before, torch_threads = runs(), torch.get_num_threads()
-    torch.ops.dpo_kernels_cpp.set_crowded(False)
     torch.set_num_threads(2)
     try:
         os.sched_setaffinity(0, {min(allowed)})
@@ -142,7 +145,7 @@ def test_fewer_cores_than_threads_are_seen_through_affinity(crowded):
     finally:
         os.sched_setaffinity(0, allowed)
         torch.set_num_threads(torch_threads)
-    assert runs() == before + 1
+    assert runs() == before
 
 
 def crowd(*waits):

@@ -7,23 +7,23 @@
 
 #include "threads.h"
 
-using dpo_kernels::run_tasks;
-
 int main() {
-  dpo_kernels::crowd.set(true);
   auto caller = [](int64_t seed) {
     for (int64_t round = 0; round < 3000; ++round) {
       const int64_t count = (7 * round + seed) % 40, fails = round % 97 == 3 ? count / 2 : -1;
       std::vector<int> runs(count, 0);
       bool failed = false;
       try {
-        run_tasks(count, 1, [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
+        std::atomic<int64_t> next{0};
+        dpo_kernels::run_on_own_threads(3, [&] {
+          int64_t taken = 0;
+          for (int64_t i = next++; i < count; i = next++, ++taken) {
             if (i == fails) throw std::runtime_error("as asked");
             volatile double x = 1;
             for (int k = 0; k < 200 * (round % 5); ++k) x = x * 1.0001;
             ++runs[i];
           }
+          return taken;
         });
       } catch (const std::runtime_error&) {
         failed = true;
