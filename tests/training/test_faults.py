@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from dpo_kernels.training import DPODataset, checkpoints, resume
 from dpo_kernels.training.callbacks import RunLog
 from dpo_kernels.training.checkpoints import CheckpointError, SaveError
 from dpo_kernels.training.loading import LoadError, load_config, load_model, load_tokenizer
-from dpo_kernels.training.ownership import FolderInUseError, owned
+from dpo_kernels.training.ownership import LOCK_NAME, owned
 from dpo_kernels.training.small_model import make_small_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
@@ -202,27 +203,79 @@ class Dies:
             raise KeyboardInterrupt
 
 
-def test_a_folder_has_one_run(tmp_path):
-    with owned(tmp_path / "out"):
-        with owned(tmp_path / "out"):
-            pass
-        assert (tmp_path / "out" / ".lock").exists()
-        pid = os.fork()
-        if pid == 0:  # a lock of POSIX's is a process's own: this one has none
-            try:
-                from dpo_kernels.training import ownership
+def in_a_fork(do):
+    """What a forked process says of `do`: "", or its error."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            do()
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as file:
+        said = file.read()
+    os.waitpid(pid, 0)
+    return said
 
-                ownership._HELD.clear()
-                with owned(tmp_path / "out"):
-                    os._exit(3)
-            except FolderInUseError as error:
-                os._exit(0 if f"is in use by another run (process {os.getppid()} on" in str(error) else 4)
-            finally:
-                os._exit(5)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert not (tmp_path / "out" / ".lock").exists()
+
+def test_a_folder_has_one_run(tmp_path):
+    folder, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(folder)
+
+    def second():
+        with owned(folder):
+            pass
+
+    refused = f"FolderInUseError: output_dir {folder} is in use by another run (process {os.getpid()} on"
+    with owned(folder):
+        assert in_a_fork(second).startswith(refused)
+        with owned(folder), owned(link):
+            pass
+        assert in_a_fork(second).startswith(refused)  # the inner ones are over
+        shutil.copytree(folder, tmp_path / "copy")  # reads the lock's file and closes it, as an upload does
+        assert in_a_fork(second).startswith(refused)
+    assert not (folder / LOCK_NAME).exists()
+    assert in_a_fork(second) == ""
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"output_dir .* cannot be written to"), owned(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_fork_neither_ends_nor_keeps_its_parents_hold(tmp_path):
+    reader, writer = os.pipe()
+    with owned(tmp_path):
+        leaves = os.fork()  # it goes out of `owned` too
+        if leaves:
+            os.waitpid(leaves, 0)
+            assert (tmp_path / LOCK_NAME).exists()
+            stays = os.fork()
+            if stays == 0:
+                os.close(writer)
+                os.read(reader, 1)  # until the parent closes its end
+                os._exit(0)
+    if leaves == 0:
+        os._exit(0)
+    with owned(tmp_path):  # while a fork of the time before lives
+        os.close(writer)
+    os.waitpid(stays, 0)
+    os.close(reader)
+
+
+def test_a_full_disk_does_not_keep_a_run_from_its_folder(tmp_path, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", Full())
+        with owned(tmp_path):
+            assert (tmp_path / LOCK_NAME).read_text() == ""
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as full:
+        full.setattr("dpo_kernels.training.ownership._is_still", Full())
+        with pytest.raises(OSError, match="No space left"), owned(tmp_path):
+            pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    with owned(tmp_path):
         pass
 
 
