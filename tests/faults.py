@@ -132,7 +132,7 @@ def _staged(output_dir: Path, name: str) -> Path:
 def _where(output_dir: Path) -> str:
     if not (output_dir / "log.jsonl").exists():
         return WHERE[0]
-    if _staged(output_dir, "model").exists() or _staged(output_dir, "model.whole").exists():
+    if any(_staged(output_dir, name).exists() for name in ("model", "model.whole", "model.clear")):
         return WHERE[3]
     if (output_dir / "model.safetensors").exists():
         return WHERE[4]

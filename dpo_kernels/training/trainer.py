@@ -7,7 +7,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,7 @@ class DPOTrainer(Trainer):
                 return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or str(self.args.output_dir))
         staged = checkpoints.staging(target) / "model"
-        with checkpoints.writing("the model", staged, target):
+        with self._writing("the model", staged, target):
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
             self.save_model(str(staged), _internal_call=True)
@@ -303,7 +303,7 @@ class DPOTrainer(Trainer):
         staged = checkpoints.staging(target)
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
         self._staged_in, self.args.save_total_limit = str(staged), None
-        with checkpoints.writing(f"the checkpoint of step {self.state.global_step}", staged / name, target):
+        with self._writing(f"the checkpoint of step {self.state.global_step}", staged / name, target):
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -315,8 +315,19 @@ class DPOTrainer(Trainer):
                 self.state.save_to_json(str(staged / name / checkpoints.STATE_NAME))
                 checkpoints.write_facts(staged / name, self._facts or {})
                 checkpoints.publish(staged / name, target / name)
-                checkpoints.rotate(target, limit, self.state.best_model_checkpoint, target / name)
+        if self.args.should_save:
+            checkpoints.rotate(target, limit, self.state.best_model_checkpoint, target / name)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staged_in is None:  # not of one that is not in its place yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _writing(self, what: str, staged: Path, target: Path) -> AbstractContextManager[None]:
+        alone = self.accelerator.num_processes == 1
+        return checkpoints.writing(what, staged if alone else None, target, Path(str(self.args.output_dir)))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         if not batch_samples:

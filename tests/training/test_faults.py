@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from fault_scene import Scene
 from faults import kill, resumed
 from helpers import EXAMPLE
 from training_helpers import Pairs, logs, make_trainer, weights
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from dpo_kernels.training import DPODataset, checkpoints, resume
 from dpo_kernels.training.callbacks import RunLog
@@ -177,20 +178,40 @@ def test_rotation_never_takes_what_was_just_saved(tmp_path):
     assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-2", "checkpoint-9"]
 
 
-def test_a_model_that_came_in_part_comes_whole(tmp_path, monkeypatch):
-    staged = checkpoints.staging(tmp_path) / "model"
-    (staged / "inner").mkdir(parents=True)
-    names = ["a", "config.json", "inner/c", "model.safetensors"]
-    for name in names:
-        (staged / name).write_text(name)
-    monkeypatch.setattr(checkpoints, "_fsync", Dies(after=len(names) + 4))  # after two of the four files
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.publish_files(staged, tmp_path)
-    assert not (tmp_path / "config.json").exists()  # without which it cannot be loaded
-    assert 0 < sum((tmp_path / name).exists() for name in names) < 4
-    monkeypatch.undo()
-    checkpoints.clean(tmp_path)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == names
+SHARDED = ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+           "model.safetensors.index.json", "inner/code.py")  # fmt: skip
+SINGLE = ("config.json", "model.safetensors", "training_args.bin")
+
+
+@pytest.mark.parametrize(("old", "new"), [((), SHARDED), (SHARDED, SHARDED), (SHARDED, SINGLE), (SINGLE, SHARDED)])
+def test_a_model_comes_whole_wherever_its_save_is_cut_short(tmp_path, monkeypatch, old, new):
+    def write(folder, names, text):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+
+    def held(folder):
+        return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+    kept = dict.fromkeys(["mine.txt", *({"inner/code.py", "training_args.bin"} & set(old))], "old")
+    before, after = kept | dict.fromkeys(old, "old"), kept | dict.fromkeys(new, "new")
+    ends = []
+    for point in range(30):
+        folder = tmp_path / str(point)
+        write(folder, before, "old")
+        write(checkpoints.staging(folder) / "model", new, "new")
+        with monkeypatch.context() as dying:
+            dying.setattr(checkpoints, "_fsync", Dies(after=point))
+            with suppress(KeyboardInterrupt):
+                checkpoints.publish_files(checkpoints.staging(folder) / "model", folder)
+        found = {name: text for name, text in held(folder).items() if not name.startswith(checkpoints.STAGING)}
+        if "config.json" in found:  # without which none can be loaded
+            assert found in (before, after)
+        checkpoints.clean(folder)
+        ends.append(held(folder))
+        assert ends[-1] in (before, after)
+    assert ends[0] == before
+    assert ends[-1] == after
 
 
 class Dies:
@@ -296,10 +317,45 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):
     assert not checkpoints.staging(tmp_path).exists()
     assert not any(map(checkpoints.damage, checkpoints.all_of(tmp_path)))
     monkeypatch.setattr("dpo_kernels.training.checkpoints.publish_files", Full())
-    with pytest.raises(SaveError, match="the model could not be written to"):
+    with pytest.raises(SaveError, match=r"the model could not be written to .*as it was, the newest checkpoint is"):
         trainer.save_model()
-    with pytest.raises(RuntimeError, match="of another kind"), checkpoints.writing("it", tmp_path / "x", tmp_path):
-        raise RuntimeError("of another kind")
+    for folder in checkpoints.all_of(tmp_path):
+        shutil.rmtree(folder)
+    with pytest.raises(SaveError, match=r"No space left.*nothing of this training is saved\. Make room"):
+        trainer.save_model()
+
+
+def test_of_errors_those_of_files_are_translated(tmp_path):
+    """Others have nothing to do with what is saved, and say themselves what they are."""
+    memory, name = torch.OutOfMemoryError("CUDA out of memory"), r"PytorchStreamReader failed"
+    for error in (memory, RuntimeError("of another kind")):
+        with pytest.raises(type(error), match=str(error)), checkpoints.writing("it", None, tmp_path, tmp_path):
+            raise error
+        with pytest.raises(type(error), match=str(error)), checkpoints.reading(tmp_path):
+            raise error
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="size mismatch"), checkpoints.reading(tmp_path):
+        model.load_state_dict({"weight": torch.ones(3, 3), "bias": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=name), checkpoints.reading(tmp_path):
+        raise RuntimeError(f"{name} reading zip archive")
+
+
+def test_what_comes_after_a_checkpoint_is_in_its_place_ends_no_training(tmp_path, monkeypatch):
+    """Nor does its upload see a part of it."""
+    seen, discard = [], checkpoints._discard
+
+    def fails(folder, through=None):
+        return Full()() if folder.exists() else discard(folder, through)
+
+    monkeypatch.setattr(checkpoints, "_discard", fails)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda _, folder: seen.append((folder, os.listdir(folder))))  # noqa: PTH208
+    trainer = make_trainer(tmp_path, max_steps=2, save_total_limit=1, **SAVING)
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **_: None)
+    with pytest.warns(UserWarning, match="checkpoint-1 is beyond save_total_limit, and cannot be deleted"):
+        trainer.train()
+    assert [folder for folder, _ in seen] == [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+    assert all(checkpoints.FACTS_NAME in names for _, names in seen)
 
 
 class At(TrainerCallback):
