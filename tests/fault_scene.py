@@ -50,7 +50,7 @@ class Ended:
     @property
     def sentence(self) -> str:
         """The last word to the user."""
-        said = [line for line in (self.out + self.err).splitlines() if line.startswith(("train.py:", "stopped after"))]
+        said = [line for line in (self.out + self.err).splitlines() if line.startswith(("train.py:", "stopped "))]
         return said[-1] if said else ""
 
 

@@ -127,7 +127,7 @@ class DPOTrainer(Trainer):
             CheckpointError: the checkpoint is damaged, or was trained on other pairs (`DPOConfig.allow_changed_data`).
             FolderInUseError: another run writes into output_dir.
             SaveError: a checkpoint could not be written.
-            KeyboardInterrupt: after a SIGINT, with the last step saved.
+            KeyboardInterrupt: after a SIGINT, with the last step saved (`interrupted`); at once after a second one.
         """
         # An evaluation before training marks the model as prepared, and accelerate would then train it without DDP,
         # each process on its own (transformers 5.24, accelerate 1.15).
@@ -135,7 +135,7 @@ class DPOTrainer(Trainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         with self._owning():
             self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
-            checkpoint = self._checked(resume_from_checkpoint)
+            checkpoint = from_main(self.accelerator, lambda: self._checked(resume_from_checkpoint))
             with self._signal.listening():
                 result = super().train(checkpoint, *args, **kwargs)
         if self.interrupted and self._signal.number == signal.SIGINT:
@@ -151,20 +151,19 @@ class DPOTrainer(Trainer):
             yield
 
     def _checked(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to go on from, if any; says what is other than it was."""
+        """The checkpoint to go on from, if any; warns of what is other than it was. Of the main process."""
+        output_dir = Path(str(self.args.output_dir))
+        checkpoints.clean(output_dir)
         if wanted is None or wanted is False:
             return None
-        output_dir = Path(str(self.args.output_dir))
-        with self.args.main_process_first(local=False, desc="looking at checkpoints"):
-            if wanted is True:
-                if (newest := resume.newest_whole(output_dir)) is None:
-                    raise checkpoints.CheckpointError(f"there is no checkpoint in {output_dir} to go on from")
-                wanted = str(newest)
+        if wanted is True:
+            if (newest := resume.newest_whole(output_dir)) is None:
+                raise checkpoints.CheckpointError(f"there is no checkpoint in {output_dir} to go on from")
+            wanted = str(newest)
+        else:
             resume.check_folder(wanted)
-            resume.check_data(wanted, self.train_dataset, self.args.allow_changed_data)
-            if self.args.process_index == 0:
-                resume.tell_changes(Path(wanted), self._facts or {})
-                resume.set_aside_newer(Path(wanted), output_dir)
+        resume.check_data(wanted, self.train_dataset, self.args.allow_changed_data)
+        resume.warn_of_changes(Path(wanted), self._facts or {})
         return wanted
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -174,6 +173,8 @@ class DPOTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.process_index == 0:  # the model has come before it
+            resume.set_aside_newer(Path(checkpoint), Path(str(self.args.output_dir)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
@@ -261,8 +262,8 @@ class DPOTrainer(Trainer):
 
     @property
     def interrupted(self) -> bool:
-        """Whether a SIGTERM or SIGINT ended training early; a checkpoint of the last step is then saved."""
-        return self._signal.received and self.state.global_step < self.state.max_steps
+        """Whether a SIGTERM or SIGINT ended training early, with a checkpoint of the last step."""
+        return self._signal.saved and self.state.global_step < self.state.max_steps
 
     @property
     def stopped_by(self) -> int | None:

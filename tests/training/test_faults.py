@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from training_helpers import Pairs, logs, make_trainer, weights
 from transformers import Trainer, TrainerCallback
 
 from dpo_kernels.training import DPODataset, checkpoints, resume
-from dpo_kernels.training.callbacks import RunLog
+from dpo_kernels.training.callbacks import RunLog, StopOnSignal
 from dpo_kernels.training.checkpoints import CheckpointError, SaveError
 from dpo_kernels.training.loading import LoadError, load_config, load_model, load_tokenizer
 from dpo_kernels.training.ownership import LOCK_NAME, owned
@@ -134,7 +135,11 @@ def test_other_data_is_refused_unless_allowed(run, tmp_path):
 def test_the_same_number_of_other_pairs_or_another_order_is_other_data(tmp_path):
     _, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
     dataset = DPODataset(EXAMPLE, tokenizer, 80, cache_dir=tmp_path)
-    checkpoints.write_facts(tmp_path, {"data": resume.data_facts(dataset.select([0, 1, 2]))})
+    resume._hash.cache_clear()
+    some = dataset.select([0, 1, 2])
+    checkpoints.write_facts(tmp_path, {"data": resume.data_facts(some)})
+    resume.check_data(tmp_path, some, allow_changed=False)
+    assert resume._hash.cache_info().misses == 1
     resume.check_data(tmp_path, dataset.select([0, 1, 2]), allow_changed=False)
     for other in (dataset.select([0, 1, 3]), dataset.select([0, 2, 1]), dataset.select([0, 1])):
         with pytest.raises(CheckpointError, match="the pairs are not those that"):
@@ -164,11 +169,30 @@ def test_a_run_that_is_done_takes_no_step_more(run, tmp_path):
 
 def test_from_an_older_checkpoint_newer_ones_are_kept_and_not_taken(run, tmp_path):
     run.args.save_total_limit = 1
-    with pytest.warns(UserWarning, match=r"kept, and taken up by no run: checkpoint-2.set-aside"):
+    with pytest.warns(UserWarning, match=r"kept, and taken up by no run: checkpoint-2.set-aside in .*rename it back"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-3"]
     (tmp_path / "checkpoint-2").mkdir()
     assert checkpoints.set_aside(tmp_path / "checkpoint-2").name == "checkpoint-2.set-aside-2"
+
+
+def test_a_checkpoint_that_was_being_replaced_is_the_newest(run, tmp_path):
+    checkpoints.staging(tmp_path).mkdir(exist_ok=True)
+    (tmp_path / "checkpoint-2").replace(checkpoints.staging(tmp_path) / "checkpoint-2.replaced")
+    run.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in logs(tmp_path)][:3] == [1, 2, 3]
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert not list(tmp_path.glob(f"*{checkpoints.SET_ASIDE}"))
+
+
+def test_newer_checkpoints_stay_where_the_chosen_one_cannot_be_loaded(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", full)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_rotation_never_takes_what_was_just_saved(tmp_path):
@@ -380,7 +404,8 @@ def test_a_log_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
     def show():
         path.parent.unlink()
 
-    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[At(2, hide), At(3, show)])
+    path.parent.write_text("")
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[At(1, show), At(2, hide), At(3, show)])
     with pytest.warns(UserWarning, match="log and curves cannot be written .*; training goes on without"):
         trainer.train()
     steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
@@ -402,7 +427,26 @@ def test_sigint_saves_then_interrupts(tmp_path):
     trainer = make_trainer(tmp_path / "twice", max_steps=4, callbacks=[At(2, twice)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    assert not trainer.interrupted
     assert checkpoints.latest(tmp_path / "twice") is None
+
+
+def test_a_fork_of_a_run_that_listens_ends_at_its_own_sigterm():
+    """A SIGINT, which a terminal sends to all, is the run's."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_DFL) for number in signals]
+    with StopOnSignal(None).listening():
+        pid = os.fork()
+        if pid == 0:
+            for _ in range(2):
+                time.sleep(20)
+            os._exit(3)
+        for number in signals:
+            os.kill(pid, number)
+            time.sleep(0.05)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    for number, handler in zip(signals, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_a_signal_in_the_last_step_interrupts_nothing(tmp_path):
