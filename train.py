@@ -133,7 +133,7 @@ class ScriptArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns the exit status. What a user can mend (ValueError, OSError, ...) is told in one sentence."""
+    """Trains; returns the exit status. What a user can mend (ValueError, OSError, ...) is said in one sentence."""
     script, config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(str(config.output_dir))
     with owned(output_dir) if config.process_index == 0 else nullcontext():
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> int:
     """`main` in a folder that no other run writes into."""
     resume_from = checkpoint_to_resume(config, output_dir)
-    # Before the weights are loaded: what is wrong with the data or its tokenizer is told in seconds.
+    # Before the weights are loaded: what is wrong with the data or its tokenizer is known in seconds.
     example = make_small_model(EXAMPLE) if script.ref_weight is None else None
     tokenizer = prepare_tokenizer(script, example[1] if example else None, config.loss_options.needs_reference)
     max_length = choose_max_length(script, example[0].config if example else None)

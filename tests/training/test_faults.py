@@ -72,7 +72,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "change", "said"), DAMAGE)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(two_steps, tmp_path, name, change, said):
+def test_a_damaged_checkpoint_is_warned_of_and_the_one_before_it_taken(two_steps, tmp_path, name, change, said):
     shutil.copytree(two_steps[0], tmp_path, dirs_exist_ok=True)
     change(tmp_path / "checkpoint-2" / name)
     with pytest.raises(CheckpointError, match=rf"resume_from_checkpoint is .*checkpoint-2', which .*{name}"):
@@ -146,12 +146,12 @@ def test_the_same_number_of_other_pairs_or_another_order_is_other_data(tmp_path)
             resume.check_data(tmp_path, other, allow_changed=False)
 
 
-def test_other_options_and_a_missing_optimizer_are_told(tmp_path):
+def test_other_options_and_a_missing_optimizer_are_warned_of(tmp_path):
     make_trainer(tmp_path, max_steps=1, save_only_model=True, **SAVING).train()
     trainer = make_trainer(tmp_path, max_steps=2, **SAVING | {"learning_rate": 0.5, "beta": 0.2})
-    with pytest.warns(UserWarning, match="checkpoint-1") as told:
+    with pytest.warns(UserWarning, match="checkpoint-1") as warned:
         trainer.train(resume_from_checkpoint=True)
-    said = " ".join(str(warning.message) for warning in told)
+    said = " ".join(str(warning.message) for warning in warned)
     assert "was trained with other options: learning_rate 0.01 -> 0.5, max_steps 1 -> 2, beta 0.1 -> 0.2" in said
     assert "holds no state of the optimizer" in said
 
@@ -457,7 +457,7 @@ def test_a_signal_in_the_last_step_interrupts_nothing(tmp_path):
     assert not trainer.interrupted
 
 
-def test_models_that_cannot_be_read_are_told(tmp_path):
+def test_models_that_cannot_be_read_are_an_error(tmp_path):
     model, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
