@@ -133,7 +133,7 @@ class ScriptArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns the exit status. What a user can mend (ValueError, OSError, ...) is told in one sentence."""
+    """Trains; returns the exit status. What a user can mend (ValueError, OSError, ...) is said in one sentence."""
     script, config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(str(config.output_dir))
     with owned(output_dir) if config.process_index == 0 else nullcontext():
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> int:
     """`main` in a folder that no other run writes into."""
     resume_from = checkpoint_to_resume(config, output_dir)
-    # Before the weights are loaded: what is wrong with the data or its tokenizer is told in seconds.
+    # Before the weights are loaded: what is wrong with the data or its tokenizer is known in seconds.
     example = make_small_model(EXAMPLE) if script.ref_weight is None else None
     tokenizer = prepare_tokenizer(script, example[1] if example else None, config.loss_options.needs_reference)
     max_length = choose_max_length(script, example[0].config if example else None)
@@ -151,7 +151,8 @@ def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> in
         train, held_out = load_pairs(script, config, tokenizer, max_length)
     if resume_from is not None:
         say(config, f"going on from {resume_from}")
-        resume.check_data(resume_from, train, config.allow_changed_data)
+        if not config.allow_changed_data:
+            resume.check_data(resume_from, train, allow_changed=False)
     if config.process_index == 0:
         tell(script, train, held_out, tokenizer, output_dir)
     policy, reference = load_models(script, example[0] if example else None, config.loss_options.needs_reference)
@@ -166,8 +167,11 @@ def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> in
         say(config, f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        if not trainer.interrupted:  # the second one, which did not wait for the step
-            stopped(signal.SIGINT, None)
+        if not trainer.interrupted:  # the second one, which did not wait for the step to be saved
+            newest = checkpoints.latest(output_dir)
+            saved = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            say(config, f"stopped at once, {saved}; go on with --resume_from_checkpoint")
+            return 128 + signal.SIGINT
     if trainer.interrupted:
         say(config, f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint")
         return 128 + (trainer.stopped_by or signal.SIGTERM)

@@ -50,7 +50,7 @@ class Ended:
     @property
     def sentence(self) -> str:
         """The last word to the user."""
-        said = [line for line in (self.out + self.err).splitlines() if line.startswith(("train.py:", "stopped after"))]
+        said = [line for line in (self.out + self.err).splitlines() if line.startswith(("train.py:", "stopped "))]
         return said[-1] if said else ""
 
 
@@ -223,7 +223,7 @@ class Scene:
             expect((output_dir / name).is_file(), f"{name} is not there")
             expect(same(output_dir / name, self.straight / name), f"{name} is not the undisturbed run's")
         expect(losses(output_dir) == losses(self.straight), "the log is not the undisturbed run's")
-        left = [path.name for path in output_dir.iterdir() if path.name.startswith(".")]
+        left = [path.name for path in output_dir.iterdir() if path.name.startswith((".", "_"))]
         expect(not left, f"{left} are left")
 
     def finish(self, output_dir: Path, **options: Any) -> Ended:

@@ -1,4 +1,4 @@
-"""What can go wrong around a run of `train.py`, done to it: nothing may be lost, and each fault has to be told.
+"""What can go wrong around a run of `train.py`, done to it: nothing may be lost, and each fault is reported.
 
     python tests/faults.py [--kills 50] [--seed 1] [--only WORD ...] [--write FILE]
 
@@ -110,7 +110,7 @@ def kills(scene: Scene, count: int, seed: int, tell: Callable[[str], None] = pri
             where = kill(scene, random.Random(f"{seed} {number}"), output_dir)
             resumed(scene, output_dir)
             tell(f"kill {number}: {where}")
-        except WrongError as error:
+        except Exception as error:
             wrong[where].append(f"kill {number}: {error}")
             tell(f"kill {number}: {where}: WRONG: {error}")
         found[where] += 1
@@ -132,7 +132,7 @@ def _staged(output_dir: Path, name: str) -> Path:
 def _where(output_dir: Path) -> str:
     if not (output_dir / "log.jsonl").exists():
         return WHERE[0]
-    if _staged(output_dir, "model").exists() or _staged(output_dir, "model.whole").exists():
+    if any(_staged(output_dir, name).exists() for name in ("model", "model.whole", "model.clear")):
         return WHERE[3]
     if (output_dir / "model.safetensors").exists():
         return WHERE[4]
@@ -298,6 +298,7 @@ def changed_data(scene: Scene, output_dir: Path) -> tuple[str, str]:
     expect(content(half) == before, "something has changed")
     allowed = scene.run(half, data_path=data, allow_changed_data=True)
     check(allowed, 0, "other pairs than", "as allowed")
+    expect(allowed.err.count("as allowed") == 1, "says it more than once")
     shutil.rmtree(half)
     scene.finish(scene.half(output_dir.name))
     return happened(done), "nothing: with the data of before, same bits"
@@ -348,6 +349,94 @@ def an_older_one(scene: Scene, output_dir: Path) -> tuple[str, str]:
     return f"0; {said.partition('Warning: ')[2]}", "nothing: same bits"
 
 
+def tries(fault: Callable[[Scene, Path], tuple[str, str] | None]) -> Callable[[Scene, Path], tuple[str, str]]:
+    """A fault that has to fall into a few milliseconds, until it does; None: it did not."""
+
+    def until_it_does(scene: Scene, output_dir: Path) -> tuple[str, str]:
+        for number in range(10):
+            if found := fault(scene, output_dir.with_name(f"{output_dir.name}.{number}")):
+                return found
+        raise WrongError("never fell into its moment")
+
+    return until_it_does
+
+
+@tries
+def interrupted_twice(scene: Scene, output_dir: Path) -> tuple[str, str] | None:
+    said = scene.folder / f"{output_dir.name}.err"
+    with scene.start(output_dir) as process:
+        until(lambda: len(losses(output_dir)) >= 2, process)
+        process.process.send_signal(signal.SIGINT)
+        until(lambda: "SIGINT: saving" in said.read_text(encoding="utf-8"), process)
+        process.process.send_signal(signal.SIGINT)
+        done = process.end()
+    if "stopped at once" not in done.out:  # the step was saved before
+        return None
+    newest = checkpoints.latest(output_dir)
+    check(done, 130, f"stopped at once, the newest checkpoint is {newest};")
+    expect(f"going on from {newest}\n" in scene.finish(output_dir).out, "another checkpoint was taken")
+    return happened(done), "the step that ran: resumed, same bits"
+
+
+@tries
+def signalled_in_the_model(scene: Scene, output_dir: Path) -> tuple[str, str] | None:
+    with scene.start(output_dir) as process:
+        if until(_staged(output_dir, "model").exists, process, may_end=True):
+            process.process.send_signal(signal.SIGTERM)
+        done = process.end()
+    if done.code == 0:
+        return None
+    check(done, 143, "SIGTERM: stopped; go on with --resume_from_checkpoint")
+    scene.finish(output_dir)
+    return happened(done), "nothing: resumed, same bits"
+
+
+def full_disk_at_start(scene: Scene, output_dir: Path) -> tuple[str, str]:
+    with small_disk(output_dir, "64k") as resize:
+        (output_dir / "mine").write_bytes(bytes(2**16))
+        done = scene.run(output_dir)
+        check(done, 1, "No space left on device")
+        expect(list(content(output_dir)) == ["mine"], "something is left")
+        resize("64m")
+        scene.finish(output_dir)
+    return happened(done), "nothing"
+
+
+def full_disk_of_the_model(scene: Scene, output_dir: Path) -> tuple[str, str]:
+    with small_disk(output_dir, "256k") as resize:  # room for the log and pictures
+        done = scene.run(output_dir, save_strategy="no")
+        check(done, 1, "the model could not be written to", "nothing of this training is saved")
+        expect(losses(output_dir) == losses(scene.straight), "the log is not whole")
+        resize("64m")
+        scene.finish(output_dir)
+    return happened(done), "the training, of which no checkpoint was asked for (--save_strategy no)"
+
+
+def model_replaced(scene: Scene, output_dir: Path) -> tuple[str, str]:
+    """By a resumed run, which is killed while it does so."""
+    random_, wheres = random.Random(output_dir.name), collections.Counter[str]()
+    while wheres["in pieces"] + wheres["whole"] < 8:
+        half = scene.half(f"{output_dir.name}.{wheres.total()}", last=5)
+        shutil.copytree(scene.folder / "model", half, dirs_exist_ok=True)
+        old = (half / "model.safetensors").read_bytes()
+        with scene.start(half) as process:
+            names = ("model.whole", "model.clear")
+            if until(lambda: any(_staged(half, name).exists() for name in names), process, may_end=True):  # noqa: B023
+                time.sleep(random_.uniform(0, 0.003))
+            process.process.kill()
+            if process.process.wait() == 0:
+                wheres["too late"] += 1
+                continue
+        loadable = (half / "config.json").exists()
+        wheres["whole" if loadable else "in pieces"] += 1
+        if loadable and (half / "model.safetensors").read_bytes() != old:
+            expect(same(half / "model.safetensors", scene.straight / "model.safetensors"), "a torn model")
+            expect(same(half / "config.json", scene.straight / "config.json"), "the old configuration")
+        scene.finish(half)
+    said = f"8 kills, after {wheres['in pieces']} of which no model can be loaded until the run is resumed"
+    return said, "nothing: resumed, same bits"
+
+
 FAULTS: dict[str, Callable[[Scene, Path], tuple[str, str]]] = {
     "SIGTERM in training": signalled(signal.SIGTERM, 143),
     "SIGINT in training": signalled(signal.SIGINT, 130),
@@ -373,6 +462,11 @@ FAULTS: dict[str, Callable[[Scene, Path], tuple[str, str]]] = {
     "checkpoints deleted, the model left": without_checkpoints,
     "checkpoint of another run": of_another_run,
     "resumed from an older checkpoint": an_older_one,
+    "SIGINT twice in training": interrupted_twice,
+    "SIGTERM while the model is saved": signalled_in_the_model,
+    "full disk at start": full_disk_at_start,
+    "full disk when the model is saved, no checkpoints": full_disk_of_the_model,
+    "kill -9 while a model is replaced": model_replaced,
 }
 
 
@@ -419,8 +513,8 @@ def main() -> int:
                 row.happened, row.lost = fault(scene, scene.folder / f"fault-{number}")
             except NotHereError as error:
                 row.happened = f"not tried here: {error}"
-            except WrongError as error:
-                row.wrong = [str(error)]
+            except Exception as error:  # also of this program: the other rows are still to come
+                row.wrong = [f"{type(error).__name__}: {error}"]
             row.happened, row.lost = (text.replace(folder, "DIR") for text in (row.happened, row.lost))
             rows.append(row)
             print(f"{name}: {'WRONG: ' + row.wrong[0] if row.wrong else row.happened}", flush=True)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dpo_kernels.training import checkpoints
 from dpo_kernels.training.data import write_whole
 from dpo_kernels.training.processes import anywhere
 from dpo_kernels.training.report import LOG_NAME, save_curves
@@ -44,8 +43,8 @@ class Progress(ProgressCallback):
 class RunLog(TrainerCallback):
     """Every log entry as a line of JSON in output_dir, and the curves as a picture at each save and at the end.
 
-    A disk that is full ends no training here: what cannot be written is told, and the log is written again from the
-    trainer's history as soon as that works.
+    A disk that is full ends no training here: a warning says what cannot be written, and the log is written again from
+    the trainer's history as soon as that works.
     """
 
     def __init__(self) -> None:
@@ -54,25 +53,16 @@ class RunLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._behind = False
         if state.is_world_process_zero:
-            checkpoints.clean(str(args.output_dir))
             # After a resume the history ends at the checkpoint: steps beyond it are done again.
-            write_whole(self._path(args), "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+            self._write(lambda: self._write_all(args, state))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not (state.is_world_process_zero and state.log_history):
             return
-        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-        try:
-            if self._behind:
-                write_whole(self._path(args), "".join(lines))
-            else:
-                with self._path(args).open("a", encoding="utf-8") as file:
-                    file.write(lines[-1])
-            self._behind = False
-        except OSError as error:
-            self._tell(error)
-            self._behind = True
+        add = self._write_all if self._behind else self._add_last
+        self._write(lambda: add(args, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -82,6 +72,21 @@ class RunLog(TrainerCallback):
                 self._tell(error)
 
     on_train_end = on_evaluate = on_save
+
+    def _write_all(self, args: TrainingArguments, state: TrainerState) -> None:
+        write_whole(self._path(args), "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def _add_last(self, args: TrainingArguments, state: TrainerState) -> None:
+        with self._path(args).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(state.log_history[-1]) + "\n")
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._behind = False
+        except OSError as error:
+            self._tell(error)
+            self._behind = True
 
     def _tell(self, error: OSError) -> None:
         if not self._behind:
@@ -101,11 +106,13 @@ class StopOnSignal(TrainerCallback):
         self.accelerator = accelerator
         self.received = False
         self.number: int | None = None  # of the signal, where it came to this process
+        self.ending = self.saved = False  # the step has ended; its checkpoint is in its place
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """For the length of a training; the handlers that were there before come back after it."""
         self.received, self.number, self._listener = False, None, os.getpid()
+        self.ending = self.saved = False
         if threading.current_thread() is not threading.main_thread():
             yield  # signals reach the main thread alone
             return
@@ -120,11 +127,17 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.received = anywhere(self.accelerator, self.received)
         if self.received:
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = self.ending = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved = self.ending
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._listener:
-            return  # a forked worker, to which a terminal sends its SIGINT too: the step needs it
+        if os.getpid() != self._listener:  # a forked worker
+            if number == signal.SIGTERM:  # meant for it
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return  # a terminal sends its SIGINT to all: the step needs the worker
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received, self.number = True, number

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,12 +24,14 @@ STATE_NAME = "trainer_state.json"
 FACTS_NAME = "dpo_checkpoint.json"  # the sizes of a checkpoint's files, and what it was trained on
 # A model is one by these: where they are last to come, one that came in part is none.
 LAST = ("config.json", "adapter_config.json")
-# What PyTorch says of files that cannot be written or read, as RuntimeError.
-TORCH_FILES = re.compile(r"PytorchStream(Writer|Reader)|inline_container|file write failed|unexpected pos")
+WEIGHTS = re.compile(r"(\w+)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+# What PyTorch says, as RuntimeError, of files that cannot be written, and of those that cannot be read or do not fit.
+UNWRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|unexpected pos")
+UNREAD = re.compile(r"PytorchStreamReader|inline_container|unexpected pos|size mismatch|loading state_dict")
 
 
 class SaveError(OSError):
-    """A checkpoint or a model could not be written; what was saved before is as it was."""
+    """A checkpoint or a model could not be written; says what is saved."""
 
 
 class CheckpointError(ValueError):
@@ -51,21 +54,32 @@ def publish(staged: Path, target: Path) -> None:
         target.replace(old)
     staged.replace(target)
     _fsync(target.parent)
-    _discard(old)
+    with suppress(OSError):  # `clean` takes it away
+        _discard(old)
 
 
 def publish_files(staged: Path, target: Path) -> None:
-    """Renames each file of a finished folder, and of those in it, into another folder, which may hold more.
+    """Renames each file of a finished model's folder, and of those in it, into another folder, which may hold more.
 
-    From the first rename on the folder's name says that it is whole, so that `clean` can go on where a kill ended it.
+    From the first change there on the folder's name says that it is whole, so that `clean` can go on where a kill ended
+    it. A model that is replaced is first made one that cannot be loaded: a mixture of the two never can.
+
+    Raises:
+        SaveError: the files are whole, and could not be put in their place.
     """
     _flush(staged)
-    whole = _whole(target)
-    _move_files(whole, target)  # of a save that was killed
-    staged.replace(whole)
-    _fsync(whole.parent)
-    _move_files(whole, target)
-    _remove_if_empty(whole.parent)
+    _finish(target)  # a save that was killed
+    staged.replace(_named(target, "whole"))
+    _fsync(staging(target))
+    try:
+        _finish(target)
+    except OSError as error:
+        raise SaveError(
+            f"the model is written, and could not be put in its place in {target} ({error}): its files, or the rest of "
+            f"them, are in {staging(target)}. Mend the folder, then save it again, or start again with "
+            "--resume_from_checkpoint"
+        ) from error
+    _remove_if_empty(staging(target))
 
 
 def all_of(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -90,8 +104,11 @@ def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | No
     found = all_of(output_dir)
     kept = {(saved or found[-1]).name if found else "", Path(best).name if best is not None else ""}
     spare = [p for p in found if p.name not in kept]
-    for path in spare[: max(0, len(found) - limit)]:
-        _discard(path, staging(output_dir))
+    try:
+        for path in spare[: max(0, len(found) - limit)]:
+            _discard(path, staging(output_dir))
+    except OSError as error:
+        warnings.warn(f"{path} is beyond save_total_limit, and cannot be deleted ({error})", stacklevel=2)
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -111,7 +128,7 @@ def clean(output_dir: str | os.PathLike[str]) -> None:
     A model that was whole is put in its place, a checkpoint that was about to be replaced comes back; the rest goes.
     """
     target = Path(output_dir)
-    _move_files(_whole(target), target)
+    _finish(target)
     for old in staging(target).glob(f"{PREFIX}*{REPLACED}"):
         final = target / old.name.removesuffix(REPLACED)
         if not final.exists():
@@ -163,10 +180,13 @@ def reading(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     Raises:
         CheckpointError: what is read inside cannot be read, or does not fit the model.
+        RuntimeError: of another kind, as where the device is out of memory.
     """
     try:
         yield
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, RuntimeError) and not UNREAD.search(str(error)):
+            raise
         raise CheckpointError(
             f"the checkpoint {folder} cannot be read, or is not of this model ({type(error).__name__}: {error}); go on "
             "from an older one with --resume_from_checkpoint FOLDER, or check --ref_weight and --from_weight"
@@ -174,49 +194,78 @@ def reading(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def writing(what: str, staged: Path, output_dir: Path) -> Iterator[None]:
+def writing(what: str, staged: Path | None, target: Path, output_dir: Path) -> Iterator[None]:
     """Takes away again what could not be written to its end.
+
+    Args:
+        staged: what to take away; None: nothing, as where other processes write there too. `clean` does it then.
+        target: where it was to be saved.
+        output_dir: of the run, with its checkpoints.
 
     Raises:
         SaveError: a file could not be written; says what there is to go on from.
     """
     try:
         yield
+    except SaveError:  # says it already
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not TORCH_FILES.search(str(error)):
+        if isinstance(error, RuntimeError) and not UNWRITTEN.search(str(error)):
             raise
-        shutil.rmtree(staged, ignore_errors=True)
         free = ""
         with suppress(OSError):
-            _remove_if_empty(staged.parent)
+            if staged is not None:
+                shutil.rmtree(staged, ignore_errors=True)
+                _remove_if_empty(staged.parent)
         with suppress(OSError):
-            free = f"; {shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there"
+            free = f"; {shutil.disk_usage(target).free / 2**20:,.0f} MiB are free there"
         said = str(error)
         if isinstance(error, RuntimeError):
             said = f"PyTorch could not write a file to its end, as on a full disk: {said.splitlines()[0]}"
         newest = latest(output_dir)
-        before = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint before it"
-        raise SaveError(
-            f"{what} could not be written to {output_dir} ({said}{free}); what was saved before is as it was, "
-            f"{before}. Make room or mend the folder, then go on with --resume_from_checkpoint"
-        ) from error
+        saved = "there is no checkpoint: nothing of this training is saved. Make room or mend the folder"
+        if newest:
+            saved = (
+                f"what was saved before is as it was, the newest checkpoint is {newest}. Make room or mend the folder, "
+                "then go on with --resume_from_checkpoint"
+            )
+        raise SaveError(f"{what} could not be written to {target} ({said}{free}); {saved}") from error
 
 
-def _whole(target: Path) -> Path:
-    return staging(target) / "model.whole"
+def _named(target: Path, state: str) -> Path:
+    """A finished model on its way: whole, and clear once nothing of an older one can be loaded with its files."""
+    return staging(target) / f"model.{state}"
 
 
-def _move_files(folder: Path, target: Path) -> None:
-    if not folder.exists():
-        return
+def _finish(target: Path) -> None:
+    """Puts a model that is whole into its place; after a kill this goes on where it was."""
+    whole, clear = _named(target, "whole"), _named(target, "clear")
+    if whole.exists():
+        _take_apart(target, whole)
+        whole.replace(clear)
+        _fsync(clear.parent)
+    if clear.exists():
+        files = (path for path in clear.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: (path.name in LAST, path)):
+            final = target / path.relative_to(clear)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(final)
+            _fsync(final.parent)
+        shutil.rmtree(clear)
+
+
+def _take_apart(target: Path, new: Path) -> None:
+    """Deletes what makes the files of an older model one, then its weights: the new one may have fewer, larger ones."""
+    names = {path.name for path in new.iterdir()}
+    stems = {found[1] for name in names if (found := WEIGHTS.fullmatch(name))}
     target.mkdir(parents=True, exist_ok=True)
-    files = (path for path in folder.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: (path.name in LAST, path)):
-        final = target / path.relative_to(folder)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(final)
-        _fsync(final.parent)
-    shutil.rmtree(folder)
+    for name in names & set(LAST):
+        (target / name).unlink(missing_ok=True)
+    _fsync(target)
+    for path in target.iterdir():
+        if (found := WEIGHTS.fullmatch(path.name)) and found[1] in stems:
+            path.unlink()
+    _fsync(target)
 
 
 def _is_json(path: Path) -> bool:

@@ -34,8 +34,7 @@ from transformers.utils import cached_file
 # One of these is there wherever a tokenizer is.
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
-# What the libraries raise of files that are damaged; the tokenizers' own errors are plain ones.
-UNREADABLE = (SafetensorError, UnpicklingError, EOFError, JSONDecodeError, Exception)
+UNREADABLE = (SafetensorError, UnpicklingError, EOFError, JSONDecodeError)  # what the libraries raise of damaged files
 
 Loaded = TypeVar("Loaded")
 
@@ -261,7 +260,9 @@ def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
     except Exception as error:
-        if type(error) in UNREADABLE or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)):
+        of_tokenizers = type(error) is Exception  # the library tokenizers has no class of its own
+        of_torch = isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
+        if isinstance(error, UNREADABLE) or of_tokenizers or of_torch:
             raise LoadError(
                 f"{name} holds files that cannot be read, cut short perhaps ({type(error).__name__}: {error}); "
                 "download or save it again"

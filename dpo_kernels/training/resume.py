@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import datasets
 
 from dpo_kernels.losses import LossOptions
 from dpo_kernels.training import checkpoints
@@ -16,7 +19,7 @@ from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.data_report import column
 
-# Options that decide the numbers of a step: another value on a resume is told.
+# Options that decide the numbers of a step: a resume with another value warns.
 NUMBERS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1",
@@ -31,7 +34,7 @@ class DataChangedError(CheckpointError):
 
 
 def newest_whole(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint that is whole, None where there is no checkpoint; damaged ones are told.
+    """The newest checkpoint that is whole, None where there is no checkpoint; warns of damaged ones.
 
     Raises:
         CheckpointError: there are checkpoints, and each is damaged.
@@ -83,11 +86,16 @@ def data_facts(dataset: Any) -> dict[str, Any]:
     """The number of pairs, and of a `DPODataset` a hash of their tokens, which of them count, and their order."""
     known: dict[str, Any] = {"pairs": len(dataset)} if hasattr(dataset, "__len__") else {}
     if isinstance(dataset, DPODataset):
-        digest = hashlib.sha256()
-        for tokens, counted in zip(column(dataset.rows, "digest"), column(dataset.rows, "counted"), strict=True):
-            digest.update(f"{tokens} {counted}\n".encode())
-        known["hash"] = digest.hexdigest()[:32]
+        known["hash"] = _hash(dataset.rows)
     return known
+
+
+@functools.lru_cache(maxsize=1)  # before the models are loaded, for the checkpoints, and at the training's start
+def _hash(rows: datasets.Dataset) -> str:
+    digest = hashlib.sha256()
+    for tokens, counted in zip(column(rows, "digest"), column(rows, "counted"), strict=True):
+        digest.update(f"{tokens} {counted}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def check_data(checkpoint: str | os.PathLike[str], dataset: Any, allow_changed: bool) -> None:
@@ -113,7 +121,7 @@ def check_data(checkpoint: str | os.PathLike[str], dataset: Any, allow_changed: 
     warnings.warn(f"other pairs than {checkpoint} was trained on ({numbers}), as allowed", stacklevel=2)
 
 
-def tell_changes(checkpoint: Path, now: dict[str, Any]) -> None:
+def warn_of_changes(checkpoint: Path, now: dict[str, Any]) -> None:
     """Warns of options that are not those of the checkpoint, and of what it does not hold."""
     saved = checkpoints.read_facts(checkpoint)
     before, after = ({**found.get("options", {}), "reference": found.get("reference")} for found in (saved, now))
@@ -137,7 +145,11 @@ def set_aside_newer(checkpoint: Path, output_dir: Path) -> None:
     ]
     if newer:
         names = [checkpoints.set_aside(path).name for path in newer]
-        warnings.warn(f"kept, and taken up by no run: {', '.join(names)} in {output_dir}", stacklevel=3)
+        warnings.warn(
+            f"kept, and taken up by no run: {', '.join(names)} in {output_dir}; to go on from one, rename it back to "
+            f"{checkpoints.PREFIX}N",
+            stacklevel=3,
+        )
 
 
 def _plain(value: Any) -> Any:

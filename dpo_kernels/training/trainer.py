@@ -7,7 +7,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class DPOTrainer(Trainer):
             CheckpointError: the checkpoint is damaged, or was trained on other pairs (`DPOConfig.allow_changed_data`).
             FolderInUseError: another run writes into output_dir.
             SaveError: a checkpoint could not be written.
-            KeyboardInterrupt: after a SIGINT, with the last step saved.
+            KeyboardInterrupt: after a SIGINT, with the last step saved (`interrupted`); at once after a second one.
         """
         # An evaluation before training marks the model as prepared, and accelerate would then train it without DDP,
         # each process on its own (transformers 5.24, accelerate 1.15).
@@ -135,7 +135,7 @@ class DPOTrainer(Trainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         with self._owning():
             self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
-            checkpoint = self._checked(resume_from_checkpoint)
+            checkpoint = from_main(self.accelerator, lambda: self._checked(resume_from_checkpoint))
             with self._signal.listening():
                 result = super().train(checkpoint, *args, **kwargs)
         if self.interrupted and self._signal.number == signal.SIGINT:
@@ -151,20 +151,19 @@ class DPOTrainer(Trainer):
             yield
 
     def _checked(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to go on from, if any; says what is other than it was."""
+        """The checkpoint to go on from, if any; warns of what is other than it was. Of the main process."""
+        output_dir = Path(str(self.args.output_dir))
+        checkpoints.clean(output_dir)
         if wanted is None or wanted is False:
             return None
-        output_dir = Path(str(self.args.output_dir))
-        with self.args.main_process_first(local=False, desc="looking at checkpoints"):
-            if wanted is True:
-                if (newest := resume.newest_whole(output_dir)) is None:
-                    raise checkpoints.CheckpointError(f"there is no checkpoint in {output_dir} to go on from")
-                wanted = str(newest)
+        if wanted is True:
+            if (newest := resume.newest_whole(output_dir)) is None:
+                raise checkpoints.CheckpointError(f"there is no checkpoint in {output_dir} to go on from")
+            wanted = str(newest)
+        else:
             resume.check_folder(wanted)
-            resume.check_data(wanted, self.train_dataset, self.args.allow_changed_data)
-            if self.args.process_index == 0:
-                resume.tell_changes(Path(wanted), self._facts or {})
-                resume.set_aside_newer(Path(wanted), output_dir)
+        resume.check_data(wanted, self.train_dataset, self.args.allow_changed_data)
+        resume.warn_of_changes(Path(wanted), self._facts or {})
         return wanted
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -174,6 +173,8 @@ class DPOTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.process_index == 0:  # the model has come before it
+            resume.set_aside_newer(Path(checkpoint), Path(str(self.args.output_dir)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
@@ -261,8 +262,8 @@ class DPOTrainer(Trainer):
 
     @property
     def interrupted(self) -> bool:
-        """Whether a SIGTERM or SIGINT ended training early; a checkpoint of the last step is then saved."""
-        return self._signal.received and self.state.global_step < self.state.max_steps
+        """Whether a SIGTERM or SIGINT ended training early, with a checkpoint of the last step."""
+        return self._signal.saved and self.state.global_step < self.state.max_steps
 
     @property
     def stopped_by(self) -> int | None:
@@ -276,7 +277,7 @@ class DPOTrainer(Trainer):
                 return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or str(self.args.output_dir))
         staged = checkpoints.staging(target) / "model"
-        with checkpoints.writing("the model", staged, target):
+        with self._writing("the model", staged, target):
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
             self.save_model(str(staged), _internal_call=True)
@@ -303,7 +304,7 @@ class DPOTrainer(Trainer):
         staged = checkpoints.staging(target)
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
         self._staged_in, self.args.save_total_limit = str(staged), None
-        with checkpoints.writing(f"the checkpoint of step {self.state.global_step}", staged / name, target):
+        with self._writing(f"the checkpoint of step {self.state.global_step}", staged / name, target):
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -315,8 +316,19 @@ class DPOTrainer(Trainer):
                 self.state.save_to_json(str(staged / name / checkpoints.STATE_NAME))
                 checkpoints.write_facts(staged / name, self._facts or {})
                 checkpoints.publish(staged / name, target / name)
-                checkpoints.rotate(target, limit, self.state.best_model_checkpoint, target / name)
+        if self.args.should_save:
+            checkpoints.rotate(target, limit, self.state.best_model_checkpoint, target / name)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staged_in is None:  # not of one that is not in its place yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _writing(self, what: str, staged: Path, target: Path) -> AbstractContextManager[None]:
+        alone = self.accelerator.num_processes == 1
+        return checkpoints.writing(what, staged if alone else None, target, Path(str(self.args.output_dir)))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         if not batch_samples:
