@@ -122,6 +122,7 @@ struct Joined {
 };
 
 inline Joined join(double base, double total, double y) {
+  const bool any = base > kNoBase;  // not total > 0: far from zero, rounding leaves nothing of the sums (see LARGEST_LOGIT)
   base *= kLn2;
   Joined r;
   r.lse_of_others = base + std::log(total);
@@ -131,7 +132,7 @@ inline Joined join(double base, double total, double y) {
   if (std::isinf(y) && y > 0) r.log_prob = std::numeric_limits<double>::quiet_NaN();
   // From the larger of the two: y - log_prob would lose everything where y is finite and hugely negative.
   r.lse = ahead > 0 ? y + std::log1p(std::exp(-ahead)) : r.lse_of_others + std::log1p(std::exp(ahead));
-  r.maximum = total > 0 ? std::max(base, y) : y;
+  r.maximum = any ? std::max(base, y) : y;
   return r;
 }
 

@@ -85,6 +85,25 @@ def test_logits_over_the_whole_range_of_float32(target, scale, vocab):
         assert_close(leaf.grad, exact.grad, 1e-5, level)
 
 
+@pytest.mark.parametrize("far", [5e5, 1e6, 1e8, 1e10, 1e20, 1e38, 3e38, -1e10, -3e38])
+@pytest.mark.parametrize("label", [0, 2])
+def test_one_logit_is_far_from_all_others(target, far, label):
+    """Also where the label is another one, so that nothing near it is left of the sums."""
+    logits, labels = target.tensor([[far, 0.3, -1.0, 0.1]]), target.tensor([label])
+    exact = logits.double().requires_grad_()
+    truth = reference.logits_to_log_probs(exact, labels)
+    truth.sum().backward()
+    for level in ("logits", "hidden"):
+        leaf = logits.clone().requires_grad_()
+        if level == "logits":
+            got = logits_to_log_probs(leaf, labels)
+        else:
+            got = hidden_to_log_probs(leaf, torch.eye(4, device=target.device), labels)
+        got.sum().backward()
+        assert_close(got / truth.clamp(max=-1), truth / truth.clamp(max=-1), 1e-5, level)
+        assert_close(leaf.grad, exact.grad, 1e-5, level)
+
+
 def test_a_cap_far_below_its_logits(target):
     """The label's logit is kept: from its log-prob it could not be made again to the digits that the cap needs."""
     logits = target.tensor([[-8.5, -36.8, 12.0]]).requires_grad_()
