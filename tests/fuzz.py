@@ -189,7 +189,7 @@ def bound_gradients(
             found = flat.T @ wide["hidden"].abs().reshape(-1, spec.features).nan_to_num(0, 0, 0)
         else:
             found = flat.sum(0)
-        bounds[name] = 2 * found + own
+        bounds[name] = 4 * found + own
     return bounds
 
 
