@@ -100,8 +100,10 @@ class DPOTrainer(Trainer):
         balances = self.aux_loss.weight > 0 and not is_of_its_own_kind(model)
         gives_mask = balances or "flash" in str(_attention(model))
         pairs = train_dataset if train_dataset is not None else eval_dataset
+        # A compiled model would be compiled again for the lengths of each step.
+        layout = "padded" if args.layout == "auto" and args.torch_compile else args.layout
         choice = from_main(self.accelerator, lambda: layout_check.choose(
-            model, args.layout, pairs, args.per_device_train_batch_size, balances=balances, gives_mask=gives_mask,
+            model, layout, pairs, args.per_device_train_batch_size, balances=balances, gives_mask=gives_mask,
             is_sharded=self.is_fsdp_enabled,
         ))  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tiny_models import build
-from training_helpers import logs, make_model, make_trainer, weights
+from training_helpers import SIZES, Trees, logs, make_model, make_trainer, weights
 
 from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, PairCollator
 from dpo_kernels.training.attention import Spans, Tree, masks, use_branches
@@ -25,34 +25,6 @@ RIGHT = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "gpt_oss", "phi3",
     "olmo3", "cohere2", "granite", "deepseek_v3", "gpt2",
 )  # fmt: skip
-# (prompt, tokens of both that are equal, chosen, rejected): beyond windows, no prompt in common, an answer that is the
-# other's beginning, a long prompt.
-SIZES = ((21, 0, 30, 19), (0, 0, 9, 25), (12, 7, 0, 6), (40, 2, 5, 11))
-
-
-class Trees(torch.utils.data.Dataset):
-    """Pairs that begin alike. Some tokens of a prompt count, as earlier replies do."""
-
-    def __init__(self, sizes=SIZES, vocab=97, width=64):
-        draw = torch.Generator().manual_seed(0)
-        self.items = []
-        for prompt, alike, *answers in sizes:
-            stem, item = torch.randint(5, vocab, (prompt + alike,), generator=draw), {}
-            for side, count, start in zip(("chosen", "rejected"), answers, (3, 4), strict=True):
-                own = torch.randint(5, vocab, (count + 1,), generator=draw)
-                own[0] = start  # they part here
-                ids, mask = torch.cat([stem, own]), torch.zeros(width, dtype=torch.bool)
-                mask[max(prompt - 1, 0) : len(ids) - 1] = True
-                mask[3 : prompt // 2] = prompt > 20
-                x, y = (torch.nn.functional.pad(t, (0, width - len(t)), value=7) for t in (ids[:-1], ids[1:]))
-                item |= {f"x_{side}": x, f"y_{side}": y.masked_fill(~mask, -100), f"mask_{side}": mask}
-            self.items.append(item)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
 
 
 def batch_of(pairs, layout=PADDED):
@@ -151,6 +123,8 @@ def test_loss_metrics_and_gradients_are_those_of_padded_rows(tmp_path, model_typ
     with torch.no_grad():
         for p in trainer.model.parameters():
             p.add_(torch.randn_like(p), alpha=0.05 * p.std().nan_to_num().item())
+    if trainer.aux_loss.weight > 0:  # so much that it shows
+        trainer.aux_loss = type(trainer.aux_loss)(1.0, "")
     compared = list(differences(trainer, batch, [x for x in LAYOUTS if x.attention == "branches"]))
     trainer.aux_loss = type(trainer.aux_loss)(0.0, "")
     compared += differences(trainer, batch, [x for x in LAYOUTS if x.attention != "branches"])
