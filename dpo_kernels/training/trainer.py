@@ -145,6 +145,7 @@ class DPOTrainer(Trainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         with self._owning():
             self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
+            self._facts["options"]["layout"] = self.layout.name
             checkpoint = self._checked(resume_from_checkpoint)
             with self._signal.listening():
                 result = super().train(checkpoint, *args, **kwargs)
