@@ -157,16 +157,23 @@ class Attention:
         return F.dropout(weights, self.dropout, self.dropout > 0) @ value
 
 
-def _over_sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    run = ALL_ATTENTION_FUNCTIONS["sdpa"] if kwargs.get("spans") is None else branches
-    return run(*args, **kwargs)
+def _over_sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    run = branches if _has_spans(module, kwargs) else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return run(module, *args, **kwargs)
 
 
 def _over_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    if kwargs.get("spans") is not None:
+    if _has_spans(module, kwargs):
         return branches(module, *args, **kwargs)
     own: Any = sys.modules[type(module).__module__]
     return own.eager_attention_forward(module, *args, **kwargs)
+
+
+def _has_spans(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    if (spans := kwargs.get("spans")) is None and getattr(_now, "spans", False):
+        # As where a layer is checkpointed in a way that drops its arguments.
+        raise ValueError(f"{type(module).__name__} was not told where answers lie in a row: the model keeps it back")
+    return spans is not None
 
 
 _now = threading.local()
@@ -212,6 +219,13 @@ def use_branches(model: nn.Module, on: bool) -> None:
 
 def uses_branches(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "_attn_implementation", None) in NAMES.values()
+
+
+def without_eager(model: nn.Module) -> str:
+    """The name of an attention class whose module has no `eager_attention_forward`; "" if all have."""
+    classes = {type(module) for module in model.modules() if "Attention" in type(module).__name__}
+    found = (c.__name__ for c in classes if not hasattr(sys.modules.get(c.__module__), "eager_attention_forward"))
+    return min(found, default="")
 
 
 def text_config(model: Any) -> Any:

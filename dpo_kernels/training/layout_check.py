@@ -193,6 +193,8 @@ def _known_reason(model: Any, layout: Layout) -> str:
     # On the class: a fused model is one of its own class still.
     if layout.attention == "branches" and not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         return f"{name} does not take its attention from transformers' AttentionInterface"
+    if layout.attention == "branches" and own == "eager" and (missing := attention.without_eager(model)):
+        return f"{missing} has no eager_attention_forward beside it, for calls that are not of pairs"
     return ""
 
 

@@ -181,6 +181,26 @@ def test_a_gradient_that_goes_astray_is_found(monkeypatch):
     assert "LlamaForCausalLM gives other gradients in shared rows" in refusal(model, Layout("shared", "branches"))
 
 
+def test_a_layer_that_is_not_told_is_an_error_in_any_mode():
+    """As with checkpointing that hands on some arguments of a layer and not others; nothing is computed silently."""
+    model = make_model("Llama")
+    FusedHead(model)
+    use_branches(model, True)
+    layer = model.model.layers[1]
+    own = layer.forward
+    layer.forward = lambda *args, spans=None, **kwargs: own(*args, **kwargs)
+    with pytest.raises(ValueError, match="LlamaAttention was not told where answers lie in a row"):
+        batch_of(Trees(), Layout("shared", "branches")).run(model)
+
+
+def test_other_numbers_per_token_come_back_too(tmp_path):
+    found = []
+    for layout in ("padded", "bucketed", "shared"):
+        trainer = make_trainer(tmp_path, pairs=Trees(), layout=layout, use_weighting=True)
+        found.append(trainer.compute_loss(trainer.model, batch_of(Trees()).inputs).item())
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+
+
 def test_auto_takes_the_fewest_tokens():
     model = make_model("Qwen3")
     FusedHead(model)
