@@ -97,8 +97,8 @@ class DPOTrainer(Trainer):
         # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
         # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
-        balances = self.aux_loss.weight > 0 and not is_of_its_own_kind(model)
-        gives_mask = balances or "flash" in str(_attention(model))
+        balances = self.aux_loss.weight > 0
+        gives_mask = (balances and not is_of_its_own_kind(model)) or "flash" in str(_attention(model))
         pairs = train_dataset if train_dataset is not None else eval_dataset
         # A compiled model would be compiled again for the lengths of each step.
         layout = "padded" if args.layout == "auto" and args.torch_compile else args.layout

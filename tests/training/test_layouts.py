@@ -225,6 +225,15 @@ def trained(folder, layout):
     return weights(trainer), trainer.evaluate()["eval_loss"], [e["loss"] for e in logs(folder)]
 
 
+def test_a_load_balancing_loss_over_all_rows_keeps_them(monkeypatch):
+    model, pairs = make_model("Llama"), Trees()
+    FusedHead(model)
+    with pytest.raises(LayoutError, match="the load-balancing loss of LlamaForCausalLM is over all rows"):
+        choose(model, "bucketed", pairs, 4, balances=True)
+    monkeypatch.setattr("dpo_kernels.training.layout_check.is_of_its_own_kind", lambda model: True)
+    assert choose(model, "auto", pairs, 4, balances=True).layout == PADDED
+
+
 @pytest.fixture(scope="module")
 def in_padded_rows(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("padded"), "padded")
