@@ -161,6 +161,8 @@ def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> in
     del reference
     if trainer.aux_loss.told:
         say(config, trainer.aux_loss.told)
+    if trainer.layout_told:
+        say(config, trainer.layout_told)
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except NonFiniteError as error:

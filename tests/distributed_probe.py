@@ -16,9 +16,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from training_helpers import Pairs, make_model, make_trainer
+from training_helpers import Pairs, Trees, make_model, make_trainer
 
-from dpo_kernels.training import FusedHead
+from dpo_kernels.training import FusedHead, PairCollator
+from dpo_kernels.training.attention import use_branches
+from dpo_kernels.training.batch import PairBatch
+from dpo_kernels.training.layouts import Layout
 
 NAMES = [("Llama", {}), ("Qwen3", {"tie_word_embeddings": True}), ("Phi", {"num_key_value_heads": 4})]
 
@@ -32,6 +35,28 @@ def shard(model):
     for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def check_layouts() -> None:
+    """Each process has rows of its own length; a group more or less is within one forward."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pairs, cases = Trees(), (Layout("bucketed"), Layout("shared", "branches"), Layout("shared", "mask"))
+    alone = make_model("Qwen3")
+    FusedHead(alone)
+    (PairBatch(PairCollator()(pairs.items)).run(alone)["log_probs"].sum() / world).backward()
+    for layout in cases:
+        for wrap in (DistributedDataParallel, shard)[: 1 if layout.name == "bucketed" else 2]:
+            model = make_model("Qwen3")
+            FusedHead(model)
+            use_branches(model, layout.attention == "branches")
+            wrapped = wrap(model)
+            batch = PairBatch(PairCollator()(pairs.items[rank::world]), layout)
+            for _ in range(2):
+                model.zero_grad()
+                batch.run(wrapped)["log_probs"].sum().backward()
+            for (key, parameter), exact in zip(model.named_parameters(), alone.parameters(), strict=True):
+                grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+                assert_close(grad, exact.grad, 2e-4, f"{layout} {wrap.__name__} {key}")
 
 
 def check_that_an_evaluation_before_training_keeps_ddp() -> None:
@@ -67,6 +92,7 @@ def main() -> None:
             for (key, parameter), exact in zip(model.named_parameters(), alone.parameters(), strict=True):
                 grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
                 assert_close(grad, exact.grad, 2e-4, f"{name} {wrap.__name__} {key}")
+    check_layouts()
     check_that_an_evaluation_before_training_keeps_ddp()
     print(f"rank {rank}: as one process", flush=True)
     dist.barrier()

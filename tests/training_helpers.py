@@ -58,6 +58,36 @@ class Pairs(torch.utils.data.Dataset):
         return self.items[index]
 
 
+# (prompt, tokens of both that are equal, chosen, rejected): beyond windows, no prompt in common, an answer that is the
+# other's beginning, a long prompt.
+SIZES = ((21, 0, 30, 19), (0, 0, 9, 25), (12, 7, 0, 6), (40, 2, 5, 11))
+
+
+class Trees(torch.utils.data.Dataset):
+    """Pairs that begin alike. Some tokens of a prompt count, as earlier replies do."""
+
+    def __init__(self, sizes=SIZES, vocab=97, width=64):
+        draw = torch.Generator().manual_seed(0)
+        self.items = []
+        for prompt, alike, *answers in sizes:
+            stem, item = torch.randint(5, vocab, (prompt + alike,), generator=draw), {}
+            for side, count, start in zip(("chosen", "rejected"), answers, (3, 4), strict=True):
+                own = torch.randint(5, vocab, (count + 1,), generator=draw)
+                own[0] = start  # they part here
+                ids, mask = torch.cat([stem, own]), torch.zeros(width, dtype=torch.bool)
+                mask[max(prompt - 1, 0) : len(ids) - 1] = True
+                mask[3 : prompt // 2] = prompt > 20
+                x, y = (torch.nn.functional.pad(t, (0, width - len(t)), value=7) for t in (ids[:-1], ids[1:]))
+                item |= {f"x_{side}": x, f"y_{side}": y.masked_fill(~mask, -100), f"mask_{side}": mask}
+            self.items.append(item)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
 def make_trainer(tmp_path, name="Llama", options=(), pairs=None, eval_pairs=None, callbacks=None, **config):
     config = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no",
               "disable_tqdm": True, "use_cpu": True} | config  # fmt: skip

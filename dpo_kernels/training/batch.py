@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_kernels.losses import Sides
 from dpo_kernels.training.formats import SIDES
+from dpo_kernels.training.layouts import PADDED, Arranged, Layout, Sequences, arrange
 
 IGNORE_INDEX = -100
+PER_TOKEN = {"log_probs", "log_sum_sq_probs"}  # of what a fused model gives
 UNCOUNTED = "uncounted"  # in a batch: its pair is there for a process that has nothing left to do
 
 
@@ -32,13 +34,18 @@ class PairCollator:
 class PairBatch:
     """2B answers, each behind its prompt: first the B chosen ones, then the rejected ones in the same order.
 
-    Nothing else knows how pairs and answers lie in the tensors. Today an answer is a row; a layout that puts several
-    into one row changes this class, and `segments` says which tokens are whose.
+    Nothing else knows how pairs lie in the tensors. How their tokens lie in what a model is given, the layout knows;
+    log-probs come back as (2B, S) from all of them.
 
     inputs: what `PairCollator` makes, (B, S) each: x, y and mask, and ref where the dataset has it, of both SIDES.
     """
 
     inputs: Mapping[str, Tensor]
+    layout: Layout = PADDED
+
+    def lying(self, layout: Layout) -> PairBatch:
+        """The same pairs in another layout."""
+        return self if layout == self.layout else replace(self, layout=layout)
 
     @property
     def pairs(self) -> int:
@@ -48,7 +55,7 @@ class PairBatch:
     @property
     def positions(self) -> int:
         """How many tokens a model is given, padding too."""
-        return sum(self.inputs[f"x_{side}"].numel() for side in SIDES)
+        return self._arranged.tokens
 
     @property
     def chosen_tokens(self) -> int:
@@ -80,10 +87,25 @@ class PairBatch:
         """(2B, S) int64: 1 for a token of an answer, 0 for one of none."""
         return (self.segments >= 0).long()
 
-    def model_inputs(self, with_attention_mask: bool) -> dict[str, Any]:
-        """What a fused model is called with; it gives log-probs of the labels, (2B, S)."""
-        given = {"input_ids": self._of_both("x"), "labels": self._of_both("y")}
-        return given | {"attention_mask": self.attention_mask} if with_attention_mask else given
+    def model_inputs(self) -> dict[str, Any]:
+        """What a fused model is called with."""
+        return dict(self._arranged.given)
+
+    def run(self, model: nn.Module, **options: Any) -> dict[str, Tensor]:
+        """What a fused model gives, per token (2B, S): log_probs of the labels, 0 where none counts, and what else."""
+        output = dict(model(**self.model_inputs() | {"use_cache": False} | options))
+        answers = self._arranged.answers
+        if answers is not None:
+            for name in PER_TOKEN & output.keys():
+                values = output[name].flatten()
+                zeros = values.new_zeros(self.mask.numel())
+                output[name] = zeros.index_put((answers,), values).view(self.mask.shape)
+        return output
+
+    @cached_property
+    def _arranged(self) -> Arranged:
+        both = Sequences(self._of_both("x"), self._of_both("y"), self.mask, self.segments >= 0)
+        return arrange(self.layout, both)
 
     def sides(self, values: Tensor) -> Sides:
         """Values of all answers, (2B, ...), as those of the chosen and of the rejected ones."""

@@ -77,6 +77,10 @@ class DPOConfig(TrainingArguments):
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "One pass of the reference before training, cached on disk; then it is freed."}
     )
+    layout: Literal["auto", "padded", "bucketed", "packed", "shared"] = field(
+        default="auto",
+        metadata={"help": "How pairs lie in rows: auto takes the fewest tokens that the model passes a check with."},
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
 
     def __post_init__(self) -> None:

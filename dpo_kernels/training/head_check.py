@@ -48,7 +48,7 @@ def check_head(fused: Fused, model: nn.Module, deterministic: bool = True) -> No
     training = {module: module.training for module in model.modules()}
     name = type(model).__name__
     try:
-        with _random_numbers_kept():
+        with random_numbers_kept():
             _check(fused, model, deterministic)
     except HeadError:
         raise
@@ -166,7 +166,7 @@ def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
         with torch.enable_grad():
             total = (compute(inputs["hidden"], given) * upstream).sum()
             found.append(dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True)))
-    bound = max(8 * ROUNDINGS * torch.finfo(_narrowest(model)).eps, 1e-3)
+    bound = max(8 * ROUNDINGS * torch.finfo(narrowest(model)).eps, 1e-3)
     for name, exact in found[0].items():
         largest = exact.abs().max().item()
         error = (found[1][name] - exact).abs().max().item()
@@ -267,7 +267,7 @@ def _first_tensor(output: Any) -> Any:
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
+def random_numbers_kept() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -286,9 +286,9 @@ def _logits_dtype(model: nn.Module, logits: Tensor) -> torch.dtype:
     """What the logits were rounded to; a wrapper may have cast them up since."""
     if torch.is_autocast_enabled(logits.device.type):
         return torch.get_autocast_dtype(logits.device.type)
-    return max([logits.dtype, _narrowest(model)], key=lambda dtype: torch.finfo(dtype).eps)
+    return max([logits.dtype, narrowest(model)], key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _narrowest(model: nn.Module) -> torch.dtype:
+def narrowest(model: nn.Module) -> torch.dtype:
     dtypes = {p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)}
     return max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dpo_kernels import token_stats
 from dpo_kernels.call import Transform
 from dpo_kernels.statistics import TokenStats
+from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.head_check import check_head
 from dpo_kernels.training.output_head import (
     FusedForward,
@@ -115,6 +116,8 @@ class FusedHead:
 
     def unfuse(self, model: Any) -> None:
         """Makes the model what it was; what is no model of this head is left alone."""
+        if isinstance(model, nn.Module):
+            use_branches(model, False)
         head: Any = find_head(model)
         if not isinstance(head, OutputHead):
             return

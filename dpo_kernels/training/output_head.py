@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import types
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dpo_kernels.call import Transform
 from dpo_kernels.statistics import TokenStats
+from dpo_kernels.training.attention import Spans, masks, uses_branches, without_masks
 
 # What a model without get_output_embeddings calls its head.
 HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")
@@ -28,6 +31,7 @@ class Request:
     """What the head shall do in the forward that is running."""
 
     labels: Tensor | None = None  # (R, S): compute log-probs
+    places: Tensor | None = None  # (N,): of the hidden states that predict labels (1, N), in R x S; None: all do
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
     keeps_hidden: bool = False  # what reaches the head in a call without labels
@@ -82,15 +86,34 @@ class FusedForward:
         marked.fused = self
         return forward
 
-    def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        places: Tensor | None = None,
+        spans: Spans | None = None,
+        groups: Sequence[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward; with labels {"log_probs", ...} instead of its output. What a layout asks for: places of
+        the hidden states that the labels are predicted from; spans that attention keeps to; groups of inputs, which are
+        run one after the other, and whose results are joined."""
         model = self.model
         forward = own_forward(model, self.replaced)
+        if groups is not None:
+            found = [self(**group, **kwargs) for group in groups]
+            return {name: torch.cat([one[name].flatten() for one in found])[None] for name in found[0]}
         if labels is None:
             return forward(*args, **kwargs)
         head = find_head(model)
         if not isinstance(head, OutputHead):
             raise HeadError(f"{type(model).__name__} got another output head since; make a FusedHead of it again")
-        with head.fused.asking(Request(labels=labels)) as request:
+        told: AbstractContextManager[None] = nullcontext()
+        if spans is not None and uses_branches(model):
+            kwargs["spans"], told = spans, without_masks()
+        elif spans is not None:
+            kwargs["attention_mask"] = masks(model, spans, kwargs["position_ids"])
+        with head.fused.asking(Request(labels=labels, places=places)) as request, told:
             output = forward(*args, **accepted(model, kwargs))
         if request.output is None:
             raise HeadError(f"{type(model).__name__} did not call its output head {type(head).__name__} in forward")
@@ -117,6 +140,8 @@ class OutputHead(nn.Module):
             if request.keeps_hidden:
                 request.hidden = hidden
             return type(self).plain.forward(self, hidden, *args, **kwargs)
+        if request.places is not None:
+            hidden = hidden.flatten(0, -2)[None, request.places]
         bias = getattr(self, "bias", None)
         request.stats = self.fused.token_stats(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
         return request.stats.log_probs

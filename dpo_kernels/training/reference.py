@@ -10,9 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.head_check import first_difference
+from dpo_kernels.training.layout_check import of_reference
+from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
 from dpo_kernels.training.processes import anywhere, check_head, from_main
@@ -90,8 +93,7 @@ class FrozenModel(Reference):
     Args:
         model: an `AutoModelForCausalLM`.
         policy: what is trained, before it is wrapped.
-        gives_mask: whether the policy is given an attention mask; so is the reference, so that equal weights give equal
-            numbers.
+        layout: the policy's; the reference goes its way, so that equal weights give equal numbers.
         is_sharded: whether the run uses FSDP.
 
     Raises:
@@ -104,10 +106,10 @@ class FrozenModel(Reference):
         policy: nn.Module,
         accelerator: Accelerator,
         args: DPOConfig,
-        gives_mask: bool,
+        layout: Layout,
         is_sharded: bool,
     ) -> None:
-        self.accelerator, self.gives_mask, self.is_sharded = accelerator, gives_mask, is_sharded
+        self.accelerator, self.is_sharded = accelerator, is_sharded
         is_exact = args.disable_dropout and not args.torch_compile  # else equal weights may give other numbers
         self.starts_equal = is_exact and from_main(accelerator, lambda: _same_weights(policy, model))
         self._fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
@@ -116,6 +118,8 @@ class FrozenModel(Reference):
         model.requires_grad_(False).eval()
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl)
         check_head(accelerator, self.head, model, deterministic=False)  # it never trains
+        self.layout = from_main(accelerator, lambda: of_reference(model, policy, layout))
+        use_branches(model, self.layout.attention == "branches")
         self.model: nn.Module = self._prepared(model)
 
     def _prepared(self, model: nn.Module) -> nn.Module:
@@ -135,7 +139,8 @@ class FrozenModel(Reference):
             raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
         if not self._fingerprint:
             raise ValueError("this reference was made without precompute_ref_log_probs, so its weights have no key")
-        return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}"
+        layout = "" if self.layout.name == "padded" else f" {self.layout.name}"
+        return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}{layout}"
 
     def check_start(self, policy: nn.Module, batch: PairBatch, log_probs: Tensor, ref: Tensor, is_start: bool) -> None:
         """At the first batch: policy and reference have the same weights, so they give the same numbers, to the bit.
@@ -150,7 +155,7 @@ class FrozenModel(Reference):
         with torch.no_grad(), self.accelerator.autocast():
             again = self._run(policy, batch)
             own = self.accelerator.unwrap_model(policy, keep_fp32_wrapper=True)
-            given = batch.model_inputs(self.gives_mask)
+            given = batch.lying(self.layout).model_inputs()
             name = "" if self.is_sharded else first_difference(own, self.model, given)
         difference = (log_probs - ref).abs().max().item()
         if anywhere(self.accelerator, torch.equal(again, log_probs) or not difference <= 1e-2):
@@ -162,7 +167,7 @@ class FrozenModel(Reference):
 
     def _run(self, model: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():
-            return model(**batch.model_inputs(self.gives_mask), use_cache=False)["log_probs"]
+            return batch.lying(self.layout).run(model)["log_probs"]
 
 
 def reference_for(
@@ -170,13 +175,13 @@ def reference_for(
     policy: nn.Module,
     accelerator: Accelerator,
     args: DPOConfig,
-    gives_mask: bool,
+    layout: Layout,
     is_sharded: bool,
 ) -> Reference:
     """The form that a run asks for; arguments as in `FrozenModel`."""
     if ref_model is None:
         return Precomputed()
-    return FrozenModel(ref_model, policy, accelerator, args, gives_mask, is_sharded)
+    return FrozenModel(ref_model, policy, accelerator, args, layout, is_sharded)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -18,7 +18,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
-from dpo_kernels.training import aux_loss, checkpoints, resume
+from dpo_kernels.training import aux_loss, checkpoints, layout_check, resume
+from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal
 from dpo_kernels.training.config import DPOConfig
@@ -96,11 +97,20 @@ class DPOTrainer(Trainer):
         # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
         # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
-        balances = self.aux_loss.weight > 0 and not is_of_its_own_kind(model)
-        self._gives_mask = balances or "flash" in str(_attention(model))
+        balances = self.aux_loss.weight > 0
+        gives_mask = (balances and not is_of_its_own_kind(model)) or "flash" in str(_attention(model))
+        pairs = train_dataset if train_dataset is not None else eval_dataset
+        # A compiled model would be compiled again for the lengths of each step.
+        layout = "padded" if args.layout == "auto" and args.torch_compile else args.layout
+        choice = from_main(self.accelerator, lambda: layout_check.choose(
+            model, layout, pairs, args.per_device_train_batch_size, balances=balances, gives_mask=gives_mask,
+            is_sharded=self.is_fsdp_enabled,
+        ))  # fmt: skip
+        self.layout, self.layout_told = choice.layout, choice.told
+        use_branches(model, self.layout.attention == "branches")
         self._reference_name = getattr(getattr(ref_model, "config", None), "_name_or_path", None)
         self.reference = reference_for(
-            ref_model, model, self.accelerator, args, self._gives_mask, is_sharded=self.is_fsdp_enabled
+            ref_model, model, self.accelerator, args, self.layout, is_sharded=self.is_fsdp_enabled
         )
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         if not args.disable_tqdm:
@@ -135,6 +145,7 @@ class DPOTrainer(Trainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         with self._owning():
             self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
+            self._facts["options"]["layout"] = self.layout.name
             checkpoint = from_main(self.accelerator, lambda: self._checked(resume_from_checkpoint))
             with self._signal.listening():
                 result = super().train(checkpoint, *args, **kwargs)
@@ -200,10 +211,10 @@ class DPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The DPO loss of a batch; with return_outputs also the loss and `PAIR_METRICS` of each pair, (B, 8)."""
-        batch, options = PairBatch(inputs), self.args.loss_options
+        batch, options = PairBatch(inputs, self.layout), self.args.loss_options
         more = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
         ref = self.reference.log_probs(batch, options.needs_reference)  # first: it may be missing
-        output = model(**batch.model_inputs(self._gives_mask), use_cache=False, **more)
+        output = batch.run(model, **more)
         policy = output["log_probs"]
         if model.training and batch.ref_log_probs is None and ref is not None:
             self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)
@@ -258,7 +269,7 @@ class DPOTrainer(Trainer):
         """6 flop a parameter and token, forward and backward (Kaplan et al. 2020, arXiv:2001.08361)."""
         if not hasattr(self, "_parameters"):
             self._parameters = sum(p.numel() for p in self.model.parameters())
-        return 6 * self._parameters * PairBatch(inputs).positions
+        return 6 * self._parameters * PairBatch(inputs, self.layout).positions
 
     @property
     def interrupted(self) -> bool:

@@ -49,8 +49,10 @@ def losses(trainer):
     return [entry["loss"] for entry in map(json.loads, path.read_text().splitlines()) if "loss" in entry]
 
 
-def test_training_is_the_same(setup):
-    live, ahead = setup("live", False), setup("ahead", True)
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_training_is_the_same(setup, layout):
+    live, ahead = setup("live", False, layout="padded"), setup("ahead", True, layout=layout)
+    assert ahead.layout.name == layout
     assert losses(ahead) == pytest.approx(losses(live), abs=1e-4)
     assert ahead.ref_model is None
     assert live.evaluate()["eval_loss"] == pytest.approx(ahead.evaluate()["eval_loss"], abs=1e-4)

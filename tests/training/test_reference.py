@@ -13,6 +13,7 @@ from training_helpers import LOG2, Pairs, logs, make_model
 import dpo_kernels.training
 from dpo_kernels.training import DPOConfig, DPOTrainer, HeadError, PairCollator
 from dpo_kernels.training.batch import PairBatch
+from dpo_kernels.training.layouts import PADDED
 from dpo_kernels.training.reference import FrozenModel, Precomputed, Reference
 
 FOLDER = Path(dpo_kernels.training.__file__).parent
@@ -32,7 +33,7 @@ def held(batch, value=-1.5):
 def frozen(tmp_path, model=None, policy=None, **config):
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, **config)
     model, policy = (m or make_model("Llama") for m in (model, policy))
-    return FrozenModel(model, policy, Accelerator(cpu=True), args, gives_mask=False, is_sharded=False)
+    return FrozenModel(model, policy, Accelerator(cpu=True), args, layout=PADDED, is_sharded=False)
 
 
 def test_what_a_dataset_holds_comes_first(tmp_path):
@@ -68,7 +69,7 @@ def test_a_frozen_model_gives_its_own_log_probs_without_gradient(tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
     got = reference.log_probs(batch)
     assert not got.requires_grad
-    given = batch.model_inputs(False)
+    given = batch.model_inputs()
     logits = model(input_ids=given["input_ids"]).logits.log_softmax(-1)
     exact = logits.gather(2, given["labels"].clamp(min=0)[..., None]).squeeze(2)
     assert torch.allclose(got, torch.where(batch.mask, exact, 0), atol=1e-5)
@@ -110,7 +111,7 @@ def test_another_form_defines_score_and_nothing_else(tmp_path):
 
         def score(self, batch, required):
             assert not torch.is_grad_enabled()
-            return self.policy(**batch.model_inputs(False), use_cache=False)["log_probs"]
+            return batch.run(self.policy)["log_probs"]
 
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, max_steps=2, save_strategy="no")
     trainer = DPOTrainer(make_model("Llama"), make_model("Llama"), args, Pairs(4))

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 from helpers import EXAMPLE, assert_close
-from training_helpers import LOG2, Pairs, logs, make_model, make_trainer, weights
+from training_helpers import LOG2, SIZES, Pairs, Trees, logs, make_model, make_trainer, weights
 from transformers import TrainerCallback
 
 from dpo_kernels import reference
@@ -143,7 +143,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    options |= {"pairs": Trees(SIZES * 2)}
     straight = make_trainer(tmp_path / "straight", **options)
+    assert straight.layout.name == "shared"
     straight.train()
     stopped = make_trainer(tmp_path / "stopped", callbacks=[StopAfter(4)], **options)
     stopped.train()

@@ -1,0 +1,291 @@
+"""Which layout a run uses: the one with the fewest tokens that its models compute rightly, checked at start.
+
+Two random pairs, longer than any window that the data can reach, go through a model in the layout and padded. Their
+log-probs and gradients have to be the same to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_kernels.training import attention
+from dpo_kernels.training.batch import PairBatch, PairCollator
+from dpo_kernels.training.formats import SIDES
+from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers_kept
+from dpo_kernels.training.layouts import PADDED, Layout
+from dpo_kernels.training.loading import is_of_its_own_kind, max_positions
+from dpo_kernels.training.output_head import find_head, plain_forward
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+REACH = re.compile(r".*(window|chunk_size|local_attention|index_(topk|budget)).*")  # what configs call how far one sees
+PARAMETERS = 2**24  # numbers whose gradients are compared, small parameters first
+PAIRS = 64  # of the data, to count tokens by
+# What a layout has to save of the tokens of a simpler one, to be taken in its place.
+SAVES = 0.9
+MASK_SAVES = 0.7  # with a mask; at 0.8 of bucketed's tokens a step takes 0.93 of its time
+
+
+class LayoutError(ValueError):
+    """The layout that was asked for would train a model wrong; says which class, and why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """layout: of a run. told: in a sentence, what was chosen and why."""
+
+    layout: Layout
+    told: str
+
+
+def choose(
+    model: nn.Module,
+    wanted: str,
+    dataset: Any,
+    batch_size: int,
+    *,
+    balances: bool = False,
+    gives_mask: bool = False,
+    is_sharded: bool = False,
+) -> Choice:
+    """The layout of a run.
+
+    Args:
+        model: the policy, fused, not yet wrapped.
+        wanted: a name, or "auto".
+        dataset: pairs, whose lengths decide.
+        batch_size: pairs that go through the model together.
+        balances: whether a load-balancing loss is asked for.
+        gives_mask: whether models are given an attention mask where rows are padded.
+        is_sharded: whether the run uses FSDP.
+
+    Raises:
+        LayoutError: a layout is asked for by name, and the model would be trained wrong in it.
+    """
+    padded = replace(PADDED, gives_mask=gives_mask)
+    if wanted == "padded":
+        return Choice(padded, "")
+    tokens, longest = count_tokens(dataset, batch_size)
+    refused: list[str] = []
+    failed: set[str | None] = set()  # ways to tell attention
+    for candidate in _candidates(wanted, tokens):
+        layout = replace(candidate, gives_mask=balances if candidate.attention else gives_mask)
+        if layout.attention in failed:
+            continue
+        if balances and (layout.attention is None or is_of_its_own_kind(model)):
+            reason = f"the load-balancing loss of {type(model).__name__} is over all rows of the batch, padded ones"
+        else:
+            reason = refusal(model, layout, longest, is_sharded)
+        if not reason:
+            return Choice(layout, _told(layout, tokens, refused))
+        failed.add(layout.attention)
+        if reason not in refused:
+            refused.append(reason)
+    if wanted != "auto":
+        raise LayoutError(f"--layout {wanted}: {'; '.join(refused)}")
+    return Choice(padded, _told(padded, tokens, refused))
+
+
+def of_reference(model: Any, policy: Any, layout: Layout) -> Layout:
+    """The layout of a fused reference: the policy's, unless it is of another kind that would compute it wrong."""
+    same = type(model) is type(policy) and _facts(model) == _facts(policy)
+    return layout if same or not refusal(model, layout) else PADDED
+
+
+def _facts(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return attention.implementation(model), None if config is None else config.to_json_string(use_diff=False)
+
+
+def _candidates(wanted: str, tokens: dict[str, float]) -> Iterator[Layout]:
+    """From the best on. A simpler layout is taken where another saves little, and where a mask would cost more."""
+    if wanted == "bucketed":
+        yield Layout("bucketed")
+        return
+    names = [wanted] if wanted != "auto" else ["shared", "packed"]
+    for way in ("branches", "mask"):
+        for name in names:
+            if wanted == name or not tokens or tokens[name] <= _worth(name, way, tokens):
+                yield Layout(name, way)
+    if wanted == "auto" and tokens and tokens["bucketed"] <= SAVES * tokens["padded"]:
+        yield Layout("bucketed")
+
+
+def _worth(name: str, way: str, tokens: dict[str, float]) -> float:
+    """The tokens from which on a simpler layout is as good."""
+    if way == "mask":
+        return MASK_SAVES * tokens["bucketed"]
+    return SAVES * tokens["packed" if name == "shared" else "padded"]
+
+
+def _told(layout: Layout, tokens: dict[str, float], refused: list[str]) -> str:
+    way = " with a mask" if layout.attention == "mask" else ""
+    counts = ", ".join(f"{name} {count:,.0f}" for name, count in tokens.items())
+    told = f"layout: {layout.name}{way}" + (f" (tokens a pair: {counts})" if counts else "")
+    return told + "".join(f"; {reason}" for reason in refused)
+
+
+def count_tokens(dataset: Any, batch_size: int) -> tuple[dict[str, float], int]:
+    """Tokens a pair that a model is given, by layout, of some pairs drawn from the dataset; and how long one can be.
+    Nothing, where the dataset has no pairs to look at."""
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()), None)
+    try:
+        count = len(dataset)
+    except TypeError:
+        return {}, 0
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(PAIRS, batch_size)].tolist()
+    if not drawn:
+        return {}, 0
+    items = [dataset[i] for i in drawn]
+    names = [name for name in items[0] if name.startswith(("x_", "y_", "mask_"))]
+    items = [{name: item[name] for name in names} for item in items]
+    parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    parts = parts[:-1] if len(parts) > 1 and len(parts[-1]) < batch_size else parts
+    found = {}
+    for name in ("padded", "bucketed", "packed", "shared"):
+        layout = Layout(name, "branches" if name in ("packed", "shared") else None)
+        positions = sum(PairBatch(PairCollator()(part), layout).positions for part in parts)
+        found[name] = positions / sum(len(part) for part in parts)
+    return found, len(items[0]["x_chosen"])
+
+
+def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = False) -> str:
+    """Why a model cannot be trained in a layout, in a sentence that names its class; "" if it can.
+
+    Args:
+        longest: tokens of the longest sequence of the data; 0: not known.
+    """
+    name = type(model).__name__
+    if layout.attention is None:  # an answer a row: right for every causal model
+        sharded = layout.name == "bucketed" and is_sharded
+        return "with FSDP the groups of bucketed would differ between processes" if sharded else ""
+    if known := _known_reason(model, layout):
+        return known
+    uses = attention.uses_branches(model)
+    training = {module: module.training for module in model.modules()}
+    try:
+        with random_numbers_kept():
+            model.eval()
+            return _compared(model, layout, longest)
+    except Exception as error:  # a model's code may raise anything on what it was not made for
+        lines = str(error).strip().splitlines() or [""]
+        return f"{name} does not run {layout.name} rows: {type(error).__name__}: {lines[0]}"
+    finally:
+        attention.use_branches(model, uses)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _known_reason(model: Any, layout: Layout) -> str:
+    """What is refused without running it."""
+    name, config = type(model).__name__, attention.text_config(model)
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES):
+        return f"{name} has layers of other kinds than full and sliding attention: {', '.join(others)}"
+    if "position_ids" not in inspect.signature(plain_forward(model)).parameters:
+        return f"the forward of {name} takes no position_ids, so tokens cannot be told where they stand"
+    own = attention.implementation(model)
+    if own not in attention.NAMES:
+        return f"the attention of {name} is {own}; rows of several answers run with {' or '.join(attention.NAMES)}"
+    if layout.attention == "mask" and layout.gives_mask:
+        return f"the load-balancing loss of {name} wants a mask of real tokens, where a mask of trees is given"
+    # On the class: a fused model is one of its own class still.
+    if layout.attention == "branches" and not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
+        return f"{name} does not take its attention from transformers' AttentionInterface"
+    if layout.attention == "branches" and own == "eager" and (missing := attention.without_eager(model)):
+        return f"{missing} has no eager_attention_forward beside it, for calls that are not of pairs"
+    return ""
+
+
+def _compared(model: Any, layout: Layout, longest: int) -> str:
+    head: Any = find_head(model)
+    inputs = probe_pairs(head.weight.shape[0], _reach(model, longest), max_positions(model.config), head.weight.device)
+    parameters: list[nn.Parameter] = []
+    size = 0
+    for p in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel()):
+        size += p.numel()
+        if size <= PARAMETERS or not parameters:
+            parameters.append(p)
+    more = {"output_router_logits": True} if layout.gives_mask else {}
+    found = []
+    for one in (replace(PADDED, gives_mask=layout.gives_mask), layout):
+        attention.use_branches(model, one.attention == "branches")
+        # All in one row, however attention is told.
+        batch = PairBatch(inputs, replace(one, attention="branches") if one.attention else one)
+        with torch.set_grad_enabled(bool(parameters)):
+            output = batch.run(model, **more)
+            log_probs, aux = output["log_probs"], output.get("aux_loss")
+            upstream = torch.linspace(-1, 1, log_probs.numel(), device=log_probs.device).view_as(log_probs)
+            total = (log_probs * upstream * batch.mask).sum()
+            total = total if aux is None else total + 10 * aux
+            grads = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
+        shown = log_probs.detach()
+        found.append((shown if aux is None else torch.cat([shown.flatten(), aux.detach().reshape(1)]), grads))
+    return _difference(type(model).__name__, layout, narrowest(model), *found)
+
+
+def _difference(
+    name: str, layout: Layout, dtype: torch.dtype, padded: tuple[Tensor, Any], own: tuple[Tensor, Any]
+) -> str:
+    eps = torch.finfo(dtype).eps
+    allowed = max(ROUNDINGS * eps * padded[0].abs().max().clamp_min(1).item(), 1e-3)
+    error = (padded[0] - own[0]).abs().max().item()
+    why = "something in it goes by places in a row, not by positions"
+    if not error <= allowed:
+        return (
+            f"{name} gives other log-probs in {layout.name} rows: they differ by {error:.1e}, where rounding explains "
+            f"{allowed:.1e}; {why}"
+        )
+    grads = [(a, b) for a, b in zip(padded[1], own[1], strict=True) if a is not None or b is not None]
+    if any(a is None or b is None for a, b in grads):
+        return f"{name} trains other parameters in {layout.name} rows"
+    largest = max((a.abs().max().item() for a, _ in grads), default=0.0)
+    bound = max(8 * ROUNDINGS * eps, 1e-3)
+    for a, b in grads:
+        error, scale = (a - b).abs().max().item(), a.abs().max().item() + 1e-2 * largest
+        if not error <= bound * scale:
+            return (
+                f"{name} gives other gradients in {layout.name} rows: one differs by {error / scale:.1e} of its "
+                f"largest value, where rounding explains {bound:.1e}; {why}"
+            )
+    return ""
+
+
+def _reach(model: Any, longest: int) -> int:
+    """The largest number of tokens that an attention may be limited to, of those that the data can go beyond."""
+    config = attention.text_config(model)
+    numbers = [
+        value for key, value in vars(config).items()
+        if REACH.fullmatch(key) and isinstance(value, int) and not isinstance(value, bool)
+    ]  # fmt: skip
+    return max((n for n in numbers if not longest or n < longest), default=0)
+
+
+def probe_pairs(vocab_size: int, reach: int, limit: int | None, device: torch.device) -> dict[str, Tensor]:
+    """Two random pairs, such that both prompts with their answers, and the answers of one, go beyond `reach`."""
+    most = limit or 2 * reach + 64
+    stem = min(max(6, reach // 2), most // 2)
+    rest = most - stem
+    sizes = ((stem, min(rest, reach - reach // 2 + 9), min(rest, reach + 14)), (min(most - 9, reach + 7), 5, 9))
+    draw = torch.Generator().manual_seed(0)
+    width = max(prompt + max(answers) for prompt, *answers in sizes)
+    inputs = {f"{kind}_{side}": torch.zeros(2, width, dtype=torch.long) for kind in "xy" for side in SIDES}
+    masks = {f"mask_{side}": torch.zeros(2, width, dtype=torch.bool) for side in SIDES}
+    low = vocab_size // 4
+    for row, (prompt, *answers) in enumerate(sizes):
+        begin = torch.randint(low, max(low + 2, vocab_size * 3 // 4), (prompt,), generator=draw)
+        for side, count in zip(SIDES, answers, strict=True):
+            rest_ids = torch.randint(low, max(low + 2, vocab_size * 3 // 4), (count + 1,), generator=draw)
+            ids = torch.cat([begin, rest_ids])
+            inputs[f"x_{side}"][row, : len(ids) - 1] = ids[:-1]
+            masks[f"mask_{side}"][row, prompt - 1 : len(ids) - 1] = True
+            inputs[f"y_{side}"][row] = torch.nn.functional.pad(ids[1:], (0, width - len(ids) + 1))
+        for side in SIDES:
+            inputs[f"y_{side}"][row].masked_fill_(~masks[f"mask_{side}"][row], -100)
+    return {name: tensor.to(device) for name, tensor in (inputs | masks).items()}

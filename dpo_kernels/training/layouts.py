@@ -1,0 +1,163 @@
+"""Layouts: how the answers of a batch lie in rows of tokens, and where each answer's log-probs come back.
+
+    padded    an answer a row, all rows of one length
+    bucketed  an answer a row, in groups of rows of like length; right for every causal model
+    packed    the answers one behind the other
+    shared    of every pair the prompt once, then the chosen answer, then the rejected one
+
+What a token may attend to, `attention.py` tells the model. A prompt is what both sequences of a pair begin with; its
+last hidden state predicts the first token of both answers, so hidden states are taken by their place, some twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.training.attention import Spans, Tree
+
+GROUP_COSTS = 64  # tokens: a group of its own has to save more
+
+
+@dataclass(frozen=True)
+class Layout:
+    """name: as above. attention: of packed and shared, "branches" or "mask". gives_mask: whether the model is given an
+    attention mask: of the real tokens, each as often as it stands in a sequence."""
+
+    name: str = "padded"
+    attention: str | None = None
+    gives_mask: bool = False
+
+
+PADDED = Layout()
+
+
+class Sequences(NamedTuple):
+    """2B sequences, prompt and answer each; the first half is chosen, the second rejected."""
+
+    ids: Tensor  # (2B, S)
+    labels: Tensor  # (2B, S)
+    counted: Tensor  # (2B, S) bool: whose label counts
+    inside: Tensor  # (2B, S) bool: a sequence up to its last token that counts
+
+
+class Arranged(NamedTuple):
+    """given: to a fused model. answers: where its log-probs belong in 2B x S; None: they lie so already. tokens: how
+    many the model runs, padding too."""
+
+    given: dict[str, Any]
+    answers: Tensor | None
+    tokens: int
+
+
+def arrange(layout: Layout, sequences: Sequences) -> Arranged:
+    return ARRANGE[layout.name](layout, sequences)
+
+
+def _padded(layout: Layout, s: Sequences) -> Arranged:
+    given: dict[str, Any] = {"input_ids": s.ids, "labels": s.labels}
+    if layout.gives_mask:
+        given["attention_mask"] = s.inside.long()
+    return Arranged(given, None, s.ids.numel())
+
+
+def _bucketed(layout: Layout, s: Sequences) -> Arranged:
+    counts = [max(1, n) for n in s.inside.sum(1).tolist()]
+    place = torch.arange(s.ids.numel(), device=s.ids.device).view_as(s.ids)
+    groups, answers = [], []
+    for members in buckets(counts):
+        length = max(counts[i] for i in members)
+        group = {"input_ids": s.ids[members, :length], "labels": s.labels[members, :length]}
+        if layout.gives_mask:
+            group["attention_mask"] = s.inside[members, :length].long()
+        groups.append(group)
+        answers.append(place[members, :length].flatten())
+    return Arranged({"groups": groups}, torch.cat(answers), sum(g["input_ids"].numel() for g in groups))
+
+
+def buckets(counts: list[int], group_costs: int = GROUP_COSTS) -> list[list[int]]:
+    """Sequences in groups, so that the padded tokens, and so many more a group, are fewest."""
+    order = sorted(range(len(counts)), key=lambda i: (counts[i], i))
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]
+    for end in range(1, len(order) + 1):
+        length = counts[order[end - 1]]
+        best.append(min(
+            (best[begin][0] + (end - begin) * length + group_costs, [*best[begin][1], order[begin:end]])
+            for begin in range(end)
+        ))  # fmt: skip
+    return best[-1][1]
+
+
+def _in_rows(layout: Layout, s: Sequences) -> Arranged:
+    """Packed and shared: trees of tokens, in one row where attention walks through trees, else in rows as needed."""
+    answers, width = s.ids.shape
+    pairs, device = answers // 2, s.ids.device
+    same = (s.ids[:pairs] == s.ids[pairs:]) & s.inside[:pairs] & s.inside[pairs:]
+    shared = same.long().cumprod(1).sum(1) if layout.name == "shared" else same.new_zeros(pairs, dtype=torch.long)
+    counts, prompts = (found.tolist() for found in torch.cat([s.inside.sum(1), shared]).split([answers, pairs]))
+    trees = []  # each a list of (sequence, first token, tokens)
+    for i, p in enumerate(prompts):
+        if layout.name == "shared":
+            trees.append([(i, 0, p), (i, p, counts[i] - p), (pairs + i, p, counts[pairs + i] - p)])
+        else:
+            trees += [[(i, 0, counts[i])], [(pairs + i, 0, counts[pairs + i])]]
+    trees = [tree for tree in trees if _tokens(tree)] or [[(0, 0, 1)]]
+    sizes = [_tokens(tree) for tree in trees]
+    rows = fill(sizes, sum(sizes) if layout.attention == "branches" else max(sizes))
+    length = max(sum(sizes[i] for i in row) for row in rows)
+
+    source = torch.zeros(len(rows), length, dtype=torch.long)  # of each place, in 2B x S
+    weights = torch.zeros(len(rows), length, dtype=torch.long)
+    where = torch.zeros(answers, width, dtype=torch.long)  # of each token of a sequence, in R x L
+    spans = []
+    for r, row in enumerate(rows):
+        at, found = 0, []
+        for tree in (trees[i] for i in row):
+            found.append(Tree(at, tree[0][2], tuple(tokens for _, _, tokens in tree[1:])))
+            for sequence, first, tokens in tree:
+                source[r, at : at + tokens] = torch.arange(tokens) + sequence * width + first
+                weights[r, at : at + tokens] = 1
+                where[sequence, first : first + tokens] = torch.arange(tokens) + r * length + at
+                at += tokens
+            if len(tree) > 1:  # the prompt is the rejected answer's too
+                i, _, p = tree[0]
+                where[pairs + i, :p] = where[i, :p]
+                weights[r, found[-1].start : found[-1].start + p] = 2
+        spans.append(tuple(found))
+    source, where, weights = (t.to(device) for t in (source, where, weights))
+    counted = s.counted.flatten().nonzero().squeeze(1)
+    if not len(counted):  # the head has to be run all the same; its label does not count
+        counted = counted.new_zeros(1)
+    given = {
+        "input_ids": s.ids.flatten()[source], "position_ids": torch.where(weights > 0, source % width, 0),
+        "labels": s.labels.flatten()[counted][None], "places": where.flatten()[counted],
+        "spans": Spans(tuple(spans), length), "use_cache": False,
+    }  # fmt: skip
+    if layout.gives_mask:
+        given["attention_mask"] = weights
+    return Arranged(given, counted, source.numel())
+
+
+def _tokens(tree: list[tuple[int, int, int]]) -> int:
+    return sum(tokens for _, _, tokens in tree)
+
+
+def fill(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Rows of at most so many tokens: first-fit decreasing; within a row, and among rows, in the order given."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fits = next((r for r, left in enumerate(room) if sizes[i] <= left), None)
+        if fits is None:
+            rows.append([i])
+            room.append(capacity - sizes[i])
+        else:
+            rows[fits].append(i)
+            room[fits] -= sizes[i]
+    return sorted(sorted(row) for row in rows)
+
+
+ARRANGE = {"padded": _padded, "bucketed": _bucketed, "packed": _in_rows, "shared": _in_rows}
