@@ -183,7 +183,7 @@ void accumulate_block(
       at_column.store(s[kArgmax] + t);
     }
     Sums<Vec> sums = load<Vec>(s, t, want);
-    const Vec base = at::vec::clamp_min((largest * Vec(static_cast<float>(kLog2E))).ceil(), sums.base);
+    const Vec base = at::vec::clamp_min(base_of(largest), sums.base);
     Vec total(0.f), shifted(0.f), squares(0.f);
     for (c = 0; c < columns; ++c) {
       const Vec value = Vec::loadu(z + c * kBlock);

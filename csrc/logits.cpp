@@ -50,7 +50,7 @@ void accumulate_strip(const T* x, int64_t n, int64_t label, const Transform& tra
   if (label >= 0 && label < n) s.label_logit = z[label], z[label] = -kInf;
   Vec largest(-kInf);
   for (int64_t i = 0; i < n; i += kWidth) largest = at::vec::clamp_min(largest, Vec::loadu(z + i));
-  const float base = std::max(std::ceil(max_of(largest) * static_cast<float>(kLog2E)), s.sums.base);
+  const float base = std::max(base_of(max_of(largest)), s.sums.base);
   Vec even(0.f), odd(0.f);
   int64_t i = 0;
   for (; i + kWidth < n; i += 2 * kWidth) {

@@ -41,6 +41,15 @@ struct Outputs {
   bool entropy, squares, logits, argmax;
 };
 
+// The base of a largest logit. One that float32 could not hold in base 2 stays finite, so that `finish` calls the row's
+// maximum a number that is out of reach (LARGEST_LOGIT); an infinite one stays infinite.
+template <typename N>
+N base_of(N largest) {
+  constexpr float most = 2e38f, end = std::numeric_limits<float>::max();
+  const N beyond = largest - at_least(at_most(largest, end), -end);  // 0, or infinite
+  return ceil_of(at_most(largest, most) * N(static_cast<float>(kLog2E))) + beyond;
+}
+
 // What is summed relative to a base: of one token (N = float), or of kWidth tokens (N = Vec).
 template <typename N>
 struct Sums {

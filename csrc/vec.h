@@ -54,6 +54,11 @@ inline Vec exp2_whole(Vec n) { return exp2(n); }
 inline float at_least(float x, float least) { return std::max(x, least); }
 inline Vec at_least(Vec x, float least) { return at::vec::clamp_min(x, Vec(least)); }
 
+inline float at_most(float x, float most) { return std::min(x, most); }
+inline Vec at_most(Vec x, float most) { return at::vec::clamp_max(x, Vec(most)); }
+inline float ceil_of(float x) { return std::ceil(x); }
+inline Vec ceil_of(Vec x) { return x.ceil(); }
+
 // One number, or kWidth of them.
 inline void get(const float* from, float& x) { x = *from; }
 inline void get(const float* from, Vec& x) { x = Vec::loadu(from); }

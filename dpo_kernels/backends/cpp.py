@@ -86,8 +86,7 @@ class CppBackend:
         )
 
     def out_of_reach(self, maximum: Tensor) -> bool:
-        # +inf too: in base 2 the largest float32 numbers are beyond float32.
-        return bool(((maximum > LARGEST_LOGIT) | ((maximum < -LARGEST_LOGIT) & maximum.isfinite())).any())
+        return bool(((maximum.abs() > LARGEST_LOGIT) & maximum.isfinite()).any())
 
     def empty_cache(self) -> int:
         return _ops().release() if _loaded() else 0
