@@ -63,6 +63,17 @@ def test_a_label_whose_logit_is_the_lowest_number(target):
     assert_close(logits.grad, target.tensor([[-0.26894142, -0.73105858, 1.0]]), 1e-6)
 
 
+def at_level(level, logits, labels):
+    """Log-probs from logits, or from hidden states and an identity that make them; and the leaf, with its gradient."""
+    leaf = logits.clone().requires_grad_()
+    if level == "logits":
+        got = logits_to_log_probs(leaf, labels)
+    else:
+        got = hidden_to_log_probs(leaf, torch.eye(logits.shape[-1], device=logits.device), labels)
+    got.sum().backward()
+    return got, leaf
+
+
 @pytest.mark.parametrize("scale", [1e5, 7e5, 1e6, 3e7, 1e9, 1e20, 3e38])
 @pytest.mark.parametrize("vocab", [3, 300])
 def test_logits_over_the_whole_range_of_float32(target, scale, vocab):
@@ -74,12 +85,7 @@ def test_logits_over_the_whole_range_of_float32(target, scale, vocab):
     truth = reference.logits_to_log_probs(exact, labels)
     truth.sum().backward()
     for level in ("logits", "hidden"):
-        leaf = logits.clone().requires_grad_()
-        if level == "logits":
-            got = logits_to_log_probs(leaf, labels)
-        else:
-            got = hidden_to_log_probs(leaf, torch.eye(vocab, device=target.device), labels)
-        got.sum().backward()
+        got, leaf = at_level(level, logits, labels)
         finite = truth.abs() < 3e38
         assert_close((got / truth.clamp(max=-1))[finite], (truth / truth.clamp(max=-1))[finite], 1e-5, level)
         assert_close(leaf.grad, exact.grad, 1e-5, level)
@@ -94,12 +100,7 @@ def test_one_logit_is_far_from_all_others(target, far, label):
     truth = reference.logits_to_log_probs(exact, labels)
     truth.sum().backward()
     for level in ("logits", "hidden"):
-        leaf = logits.clone().requires_grad_()
-        if level == "logits":
-            got = logits_to_log_probs(leaf, labels)
-        else:
-            got = hidden_to_log_probs(leaf, torch.eye(4, device=target.device), labels)
-        got.sum().backward()
+        got, leaf = at_level(level, logits, labels)
         assert_close(got / truth.clamp(max=-1), truth / truth.clamp(max=-1), 1e-5, level)
         assert_close(leaf.grad, exact.grad, 1e-5, level)
 

@@ -11,7 +11,6 @@ from trl_trainers import TRAINERS, run
 
 from dpo_kernels import TokenStats, reference
 from dpo_kernels.integrations.trl import FusedLogProbs, disable, enable
-from dpo_kernels.training.small_model import make_small_model
 
 OWN = utils._ChunkedLogProbFunction
 ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -224,15 +223,6 @@ def test_a_function_of_another_signature_is_an_error_and_nothing_is_patched(monk
             with pytest.raises(RuntimeError, match=r"takes .*; expected \('hidden', .* has replaced"):
                 enable()
             assert utils._ChunkedLogProbFunction is other
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    model, tokenizer = make_small_model(EXAMPLE, vocab_size=500, hidden_size=64, layers=1)
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
