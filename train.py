@@ -163,6 +163,8 @@ def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> in
         say(config, trainer.aux_loss.told)
     if trainer.layout_told:
         say(config, trainer.layout_told)
+    if trainer.token_batches is not None:
+        say(config, trainer.token_batches.told)
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except NonFiniteError as error:
@@ -206,6 +208,8 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DPOConfig]:
             f"give --data_path and --ref_weight together, or neither for the example; found {sorted(given)}"
         )
     if not weights:
+        if "--tokens_per_batch" in given:
+            given.add("--per_device_train_batch_size")  # which it takes the place of
         argv = [part for pair in EXAMPLE_DEFAULTS.items() if pair[0] not in given for part in pair] + argv
     if "--output_dir" not in given:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -233,7 +233,7 @@ PEERS: tuple[Peer, ...] = (
     ours("dpo_kernels"),
     ours("dpo_kernels torch", "torch"),
     Peer("dpo_kernels DPOTrainer", {"train": training.ours}, ("dpo_kernels.training",)),
-    Peer("dpo_kernels in TRL's DPOTrainer", {"train": training.trl_enabled}, ("trl",), _TRL_LOG),
+    Peer("TRL DPOTrainer with dpo_kernels", {"train": training.trl_enabled}, ("trl",), _TRL_LOG),
     Peer("plain PyTorch",
          _levels(lambda i: _gather_hidden(i.hidden, i.weight, i.labels), lambda i: _gather(_logits(i), i.labels)),
          marks=_ALL_ROWS),

@@ -132,7 +132,7 @@ def trl(case: Case, device: torch.device, folder: str) -> Made:
 
 
 def trl_enabled(case: Case, device: torch.device, folder: str) -> Made:
-    """TRL's trainer with this package's log-probs."""
+    """TRL's trainer with this package's log-probs. Its loss is TRL's, and held to what TRL's is held to."""
     from dpo_kernels.integrations.trl import enable
 
     made = trl(case, device, folder)

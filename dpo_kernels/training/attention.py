@@ -6,9 +6,11 @@ tokens and its prompt's, without a mask of all tokens by all tokens. `mask` give
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,6 +27,7 @@ CHUNK = 256  # queries at a time, where a mask is needed
 MASK_COSTS = 1.75  # sdpa with a mask on a CPU, relative to its causal path (3,072 tokens of a Llama kind)
 # The implementation that a model has -> the name of `branches` in its place; calls without spans go on as before.
 NAMES = {"sdpa": "dpo_branches", "eager": "dpo_branches_over_eager"}
+FLEX = "flex_attention"  # is given blocks of a mask, and leaves out the empty ones
 
 
 class Tree(NamedTuple):
@@ -72,10 +76,12 @@ def branches(
     if found := [name for name, given in unknown.items() if given is not None]:
         raise ValueError(f"{type(module).__name__} gives its attention {' and '.join(found)}")
     assert spans is not None
+    told = Attention(scaling, dropout, sliding_window, softcap, s_aux)
+    if told.is_one_call(query, value) and (varlen := one_call()) is not None:
+        return _in_one_call(query, key, value, spans, told, varlen), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    told = Attention(scaling, dropout, sliding_window, softcap, s_aux)
     rows = [_row(query[r : r + 1], key[r : r + 1], value[r : r + 1], trees, told) for r, trees in enumerate(spans.rows)]
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
@@ -103,6 +109,64 @@ def _row(query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], tol
     return torch.cat(made, 2)
 
 
+class Pieces(NamedTuple):
+    """Sequences of queries, each with the keys that it ends with: every query once, a prompt's keys once a branch."""
+
+    queries: Tensor  # int64, places in the rows, one row behind the other
+    keys: Tensor  # int64
+    ends: tuple[Tensor, Tensor]  # int32, where the pieces of queries and of keys begin and end
+    longest: tuple[int, int]
+
+
+@functools.lru_cache(maxsize=4)  # the layers of a step ask for the same
+def _pieces(spans: Spans, device: torch.device) -> Pieces:
+    queries: list[range] = []
+    keys: list[tuple[range, range]] = []
+    for r, trees in enumerate(spans.rows):
+        for tree in trees:
+            start = r * spans.length + tree.start
+            stem = range(start, start + tree.prompt)
+            first = tree.branches[0] if tree.branches else 0
+            queries.append(range(start, stem.stop + first))
+            keys.append((stem, range(stem.stop, stem.stop + first)))
+            begin = stem.stop + first
+            for tokens in tree.branches[1:]:
+                queries.append(range(begin, begin + tokens))
+                keys.append((stem, queries[-1]))
+                begin += tokens
+    kept = [(q, k) for q, k in zip(queries, keys, strict=True) if len(q)]
+    counts = [[len(q) for q, _ in kept], [len(stem) + len(own) for _, (stem, own) in kept]]
+    ends = tuple(torch.tensor([0, *c], device=device).cumsum(0).int() for c in counts)
+    places = ([i for q, _ in kept for i in q], [i for _, parts in kept for part in parts for i in part])
+    at, of = (torch.tensor(found, device=device) for found in places)
+    return Pieces(at, of, (ends[0], ends[1]), (max(counts[0]), max(counts[1])))
+
+
+def _in_one_call(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, told: Attention, varlen: Callable[..., Any]
+) -> Tensor:
+    """`branches` as one call of sequences of any length; 0 where padding is."""
+    pieces = _pieces(spans, query.device)
+    rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # (R L, H, E)
+    made = varlen(
+        rows[0][pieces.queries], rows[1][pieces.keys], rows[2][pieces.keys], *pieces.ends, *pieces.longest,
+        scale=told.scaling, window_size=(-1 if told.window is None else told.window - 1, 0), enable_gqa=True,
+    )  # fmt: skip
+    out = made.new_zeros(len(rows[0]), *made.shape[1:]).index_copy(0, pieces.queries, made)
+    return out.view(query.shape[0], query.shape[2], *made.shape[1:])
+
+
+@functools.cache
+def one_call() -> Callable[..., Any] | None:
+    """PyTorch's attention over sequences of any length, where it knows windows and grouped keys."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters.keys() >= {"window_size", "enable_gqa", "scale"}
+    return varlen_attn if known else None
+
+
 @dataclass(frozen=True)
 class Attention:
     """Of queries that are the last ones of the keys: causal, lower right. The options as transformers gives them."""
@@ -112,6 +176,12 @@ class Attention:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
+
+    def is_one_call(self, query: Tensor, value: Tensor) -> bool:
+        """Whether a GPU's attention over sequences of any length computes it."""
+        plain = self.softcap is None and self.sinks is None and not self.dropout
+        fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+        return plain and fits and query.shape[3] == value.shape[3] <= 256
 
     def is_plain(self, key: Tensor) -> bool:
         """Whether nothing but causality is asked for."""
@@ -244,7 +314,11 @@ def masks(model: Any, spans: Spans, position_ids: Tensor) -> Any:
     types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
     near = seen if window is None else seen & (position_ids[:, :, None] - position_ids[:, None] < window)
 
-    def given(allowed: Tensor) -> Tensor:
+    def given(allowed: Tensor) -> Any:
+        if implementation(model) == FLEX:
+            return create_block_mask(
+                lambda r, h, q, k: allowed[r, q, k], len(allowed), None, spans.length, spans.length, device=device
+            )
         allowed = allowed[:, None]
         if implementation(model) != "eager":
             return allowed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpo_kernels.losses import Sides
 from dpo_kernels.training.formats import SIDES
-from dpo_kernels.training.layouts import PADDED, Arranged, Layout, Sequences, arrange
+from dpo_kernels.training.layouts import PADDED, Arranged, Layout, PairTokens, Sequences, arrange
 
 IGNORE_INDEX = -100
 PER_TOKEN = {"log_probs", "log_sum_sq_probs"}  # of what a fused model gives
@@ -113,6 +113,15 @@ class PairBatch:
 
     def _of_both(self, name: str) -> Tensor:
         return torch.cat([self.inputs[f"{name}_{side}"] for side in SIDES])
+
+
+def pair_tokens(item: Mapping[str, Tensor]) -> PairTokens:
+    """How long a pair of a dataset is, each tensor (S,)."""
+    lengths = [int(item[f"mask_{side}"].nonzero().max()) + 1 if item[f"mask_{side}"].any() else 0 for side in SIDES]
+    both = min(lengths)
+    same = item["x_chosen"][:both] == item["x_rejected"][:both]
+    prompt = both if same.all() else int(same.long().argmin())
+    return PairTokens(prompt, *(length - prompt for length in lengths))
 
 
 def keep_pairs(inputs: dict[str, Tensor], count: int) -> None:

@@ -20,6 +20,11 @@ RESTRICTED: dict[str, tuple[Any, ...]] = {
     "remove_unused_columns": (False,),
     "neftune_noise_alpha": (None,),
 }
+# What tokens_per_batch takes the place of, or cannot go with, and the values that are no wish.
+WITH_TOKENS_PER_BATCH: dict[str, tuple[Any, ...]] = {
+    "per_device_train_batch_size": (8,), "dataloader_drop_last": (False,), "auto_find_batch_size": (False,),
+    "split_batches": (False,), "dispatch_batches": (None, False),
+}  # fmt: skip
 
 
 @dataclass
@@ -81,6 +86,10 @@ class DPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "How pairs lie in rows: auto takes the fewest tokens that the model passes a check with."},
     )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Instead of per_device_train_batch_size: as many pairs as fill so many tokens, padding too."},
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
 
     def __post_init__(self) -> None:
@@ -93,6 +102,8 @@ class DPOConfig(TrainingArguments):
         for name, allowed in RESTRICTED.items():
             if (value := getattr(self, name, allowed[0])) not in allowed:
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
+        if self.tokens_per_batch is not None:
+            self._check_tokens_per_batch()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if self.n_gpu > 1:
@@ -102,6 +113,17 @@ class DPOConfig(TrainingArguments):
                 stacklevel=2,
             )
             self._n_gpu = 1  # nn.DataParallel would share one head among its threads
+
+    def _check_tokens_per_batch(self) -> None:
+        if (tokens := self.tokens_per_batch or 0) < 1:
+            raise ValueError(f"tokens_per_batch is {tokens}; expected a positive number of tokens, as in 8192")
+        for name, allowed in WITH_TOKENS_PER_BATCH.items():
+            value = getattr(self if hasattr(self, name) else self.accelerator_config, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"tokens_per_batch does not go with {name}={value!r}: a batch has as many pairs as fill so many "
+                    "tokens, each pair is in one of them, and each process reads its own"
+                )
 
 
 def parse_bytes(text: str | int | None) -> int | None:

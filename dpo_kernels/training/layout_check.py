@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.training import attention
-from dpo_kernels.training.batch import PairBatch, PairCollator
+from dpo_kernels.training.batch import PairBatch, PairCollator, pair_tokens
 from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers_kept
 from dpo_kernels.training.layouts import PADDED, Layout
@@ -50,6 +50,7 @@ def choose(
     dataset: Any,
     batch_size: int,
     *,
+    tokens_per_batch: int | None = None,
     balances: bool = False,
     gives_mask: bool = False,
     is_sharded: bool = False,
@@ -61,6 +62,7 @@ def choose(
         wanted: a name, or "auto".
         dataset: pairs, whose lengths decide.
         batch_size: pairs that go through the model together.
+        tokens_per_batch: tokens that do, instead.
         balances: whether a load-balancing loss is asked for.
         gives_mask: whether models are given an attention mask where rows are padded.
         is_sharded: whether the run uses FSDP.
@@ -71,10 +73,10 @@ def choose(
     padded = replace(PADDED, gives_mask=gives_mask)
     if wanted == "padded":
         return Choice(padded, "")
-    tokens, longest = count_tokens(dataset, batch_size)
+    tokens, longest = count_tokens(dataset, batch_size, tokens_per_batch)
     refused: list[str] = []
     failed: set[str | None] = set()  # ways to tell attention
-    for candidate in _candidates(wanted, tokens):
+    for candidate in _candidates(wanted, tokens, attention.implementation(model) == attention.FLEX):
         layout = replace(candidate, gives_mask=balances if candidate.attention else gives_mask)
         if layout.attention in failed:
             continue
@@ -103,23 +105,24 @@ def _facts(model: Any) -> Any:
     return attention.implementation(model), None if config is None else config.to_json_string(use_diff=False)
 
 
-def _candidates(wanted: str, tokens: dict[str, float]) -> Iterator[Layout]:
-    """From the best on. A simpler layout is taken where another saves little, and where a mask would cost more."""
+def _candidates(wanted: str, tokens: dict[str, float], has_blocks: bool) -> Iterator[Layout]:
+    """From the best on. A simpler layout is taken where another saves little, and where a mask would cost more, as it
+    does unless empty blocks of it are left out."""
     if wanted == "bucketed":
         yield Layout("bucketed")
         return
     names = [wanted] if wanted != "auto" else ["shared", "packed"]
-    for way in ("branches", "mask"):
+    for way in ("mask",) if has_blocks else ("branches", "mask"):
         for name in names:
-            if wanted == name or not tokens or tokens[name] <= _worth(name, way, tokens):
+            if wanted == name or not tokens or tokens[name] <= _worth(name, way == "mask" and not has_blocks, tokens):
                 yield Layout(name, way)
     if wanted == "auto" and tokens and tokens["bucketed"] <= SAVES * tokens["padded"]:
         yield Layout("bucketed")
 
 
-def _worth(name: str, way: str, tokens: dict[str, float]) -> float:
-    """The tokens from which on a simpler layout is as good."""
-    if way == "mask":
+def _worth(name: str, dense: bool, tokens: dict[str, float]) -> float:
+    """The tokens from which on a simpler layout is as good; dense: with a mask of all tokens by all tokens."""
+    if dense:
         return MASK_SAVES * tokens["bucketed"]
     return SAVES * tokens["packed" if name == "shared" else "padded"]
 
@@ -131,7 +134,7 @@ def _told(layout: Layout, tokens: dict[str, float], refused: list[str]) -> str:
     return told + "".join(f"; {reason}" for reason in refused)
 
 
-def count_tokens(dataset: Any, batch_size: int) -> tuple[dict[str, float], int]:
+def count_tokens(dataset: Any, batch_size: int, tokens_per_batch: int | None = None) -> tuple[dict[str, float], int]:
     """Tokens a pair that a model is given, by layout, of some pairs drawn from the dataset; and how long one can be.
     Nothing, where the dataset has no pairs to look at."""
     if isinstance(dataset, dict):
@@ -146,6 +149,9 @@ def count_tokens(dataset: Any, batch_size: int) -> tuple[dict[str, float], int]:
     items = [dataset[i] for i in drawn]
     names = [name for name in items[0] if name.startswith(("x_", "y_", "mask_"))]
     items = [{name: item[name] for name in names} for item in items]
+    if tokens_per_batch is not None:
+        mean = sum(sum(pair_tokens(item)) for item in items) / len(items)
+        batch_size = max(1, min(len(items), round(tokens_per_batch / max(1, mean))))
     parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     parts = parts[:-1] if len(parts) > 1 and len(parts[-1]) < batch_size else parts
     found = {}
@@ -191,8 +197,9 @@ def _known_reason(model: Any, layout: Layout) -> str:
     if "position_ids" not in inspect.signature(plain_forward(model)).parameters:
         return f"the forward of {name} takes no position_ids, so tokens cannot be told where they stand"
     own = attention.implementation(model)
-    if own not in attention.NAMES:
-        return f"the attention of {name} is {own}; rows of several answers run with {' or '.join(attention.NAMES)}"
+    ways = [*attention.NAMES] if layout.attention == "branches" else [*attention.NAMES, attention.FLEX]
+    if own not in ways:
+        return f"the attention of {name} is {own}; rows of several answers run with {', '.join(ways)}"
     if layout.attention == "mask" and layout.gives_mask:
         return f"the load-balancing loss of {name} wants a mask of real tokens, where a mask of trees is given"
     # On the class: a fused model is one of its own class still.

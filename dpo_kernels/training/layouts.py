@@ -11,9 +11,11 @@ last hidden state predicts the first token of both answers, so hidden states are
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +44,18 @@ class Sequences(NamedTuple):
     labels: Tensor  # (2B, S)
     counted: Tensor  # (2B, S) bool: whose label counts
     inside: Tensor  # (2B, S) bool: a sequence up to its last token that counts
+
+
+class PairTokens(NamedTuple):
+    """How long a pair is: the prompt, and what each sequence has behind it up to its last token that counts."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def sequences(self) -> tuple[int, int]:
+        return self.prompt + self.chosen, self.prompt + self.rejected
 
 
 class Arranged(NamedTuple):
@@ -78,17 +92,20 @@ def _bucketed(layout: Layout, s: Sequences) -> Arranged:
     return Arranged({"groups": groups}, torch.cat(answers), sum(g["input_ids"].numel() for g in groups))
 
 
-def buckets(counts: list[int], group_costs: int = GROUP_COSTS) -> list[list[int]]:
+def buckets(counts: Sequence[int], group_costs: int = GROUP_COSTS) -> list[list[int]]:
     """Sequences in groups, so that the padded tokens, and so many more a group, are fewest."""
     order = sorted(range(len(counts)), key=lambda i: (counts[i], i))
-    best: list[tuple[int, list[list[int]]]] = [(0, [])]
+    best, begins = [0], [0]  # of the first n in order: the least, and where the last group of it begins
     for end in range(1, len(order) + 1):
         length = counts[order[end - 1]]
-        best.append(min(
-            (best[begin][0] + (end - begin) * length + group_costs, [*best[begin][1], order[begin:end]])
-            for begin in range(end)
-        ))  # fmt: skip
-    return best[-1][1]
+        least, begin = min((best[begin] + (end - begin) * length + group_costs, begin) for begin in range(end))
+        best.append(least)
+        begins.append(begin)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]
 
 
 def _in_rows(layout: Layout, s: Sequences) -> Arranged:
@@ -145,19 +162,37 @@ def _tokens(tree: list[tuple[int, int, int]]) -> int:
     return sum(tokens for _, _, tokens in tree)
 
 
-def fill(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Rows of at most so many tokens: first-fit decreasing; within a row, and among rows, in the order given."""
+def fill(sizes: Sequence[int], capacity: int, tokens: Callable[[list[int]], int] | None = None) -> list[list[int]]:
+    """Rows of at most so many tokens: first-fit decreasing; within a row, and among rows, in the order given.
+
+    Args:
+        tokens: what a row takes, where that can be more than the sum of its sizes.
+    """
     rows: list[list[int]] = []
-    room: list[int] = []
+    room = np.empty(len(sizes), dtype=np.int64)
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fits = next((r for r, left in enumerate(room) if sizes[i] <= left), None)
-        if fits is None:
-            rows.append([i])
-            room.append(capacity - sizes[i])
-        else:
-            rows[fits].append(i)
-            room[fits] -= sizes[i]
+        fits = (r for r in np.flatnonzero(room[: len(rows)] >= sizes[i]).tolist()
+                if tokens is None or tokens([*rows[r], i]) <= capacity)  # fmt: skip
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            room[row] = capacity
+        rows[row].append(i)
+        room[row] -= sizes[i]
     return sorted(sorted(row) for row in rows)
+
+
+def most_tokens(layout: Layout, pairs: Sequence[PairTokens]) -> int:
+    """How many tokens a model runs for a batch of these pairs, padding too; in bucketed at most so many."""
+    counts = [max(1, count) for pair in pairs for count in pair.sequences]
+    if layout.name == "padded":
+        return len(counts) * max(counts)
+    if layout.name == "bucketed":  # as many groups as there are lengths, in steps of what a group costs
+        steps = [-(-count // GROUP_COSTS) for count in counts]
+        return GROUP_COSTS * (sum(steps) + len(set(steps)) - 1)
+    of_trees = ([sum(pair)] if layout.name == "shared" else pair.sequences for pair in pairs)
+    sizes = [size for sizes in of_trees for size in sizes if size] or [1]
+    return sum(sizes) if layout.attention == "branches" else max(sizes) * len(fill(sizes, max(sizes)))
 
 
 ARRANGE = {"padded": _padded, "bucketed": _bucketed, "packed": _in_rows, "shared": _in_rows}

@@ -22,9 +22,10 @@ from dpo_kernels.training.data_report import column
 # Options that decide the numbers of a step: a resume with another value warns.
 NUMBERS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "max_steps",
-    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm", "seed", "data_seed", "bf16", "fp16",
-    "dataloader_drop_last", "train_sampling_strategy", "disable_dropout", "router_aux_loss_coef", "world_size",
+    "num_train_epochs", "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm", "seed",
+    "data_seed", "bf16", "fp16", "dataloader_drop_last", "train_sampling_strategy", "disable_dropout",
+    "router_aux_loss_coef", "world_size",
     *("dpo_aggregate" if field.name == "aggregate" else field.name for field in fields(LossOptions)),
 )  # fmt: skip
 

@@ -31,6 +31,7 @@ from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.processes import check_head, from_main
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
+from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -103,10 +104,13 @@ class DPOTrainer(Trainer):
         # A compiled model would be compiled again for the lengths of each step.
         layout = "padded" if args.layout == "auto" and args.torch_compile else args.layout
         choice = from_main(self.accelerator, lambda: layout_check.choose(
-            model, layout, pairs, args.per_device_train_batch_size, balances=balances, gives_mask=gives_mask,
-            is_sharded=self.is_fsdp_enabled,
+            model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
+            balances=balances, gives_mask=gives_mask, is_sharded=self.is_fsdp_enabled,
         ))  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told
+        self.token_batches: TokenBatches | None = None
+        if args.tokens_per_batch is not None and train_dataset is not None:
+            self.token_batches = token_batches(train_dataset, self.layout, args)
         use_branches(model, self.layout.attention == "branches")
         self._reference_name = getattr(getattr(ref_model, "config", None), "_name_or_path", None)
         self.reference = reference_for(
@@ -191,12 +195,19 @@ class DPOTrainer(Trainer):
         with checkpoints.reading(str(checkpoint)):
             super()._load_rng_state(checkpoint)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def get_train_dataloader(self) -> Any:
+        if self.token_batches is None:
+            return super().get_train_dataloader()
+        return loader(self.train_dataset, self.token_batches, self.args, self.accelerator)
+
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
         # transformers 5.24 takes one step more where a checkpoint of the last step lies within an epoch.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        if self.token_batches is not None:  # accelerate tells those that it knows
+            self.token_batches.set_epoch(epoch)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._sums:  # the first since the last log
@@ -363,6 +374,10 @@ class DPOTrainer(Trainer):
         accelerator, held = self.accelerator, PairBatch(inputs).pairs
         processes = accelerator.num_processes
         if processes == 1 or not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
+            return
+        if self.token_batches is not None:
+            if accelerator.process_index >= processes - self.token_batches.repeated:
+                keep_pairs(inputs, 0)
             return
         size = self.args.train_batch_size // (processes if accelerator.split_batches else 1)
         left = len(self.train_dataset) % (size * processes)  # not accelerate's remainder: a resume loses that

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import pairwise
 
 import pytest
 import torch
 from tiny_models import build
+from torch.nn.attention.flex_attention import flex_attention
 from training_helpers import SIZES, Trees, logs, make_model, make_trainer, weights
 
-from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, PairCollator
-from dpo_kernels.training.attention import Spans, Tree, masks, use_branches
+from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, PairCollator, attention
+from dpo_kernels.training.attention import Attention, Spans, Tree, masks, use_branches
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.layout_check import LayoutError, choose, count_tokens, refusal
 from dpo_kernels.training.layouts import PADDED, Layout, buckets, fill
@@ -296,4 +299,94 @@ def test_a_reference_that_cannot_follow_goes_its_own_way(tmp_path):
     padded = DPOTrainer(build("qwen3"), build("mpt"), args, Trees(vocab=256))
     assert loss.item() == pytest.approx(
         padded.compute_loss(padded.model, batch_of(Trees(vocab=256)).inputs).item(), 1e-5
+    )
+
+
+def one_call(q, k, v, ends_q, ends_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """What `torch.nn.attention.varlen.varlen_attn` documents, piece by piece: the queries are the last of the keys."""
+    made = []
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    assert (ends_q.diff().max(), ends_k.diff().max()) == (max_q, max_k)
+    for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+        at, of = torch.arange(d - c - (b - a), d - c)[:, None], torch.arange(d - c)
+        left, right = window_size
+        seen = (of <= at + right) & ((of >= at - left) | (left < 0))
+        made.append(torch.nn.functional.scaled_dot_product_attention(
+            q[None, a:b].transpose(1, 2), k[None, c:d].transpose(1, 2), v[None, c:d].transpose(1, 2), attn_mask=seen,
+            scale=scale, enable_gqa=enable_gqa,
+        )[0].transpose(0, 1))  # fmt: skip
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "qwen3_moe"])
+def test_a_gpu_computes_branches_in_one_call(monkeypatch, model_type):
+    """Of sequences of any length, the prompt's keys once a branch: what it is given, with a plain one in its place."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return one_call(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "one_call", lambda: counted)
+    monkeypatch.setattr(Attention, "is_one_call", lambda *_: True)
+    model = small(model_type)
+    FusedHead(model).check(model)
+    for layout in LAYOUTS:
+        if layout.attention == "branches":
+            assert refusal(model, layout) == ""
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    rows = Spans(((Tree(0, 3, (2, 0, 4)), Tree(9, 2, ())), (Tree(0, 4, (1, 2)),)), 12)
+    found = attention._pieces(rows, torch.device("cpu"))
+    assert found.queries.tolist() == [*range(11), *range(12, 19)]
+    assert found.keys.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        0,
+        1,
+        2,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        12,
+        13,
+        14,
+        15,
+        16,
+        12,
+        13,
+        14,
+        15,
+        17,
+        18,
+    ]
+    assert [ends.tolist() for ends in found.ends] == [[0, 5, 9, 11, 16, 18], [0, 5, 12, 14, 19, 25]]
+    assert found.longest == (5, 7)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_flex_attention_is_given_blocks(monkeypatch, model_type):
+    """Forward only: flex attention has no backward on a CPU, and the check at start says so. Not compiled: PyTorch's
+    kernels for the CPU do not compile for a second length (torch 2.13)."""
+    plain = lambda *args, training=False, **kwargs: flex_attention(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plain)
+    model, flex = small(model_type), small(model_type)
+    flex.set_attn_implementation("flex_attention")
+    for one in (model, flex):
+        FusedHead(one)
+    batch = batch_of(Trees(vocab=256))
+    with torch.no_grad():
+        exact = batch.run(model)["log_probs"]
+        for name in ("packed", "shared"):
+            assert torch.allclose(batch.lying(Layout(name, "mask")).run(flex)["log_probs"], exact, atol=1e-5)
+    assert "no position_ids" not in refusal(flex, Layout("shared", "mask"))
+    assert re.search("LlamaForCausalLM does not run shared rows|Gemma3ForCausalLM does not run shared rows",
+                     refusal(flex, Layout("shared", "mask")))  # fmt: skip
+    assert "is flex_attention; rows of several answers run with sdpa, eager" in refusal(
+        flex, Layout("shared", "branches")
     )

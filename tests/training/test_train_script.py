@@ -120,17 +120,29 @@ def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, enviro
             assert a.get(key) == pytest.approx(b.get(key), abs=2e-5 if key == "loss" else 2e-4), key
 
 
-def test_a_resume_inside_an_epoch_of_two_processes_gives_the_same_weights(tmp_path, model_dir, environment):
-    """Of 7 pairs in steps of 4 the second step fills one process' batch up; the resumed run knows that too."""
+@pytest.mark.parametrize(
+    ("pairs", "options", "step"),
+    [
+        # Of 7 pairs in steps of 4 the second step fills one process' batch up; the resumed run knows that too.
+        pytest.param(7, {"per_device_train_batch_size": 2, "max_steps": 2}, 1, id="pairs"),
+        # Within the second epoch, whose batches are others; of 3 pairs that fill a batch each, a process has one alone.
+        pytest.param(14, {"tokens_per_batch": 400, "max_steps": 7}, 5, id="tokens"),
+        pytest.param(3, {"tokens_per_batch": 150, "max_steps": 4}, 3, id="tokens-alone"),
+    ],
+)
+def test_a_resume_inside_an_epoch_of_two_processes_gives_the_same_weights(
+    tmp_path, model_dir, environment, pairs, options, step
+):
     data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(EXAMPLE.read_text(encoding="utf-8").splitlines(True)[:7]), encoding="utf-8")
+    data.write_text("".join(EXAMPLE.read_text(encoding="utf-8").splitlines(True)[:pairs]), encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = {"data_path": data, "per_device_train_batch_size": 2, "max_steps": 2, "save_steps": 1}
-    for name, extra in (("straight", []), ("resumed", ["--resume_from_checkpoint", "checkpoint-1"])):
+    options = {"data_path": data, "save_steps": step, "per_device_train_batch_size": 8} | options
+    for name, extra in (("straight", []), ("resumed", ["--resume_from_checkpoint", f"checkpoint-{step}"])):
         if extra:
             extra[1] = str(tmp_path / "straight" / extra[1])
         done = run(environment, *small_run(model_dir, tmp_path / name, **options), *extra, launcher=launcher)
         assert done.returncode == 0, done.stderr
+        assert ("batches: " in done.stdout) == ("tokens_per_batch" in options)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
