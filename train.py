@@ -50,6 +50,7 @@ import transformers
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, ReadOptions, checkpoints, resume
+from dpo_kernels.training.adapters import AdapterOptions, base_of, is_adapted
 from dpo_kernels.training.data_report import lengths
 from dpo_kernels.training.loading import check_positions, load_config, load_model, load_tokenizer, max_positions
 from dpo_kernels.training.ownership import owned
@@ -131,20 +132,26 @@ class ScriptArguments:
         default=None, metadata={"help": "Print so many pairs as the model sees them; default: 1 on a terminal, else 0."}
     )
 
+    @property
+    def start(self) -> str | None:
+        """Where the policy starts; None: as the example's model."""
+        return self.from_weight or self.ref_weight
+
 
 def main(argv: list[str] | None = None) -> int:
     """Trains; returns the exit status. What a user can mend (ValueError, OSError, ...) is said in one sentence."""
-    script, config = parse(sys.argv[1:] if argv is None else argv)
+    script, adapter, config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(str(config.output_dir))
     with owned(output_dir) if config.process_index == 0 else nullcontext():
-        return train_in(output_dir, script, config)
+        return train_in(output_dir, script, adapter, config)
 
 
-def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> int:
+def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig) -> int:
     """`main` in a folder that no other run writes into."""
     resume_from = checkpoint_to_resume(config, output_dir)
+    peft_config = adapter.peft_config()
     # Before the weights are loaded: what is wrong with the data or its tokenizer is known in seconds.
-    example = make_small_model(EXAMPLE) if script.ref_weight is None else None
+    example = make_small_model(EXAMPLE) if script.start is None else None
     tokenizer = prepare_tokenizer(script, example[1] if example else None, config.loss_options.needs_reference)
     max_length = choose_max_length(script, example[0].config if example else None)
     with config.main_process_first(desc="reading the pairs"):
@@ -155,9 +162,9 @@ def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> in
             resume.check_data(resume_from, train, allow_changed=False)
     if config.process_index == 0:
         tell(script, train, held_out, tokenizer, output_dir)
-    policy, reference = load_models(script, example[0] if example else None, config.loss_options.needs_reference)
+    policy, reference = load_models(script, adapter, config, example[0] if example else None)
     config.eval_on_start = bool(held_out) and resume_from is None
-    trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer)
+    trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer, peft_config=peft_config)
     del reference
     if trainer.aux_loss.told:
         say(config, trainer.aux_loss.told)
@@ -191,19 +198,23 @@ def train_in(output_dir: Path, script: ScriptArguments, config: DPOConfig) -> in
             before = f"{evaluated[0]:.3f} before, " if 0 in evaluated else ""
             of = f" of {name}" if name else ""
             say(config, f"held-out preference accuracy{of}: {before}{evaluated[last]:.3f} after")
-    say(config, f"saved: model, tokenizer, log.jsonl, curves.png and lengths.png in {output_dir}")
+    what = "adapter" if is_adapted(trainer.model) else "model"
+    if adapter.merge_adapter:
+        trainer.save_merged(output_dir / "merged")
+        what += " (merged: the whole model)"
+    say(config, f"saved: {what}, tokenizer, log.jsonl, curves.png and lengths.png in {output_dir}")
     return 0
 
 
-def parse(argv: list[str]) -> tuple[ScriptArguments, DPOConfig]:
+def parse(argv: list[str]) -> tuple[ScriptArguments, AdapterOptions, DPOConfig]:
     """Options from the command line or from one .json or .yaml file; the example's defaults where nothing is given."""
-    types: Any = (ScriptArguments, DPOConfig)
+    types: Any = (ScriptArguments, AdapterOptions, DPOConfig)
     parser = HfArgumentParser(types, description=__doc__, allow_abbrev=False)
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         argv = _from_file(Path(argv[0]))
     given = {part.split("=")[0].replace("-", "_").replace("__", "--", 1) for part in argv if part.startswith("--")}
     weights = given & {"--ref_weight", "--from_weight"}
-    if ("--data_path" in given) != bool(weights) or weights == {"--from_weight"}:
+    if ("--data_path" in given) != bool(weights):
         raise ValueError(
             f"give --data_path and --ref_weight together, or neither for the example; found {sorted(given)}"
         )
@@ -215,14 +226,21 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DPOConfig]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("give --output_dir: with several processes they have to agree on one")
         argv = ["--output_dir", f"output/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}", *argv]
-    script, config = parser.parse_args_into_dataclasses(args=argv)
+    script, adapter, config = parser.parse_args_into_dataclasses(args=argv)
     if script.data_weights and len(script.data_weights) != len(script.data_path or []):
         raise ValueError(
             f"data_weights has {len(script.data_weights)} numbers for {len(script.data_path or [])} data_path"
         )
     if script.eval_size and script.eval_data_path:
         raise ValueError("give held-out pairs either by --eval_size or by --eval_data_path")
-    return script, config
+    base = base_of(script.from_weight) if script.from_weight else None
+    if weights == {"--from_weight"} and base is None:
+        raise ValueError(f"give --ref_weight too: {script.from_weight} is no adapter, which would be its own reference")
+    if adapter.merge_adapter and not (adapter.use_peft or base or base_of(script.ref_weight or "")):
+        raise ValueError("merge_adapter: there is no adapter; give --use_peft, or an adapter as --from_weight")
+    if adapter.use_peft and base is not None:
+        raise ValueError(f"use_peft puts a new adapter into a model, and {script.from_weight} is one; leave one out")
+    return script, adapter, config
 
 
 def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
@@ -266,9 +284,9 @@ def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
 def prepare_tokenizer(script: ScriptArguments, example: Any, with_reference: bool) -> PreTrainedTokenizerBase:
     """The policy's tokenizer (see `loading.load_tokenizer`), or the example's, with what the command line changes."""
     tokenizer: Any = example
-    if script.ref_weight is not None:
+    if script.start is not None:
         reference = script.ref_weight if with_reference or script.from_weight else None
-        tokenizer = load_tokenizer(script.from_weight or script.ref_weight, reference, script.trust_remote_code)
+        tokenizer = load_tokenizer(script.start, reference, script.trust_remote_code)
     if script.chat_template is not None:
         tokenizer.chat_template = Path(script.chat_template).read_text(encoding="utf-8")
     if script.pad_token is not None:
@@ -295,12 +313,21 @@ def choose_max_length(script: ScriptArguments, example: Any) -> int:
     return script.max_length
 
 
-def load_models(script: ScriptArguments, example: Any, with_reference: bool) -> tuple[Any, Any]:
-    """Policy and reference (or None); the example's small ones where no weights are named."""
-    if script.ref_weight is None:
-        return example, copy.deepcopy(example) if with_reference else None
-    policy = _load(script, script.from_weight or script.ref_weight)
-    return policy, _load(script, script.ref_weight) if with_reference else None
+def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, example: Any) -> tuple[Any, Any]:
+    """Policy and reference; the example's small ones where no weights are named. The reference is None where the loss
+    has none, and where the policy has an adapter and starts from it: then it is its own."""
+    name = script.start
+    base = base_of(name) if name else None
+    of_itself = adapter.use_peft or base is not None
+    if base is not None and script.ref_weight == base:
+        config.adapter_reference = "base"
+    elif script.ref_weight not in (None, name):
+        of_itself = False
+    second = config.loss_options.needs_reference and not of_itself
+    if name is None:
+        return example, copy.deepcopy(example) if second else None
+    policy = _load(script, adapter, name, is_trainable=True)
+    return policy, _load(script, adapter, script.ref_weight or name) if second else None
 
 
 def load_pairs(
@@ -393,10 +420,14 @@ def say(config: DPOConfig, text: str) -> None:
         print(text, flush=True)
 
 
-def _load(script: ScriptArguments, path: str) -> Any:
-    options = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
+def _load(script: ScriptArguments, adapter: AdapterOptions, path: str, is_trainable: bool = False) -> Any:
     dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
-    return load_model(path, trust_remote_code=script.trust_remote_code, dtype=dtype, **options)
+    options: dict[str, Any] = adapter.quantization(dtype)
+    if script.attn_implementation:
+        options["attn_implementation"] = script.attn_implementation
+    return load_model(
+        path, trust_remote_code=script.trust_remote_code, dtype=dtype, is_trainable=is_trainable, **options
+    )
 
 
 def _from_file(path: Path) -> list[str]:

@@ -10,6 +10,7 @@
 #include "recycle.h"
 #include "threads.h"
 
+#include <algorithm>
 #include <string_view>
 
 namespace dpo_kernels {
@@ -86,7 +87,10 @@ TileArgs checked_tile(
 // names: separated by commas; no name of a statistic holds another.
 Outputs parse(std::string_view names) {
   auto has = [&](std::string_view name) { return names.find(name) != std::string_view::npos; };
-  return {has("entropy"), has("log_sum_sq_probs"), has("mean_logits"), has("is_top1")};
+  const Outputs found{has("entropy"), has("log_sum_sq_probs"), has("mean_logits"), has("is_top1")};
+  const int64_t given = names.empty() ? 0 : 1 + std::count(names.begin(), names.end(), ',');
+  TORCH_CHECK(found.entropy + found.squares + found.logits + found.argmax == given, "unknown outputs in ", names);
+  return found;
 }
 
 Tensor pack_op(const Tensor& hidden) {

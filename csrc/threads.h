@@ -1,11 +1,11 @@
 // Threads that share the work of a kernel, and how they wait.
 //
-// A thread takes the next share of the work when it is done with one. While the cores are ours the threads are PyTorch's
-// own (OpenMP), which spin between kernels and are at hand at once; beside them, others would share their cores. Where
-// another process holds a core, spinning is what hurts: the core that waits is kept from the thread that is waited
-// for. Then the threads are ours: nobody waits for one that has no share, and one that has to wait goes to sleep after some
-// microseconds. Where there are more threads than cores OpenMP's hardly spin, and they stay: all of them wake for
-// every kernel, which gives us more of a core that others use too.
+// A thread takes the next share of the work when it is done with one; shares become smaller, so that all end at once.
+// While the cores are ours the threads are PyTorch's own (OpenMP), which spin between kernels and are at hand at once;
+// beside them, others would share their cores. Where another process holds a core, spinning is what hurts: the core that
+// waits is kept from the thread that is waited for. Then the threads are ours: nobody waits for one that has no share, and
+// one that has to wait goes to sleep after some microseconds. Where there are more threads than cores OpenMP's hardly
+// spin, and they stay: all of them wake for every kernel, which gives us more of a core that others use too.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -19,7 +19,7 @@
 namespace dpo_kernels {
 
 constexpr int64_t kThreads = 64;  // more do not run: what each holds is counted in the memory budget
-constexpr int64_t kShares = 8;    // of its work that a thread takes one by one
+constexpr int64_t kShares = 4;    // of what is left, divided among the threads, a thread takes so small a share
 
 // As many as PyTorch may use.
 inline int64_t threads() { return std::min<int64_t>(at::get_num_threads(), kThreads); }
@@ -64,12 +64,18 @@ int64_t runs_on_own_threads();
 template <typename Work, typename Done>
 void run_tasks(int64_t count, int64_t least, const Work& work, const Done& done) {
   const int64_t workers = std::min((count + least - 1) / least, threads());
-  const int64_t share = std::max(count / (std::max<int64_t>(workers, 1) * kShares), least);
+  const int64_t parts = std::max<int64_t>(workers, 1) * kShares;
   std::atomic<int64_t> next{0};
   run_together(workers - 1, [&] {
-    int64_t taken = 0;
-    for (int64_t i = next.fetch_add(share); i < count; i = next.fetch_add(share), ++taken)
-      work(i, std::min(i + share, count));
+    int64_t taken = 0, first = next;
+    while (first < count) {
+      const int64_t last = std::min(first + std::max((count - first) / parts, least), count);
+      if (next.compare_exchange_weak(first, last)) {  // else first is what another thread has left
+        work(first, last);
+        ++taken;
+        first = next;
+      }
+    }
     done();
     return taken;
   });

@@ -67,10 +67,11 @@ class FusedLogProbs:
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)  # TRL computes in the hidden states' dtype; a copy beyond the budget
             bias = None if bias is None else bias.to(hidden.dtype)
-        return token_stats(
+        stats = token_stats(
             hidden, weight, targets, bias, outputs=outputs, temperature=temperature, logit_scale=logit_scale,
             softcap=final_logit_softcapping, memory_budget=self.memory_budget, impl=self.impl,
         )  # fmt: skip
+        return stats.log_probs, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1
 
 
 class Enabled:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dpo_kernels.training.head_check import logits_of, probe_ids
+from dpo_kernels.training.head_check import has_experts, logits_of, probe_ids
 from dpo_kernels.training.loading import is_of_its_own_kind
 from dpo_kernels.training.output_head import accepted, find_head, plain_forward
 
@@ -58,7 +58,7 @@ def decide(model: Any, wanted: float | None) -> AuxLoss:
             raise ValueError(f"router_aux_loss_coef is {wanted}, but {name} gives no aux_loss")
         told = (
             f"{name} has a coefficient of {coef:g} for load balancing and gives no such loss: none is added"
-            if coef
+            if coef and has_experts(model)
             else ""
         )
         return AuxLoss(0.0, told)
@@ -72,9 +72,9 @@ def decide(model: Any, wanted: float | None) -> AuxLoss:
     return AuxLoss(1.0, told if found else "")
 
 
-@torch.no_grad()
 def _measure(model: Any) -> tuple[float | None, float | None]:
-    """The model's aux_loss on a few tokens, and what its own loss multiplies it by; None where there is none."""
+    """The model's aux_loss on a few tokens, and what its own loss multiplies it by; None where there is none, or where
+    it is a 0 that nothing was computed for, as dense models of such code give."""
     device = next(model.parameters()).device
     head: Any = find_head(model)
     ids = probe_ids(head.weight.shape[0], device)
@@ -88,9 +88,12 @@ def _measure(model: Any) -> tuple[float | None, float | None]:
             aux = getattr(output, "aux_loss", None)
             if not isinstance(aux, torch.Tensor) or aux.numel() != 1:
                 return None, None
+            if not aux.item() and not aux.requires_grad:
+                return None, None
             if not is_of_its_own_kind(model) or not aux.item():
                 return aux.item(), None
-            output = forward(input_ids=ids, labels=ids, **options)
+            with torch.no_grad():
+                output = forward(input_ids=ids, labels=ids, **options)
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -94,10 +94,11 @@ class PairBatch:
     def run(self, model: nn.Module, **options: Any) -> dict[str, Tensor]:
         """What a fused model gives, per token (2B, S): log_probs of the labels, 0 where none counts, and what else."""
         output = dict(model(**self.model_inputs() | {"use_cache": False} | options))
-        answers = self._arranged.answers
+        answers, sources = self._arranged.answers, self._arranged.sources
         if answers is not None:
             for name in PER_TOKEN & output.keys():
                 values = output[name].flatten()
+                values = values if sources is None else values[sources]
                 zeros = values.new_zeros(self.mask.numel())
                 output[name] = zeros.index_put((answers,), values).view(self.mask.shape)
         return output

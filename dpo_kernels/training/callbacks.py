@@ -145,6 +145,29 @@ class StopOnSignal(TrainerCallback):
         os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint after this step{again}\n".encode())
 
 
+class SyncReference(TrainerCallback):
+    """After every so many steps the reference moves towards the policy.
+
+    Args:
+        follow: moves it, by the policy's share.
+    """
+
+    def __init__(self, follow: Callable[[nn.Module, float], None], share: float, steps: int) -> None:
+        self.follow, self.share, self.steps = follow, share, steps
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        if state.global_step % self.steps == 0:
+            self.follow(model, self.share)
+
+
 class StopOnNonFinite(TrainerCallback):
     """Before the optimizer would spread a NaN: save the last good step, then raise.
 

@@ -15,12 +15,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 PREFIX = "checkpoint-"
 STAGING = ".incomplete"
 REPLACED = ".replaced"
 SET_ASIDE = ".set-aside"
 STATE_NAME = "trainer_state.json"
+REFERENCE_NAME = "dpo_reference.safetensors"  # a reference that moves
 FACTS_NAME = "dpo_checkpoint.json"  # the sizes of a checkpoint's files, and what it was trained on
 # A model is one by these: where they are last to come, one that came in part is none.
 LAST = ("config.json", "adapter_config.json")
@@ -152,6 +154,28 @@ def read_facts(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def write_tensors(folder: Path, tensors: dict[str, Any]) -> None:
+    """A reference that moves, beside a checkpoint's files."""
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+    save_file({name: t.detach().cpu().contiguous() for name, t in whole.items()}, folder / REFERENCE_NAME)
+
+
+def read_tensors(folder: Path, into: dict[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: the checkpoint holds none, or others.
+    """
+    if not (folder / REFERENCE_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds no reference ({REFERENCE_NAME}): it was trained without sync_ref_model; go on without it"
+        )
+    found = load_file(folder / REFERENCE_NAME)
+    if found.keys() != into.keys():
+        raise CheckpointError(f"{folder / REFERENCE_NAME} holds other tensors than this reference: {sorted(found)[:3]}")
+    for name, tensor in into.items():
+        tensor.copy_(found[name])
 
 
 def damage(folder: Path) -> str:

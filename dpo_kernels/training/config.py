@@ -82,6 +82,17 @@ class DPOConfig(TrainingArguments):
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "One pass of the reference before training, cached on disk; then it is freed."}
     )
+    adapter_reference: Literal["start", "base"] = field(
+        default="start",
+        metadata={"help": "An adapter's reference, where none is given: what it starts as, or the model without it."},
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "TR-DPO: the reference moves towards the policy now and then."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "How far: the policy's share in the new reference, in (0, 1]."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "After so many steps each time."})
     layout: Literal["auto", "padded", "bucketed", "packed", "shared"] = field(
         default="auto",
         metadata={"help": "How pairs lie in rows: auto takes the fewest tokens that the model passes a check with."},
@@ -102,6 +113,8 @@ class DPOConfig(TrainingArguments):
         for name, allowed in RESTRICTED.items():
             if (value := getattr(self, name, allowed[0])) not in allowed:
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
+        if self.sync_ref_model:
+            self._check_sync()
         if self.tokens_per_batch is not None:
             self._check_tokens_per_batch()
         if self.device.type == "cpu":
@@ -113,6 +126,17 @@ class DPOConfig(TrainingArguments):
                 stacklevel=2,
             )
             self._n_gpu = 1  # nn.DataParallel would share one head among its threads
+
+    def _check_sync(self) -> None:
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha}; expected a share in (0, 1]")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps is {self.ref_model_sync_steps}; expected at least 1")
+        if self.precompute_ref_log_probs or not self.loss_options.needs_reference:
+            raise ValueError(
+                "sync_ref_model moves a reference that is computed in each step; leave out precompute_ref_log_probs, "
+                "and give a loss that has a reference"
+            )
 
     def _check_tokens_per_batch(self) -> None:
         if (tokens := self.tokens_per_batch or 0) < 1:

@@ -101,7 +101,7 @@ def _check(fused: Fused, model: Any, deterministic: bool) -> None:
                     f"{name} has {jitter[1]} {jitter[2]:g}, which makes its routes random in training, so that policy "
                     "and reference would not start equal; set it to 0 in its config where evaluation does without it"
                 )
-            if _has_experts(model):  # what is random in a router shows where scores are near one another
+            if has_experts(model):  # what is random in a router shows where scores are near one another
                 ids = probe_ids(fused.vocab_size, device, ROUTED).repeat(2, 1)
                 labels = ids.roll(-1, 1)
                 log_probs = model(input_ids=ids, labels=labels, use_cache=False)["log_probs"]
@@ -131,7 +131,7 @@ def numbers_named(model: nn.Module, names: re.Pattern[str]) -> Iterator[tuple[An
                 yield holder, name, value, id(holder) in configs
 
 
-def _has_experts(model: Any) -> bool:
+def has_experts(model: Any) -> bool:
     config = getattr(model, "config", None)
     text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     numbers = getattr(text, "__dict__", {}).items()

@@ -21,7 +21,7 @@ from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers_kept
 from dpo_kernels.training.layouts import PADDED, Layout
 from dpo_kernels.training.loading import is_of_its_own_kind, max_positions
-from dpo_kernels.training.output_head import find_head, plain_forward
+from dpo_kernels.training.output_head import below_adapters, find_head, plain_forward
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 REACH = re.compile(r".*(window|chunk_size|local_attention|index_(topk|budget)).*")  # what configs call how far one sees
@@ -168,7 +168,7 @@ def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = Fal
     Args:
         longest: tokens of the longest sequence of the data; 0: not known.
     """
-    name = type(model).__name__
+    name = type(below_adapters(model)).__name__
     if layout.attention is None:  # an answer a row: right for every causal model
         sharded = layout.name == "bucketed" and is_sharded
         return "with FSDP the groups of bucketed would differ between processes" if sharded else ""
@@ -191,10 +191,11 @@ def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = Fal
 
 def _known_reason(model: Any, layout: Layout) -> str:
     """What is refused without running it."""
-    name, config = type(model).__name__, attention.text_config(model)
+    base = below_adapters(model)
+    name, config = type(base).__name__, attention.text_config(model)
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES):
         return f"{name} has layers of other kinds than full and sliding attention: {', '.join(others)}"
-    if "position_ids" not in inspect.signature(plain_forward(model)).parameters:
+    if "position_ids" not in inspect.signature(plain_forward(base)).parameters:
         return f"the forward of {name} takes no position_ids, so tokens cannot be told where they stand"
     own = attention.implementation(model)
     ways = [*attention.NAMES] if layout.attention == "branches" else [*attention.NAMES, attention.FLEX]
@@ -203,7 +204,7 @@ def _known_reason(model: Any, layout: Layout) -> str:
     if layout.attention == "mask" and layout.gives_mask:
         return f"the load-balancing loss of {name} wants a mask of real tokens, where a mask of trees is given"
     # On the class: a fused model is one of its own class still.
-    if layout.attention == "branches" and not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
+    if layout.attention == "branches" and not getattr(type(base), "_can_set_attn_implementation", lambda: False)():
         return f"{name} does not take its attention from transformers' AttentionInterface"
     if layout.attention == "branches" and own == "eager" and (missing := attention.without_eager(model)):
         return f"{missing} has no eager_attention_forward beside it, for calls that are not of pairs"

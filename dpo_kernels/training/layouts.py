@@ -6,7 +6,8 @@
     shared    of every pair the prompt once, then the chosen answer, then the rejected one
 
 What a token may attend to, `attention.py` tells the model. A prompt is what both sequences of a pair begin with; its
-last hidden state predicts the first token of both answers, so hidden states are taken by their place, some twice.
+last hidden state predicts the first token of both answers, so hidden states are taken by their place, some twice. What
+both sequences predict within the prompt is predicted once.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ class PairTokens(NamedTuple):
 
 class Arranged(NamedTuple):
     """given: to a fused model. answers: where its log-probs belong in 2B x S; None: they lie so already. tokens: how
-    many the model runs, padding too."""
+    many the model runs, padding too. sources: for each of the answers, which of the log-probs it is; None: in order."""
 
     given: dict[str, Any]
     answers: Tensor | None
     tokens: int
+    sources: Tensor | None = None
 
 
 def arrange(layout: Layout, sequences: Sequences) -> Arranged:
@@ -148,14 +150,20 @@ def _in_rows(layout: Layout, s: Sequences) -> Arranged:
     counted = s.counted.flatten().nonzero().squeeze(1)
     if not len(counted):  # the head has to be run all the same; its label does not count
         counted = counted.new_zeros(1)
+    # What counts within a prompt, as earlier replies do, counts in both sequences, and is one prediction.
+    inside = torch.arange(width) + 1 < torch.tensor(prompts)[:, None]
+    twice = s.counted[:pairs] & s.counted[pairs:] & inside.to(device)
+    own = torch.arange(answers * width, device=device).view(answers, width)
+    own[pairs:] = torch.where(twice, own[:pairs], own[pairs:])
+    predicted, sources = own.flatten()[counted].unique(return_inverse=True)
     given = {
         "input_ids": s.ids.flatten()[source], "position_ids": torch.where(weights > 0, source % width, 0),
-        "labels": s.labels.flatten()[counted][None], "places": where.flatten()[counted],
+        "labels": s.labels.flatten()[predicted][None], "places": where.flatten()[predicted],
         "spans": Spans(tuple(spans), length), "use_cache": False,
     }  # fmt: skip
     if layout.gives_mask:
         given["attention_mask"] = weights
-    return Arranged(given, counted, source.numel())
+    return Arranged(given, counted, source.numel(), sources)
 
 
 def _tokens(tree: list[tuple[int, int, int]]) -> int:

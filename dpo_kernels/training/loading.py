@@ -31,6 +31,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file
 
+from dpo_kernels.training import adapters
+from dpo_kernels.training.output_head import below_adapters
+
 # One of these is there wherever a tokenizer is.
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -46,7 +49,7 @@ class LoadError(ValueError):
 def load_tokenizer(
     policy: str, reference: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, or the reference's where the policy has none.
+    """The policy's tokenizer, or the reference's where the policy has none; of an adapter without one its base's.
 
     Args:
         policy, reference: folders or hub names; None: there is no reference.
@@ -57,6 +60,9 @@ def load_tokenizer(
         ValueError: neither has a tokenizer; or the reference's gives other ids to the same text, so that it would score
             other text than the policy.
     """
+    policy = policy if _has_tokenizer(policy) else adapters.base_of(policy) or policy
+    if reference is not None and not _has_tokenizer(reference):
+        reference = adapters.base_of(reference) or reference
     found: dict[str, Any] = {
         name: _asked(name, functools.partial(AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code))
         for name in dict.fromkeys(filter(None, (policy, reference))) if _has_tokenizer(name)
@@ -74,15 +80,21 @@ def load_tokenizer(
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """
+    """Of a model, or of what an adapter is for.
+
     Raises:
         LoadError: it brings code, which was not allowed.
     """
+    _check_exists(name)
+    name = adapters.base_of(name) or name
     return _asked(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
 
 
-def load_model(name: str, *, trust_remote_code: bool = False, dtype: Any = "auto", **options: Any) -> Any:
-    """A causal language model, or one of images and text whose text is trained alone, as its constructor makes it.
+def load_model(
+    name: str, *, trust_remote_code: bool = False, dtype: Any = "auto", is_trainable: bool = False, **options: Any
+) -> Any:
+    """A causal language model, or one of images and text whose text is trained alone, as its constructor makes it; of
+    an adapter's name its base with the adapter, a `PeftModel`.
 
     transformers makes models without memory and fills in what the checkpoint holds. What no checkpoint holds (rotary
     tables in buffers that are not saved) is made again here for models that bring their own code, which would
@@ -92,11 +104,16 @@ def load_model(name: str, *, trust_remote_code: bool = False, dtype: Any = "auto
         name: a folder or hub name.
         trust_remote_code: whether code that it brings may run.
         dtype: of the weights; "auto" is the checkpoint's.
+        is_trainable: whether an adapter shall be trained.
         options: for `from_pretrained`, such as attn_implementation.
 
     Raises:
         LoadError: it brings code, which was not allowed; the checkpoint lacks weights; buffers cannot be made again.
     """
+    _check_exists(name)
+    if (base := adapters.base_of(name)) is not None:
+        model = load_model(base, trust_remote_code=trust_remote_code, dtype=dtype, **options)
+        return adapters.go_on(model, name, is_trainable)
     config = load_config(name, trust_remote_code)
     auto = _auto_class(config)
     _mend_old_ties(name, config, trust_remote_code)
@@ -152,8 +169,8 @@ def is_own_code(model: nn.Module) -> bool:
 
 def is_of_its_own_kind(model: nn.Module) -> bool:
     """Whether a model, below its adapters, descends from none of transformers' models."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return not any(ancestor.__module__.startswith("transformers.models.") for ancestor in type(base).__mro__)
+    classes = type(below_adapters(model)).__mro__
+    return not any(ancestor.__module__.startswith("transformers.models.") for ancestor in classes)
 
 
 def made_again(model: Any, missing: list[str] | None = None) -> list[str]:

@@ -27,6 +27,7 @@ from dpo_kernels.training.output_head import (
     HeadError,
     OutputHead,
     Request,
+    copies_of,
     find_head,
     fused_class,
     fused_forward_of,
@@ -86,10 +87,11 @@ class FusedHead:
         self.transform = Transform()
         self._requests = threading.local()  # a model may be called from several threads at once
         self.vocab_size = weight.shape[0]
-        head.fused = self
-        head.__class__ = fused_class(type(head))
-        if "_old_forward" in vars(head):  # accelerate's hooks call the forward that they found
-            head._old_forward = types.MethodType(OutputHead.forward, head)
+        for copy in _copies(model, head):
+            copy.fused = self
+            copy.__class__ = fused_class(type(copy))
+            if "_old_forward" in vars(copy):  # accelerate's hooks call the forward that they found
+                copy._old_forward = types.MethodType(OutputHead.forward, copy)
         self._model = weakref.ref(model)
         # An attribute of the instance, not of the class: other models stay what they are.
         model.forward = FusedForward(model, vars(model).get("forward"))
@@ -121,10 +123,11 @@ class FusedHead:
         head: Any = find_head(model)
         if not isinstance(head, OutputHead):
             return
-        head.__class__ = type(head).plain  # type: ignore[assignment]
-        del head.fused
-        if "_old_forward" in vars(head):
-            vars(head)["_old_forward"] = types.MethodType(type(head).forward, head)
+        for copy in _copies(model, head):
+            copy.__class__ = type(copy).plain
+            del copy.fused
+            if "_old_forward" in vars(copy):
+                vars(copy)["_old_forward"] = types.MethodType(type(copy).forward, copy)
         for holder in {id(m): m for m in (model, *model.modules())}.values():
             found, fused = vars(holder), fused_forward_of(holder)
             if fused is not None:
@@ -160,6 +163,13 @@ class FusedHead:
             yield request
         finally:
             self._requests.now = before
+
+
+def _copies(model: Any, head: Any) -> list[Any]:
+    """The head, and the copies that an adapter has of it."""
+    outer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else head
+    found = copies_of(outer)
+    return found if any(copy is head for copy in found) else [head]
 
 
 def _no_model() -> None:

@@ -102,7 +102,8 @@ class FusedForward:
         forward = own_forward(model, self.replaced)
         if groups is not None:
             found = [self(**group, **kwargs) for group in groups]
-            return {name: torch.cat([one[name].flatten() for one in found])[None] for name in found[0]}
+            per_token = found[0].keys() - {"aux_loss"}  # a load-balancing loss is over all rows, or it is none
+            return {name: torch.cat([one[name].flatten() for one in found])[None] for name in per_token}
         if labels is None:
             return forward(*args, **kwargs)
         head = find_head(model)
@@ -184,7 +185,7 @@ def find_head(model: Any) -> nn.Module:
     except (AttributeError, NotImplementedError):
         head = None
     if isinstance(head, nn.Module):
-        return head
+        return copies_of(head)[0]
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     found = [
         module for name, module in (model.named_modules() if isinstance(model, nn.Module) else ())
@@ -196,6 +197,21 @@ def find_head(model: Any) -> nn.Module:
             f"are called {', '.join(HEAD_NAMES)} and make {size} logits; load a model for causal language modelling"
         )
     return found[0]
+
+
+def copies_of(head: Any) -> list[Any]:
+    """A head, or what PEFT's modules_to_save makes of it: the copy that is used now, then the others."""
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None or not hasattr(head, "original_module"):
+        return [head]
+    now = next((copies[name] for name in head.active_adapters if name in copies), head.original_module)
+    now = head.original_module if head.disable_adapters else now
+    return [now, *(copy for copy in (head.original_module, *copies.values()) if copy is not now)]
+
+
+def below_adapters(model: Any) -> Any:
+    """The model that an adapter of PEFT is around, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def own_forward(model: Any, replaced: Any = None) -> Any:
@@ -223,7 +239,7 @@ def fused_forward_of(model: Any) -> FusedForward | None:
 
 def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the model's own forward takes, of those that it may do without."""
-    parameters = inspect.signature(plain_forward(model)).parameters
+    parameters = inspect.signature(plain_forward(below_adapters(model))).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return options
     return {name: value for name, value in options.items() if name in parameters or name not in DISPENSABLE}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dpo_kernels.training import adapters
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.config import DPOConfig
@@ -24,11 +28,13 @@ from dpo_kernels.training.processes import anywhere, check_head, from_main
 class Reference:
     """Log-probs of the reference for a batch: those that its dataset holds, or else what the form computes.
 
-    Forms: `Precomputed` computes nothing, `FrozenModel` asks a second model. Another form (the policy with its adapter
-    off) defines `score` and, if that can be done beforehand, `identity`; `reference_for` chooses among them.
+    Forms: `Precomputed` computes nothing, `FrozenModel` asks a second model, `OwnStart` the policy with its adapter
+    off, or as it began. Another form defines `score` and, if that can be done beforehand, `identity`; `reference_for`
+    chooses among them.
     """
 
     model: nn.Module | None = None  # a second model, where the form has one
+    starts_equal = False  # to the bit: policy and reference at the first step
 
     @torch.no_grad()
     def log_probs(self, batch: PairBatch, required: bool = True) -> Tensor | None:
@@ -60,6 +66,24 @@ class Reference:
             ref: what `score` gave.
             is_start: whether no step has been taken.
         """
+
+    def moving(self) -> dict[str, Tensor]:
+        """What `follow` changes, by name: the tensors themselves, which a checkpoint has to hold.
+
+        Raises:
+            ValueError: this form cannot follow the policy; says why.
+        """
+        raise ValueError(
+            "sync_ref_model wants a reference that is computed in each step, a second model or an adapter's"
+        )
+
+    @torch.no_grad()
+    def follow(self, policy: nn.Module, share: float) -> None:
+        """Moves the reference so far towards the policy: theta_ref <- share theta + (1 - share) theta_ref (TR-DPO,
+        Gorbatovski et al. 2024, arXiv:2404.09656)."""
+        now = dict(policy.named_parameters())
+        for name, tensor in self.moving().items():
+            tensor.lerp_(now[name].to(tensor.dtype), share)
 
 
 class Precomputed(Reference):
@@ -142,6 +166,13 @@ class FrozenModel(Reference):
         layout = "" if self.layout.name == "padded" else f" {self.layout.name}"
         return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}{layout}"
 
+    def moving(self) -> dict[str, Tensor]:
+        if self.is_sharded:
+            raise ValueError(
+                "sync_ref_model does not work with a second model under FSDP; train an adapter, or use DDP"
+            )
+        return {name: p.data for name, p in self.model.named_parameters()}
+
     def check_start(self, policy: nn.Module, batch: PairBatch, log_probs: Tensor, ref: Tensor, is_start: bool) -> None:
         """At the first batch: policy and reference have the same weights, so they give the same numbers, to the bit.
 
@@ -170,6 +201,105 @@ class FrozenModel(Reference):
             return batch.lying(self.layout).run(model)["log_probs"]
 
 
+class OwnStart(Reference):
+    """The policy itself: with its adapter off, or, where it goes on with a trained adapter, with the adapter's values
+    at the start, which are kept beside it. There is no second model.
+
+    Args:
+        policy: has an adapter; before it is wrapped.
+        wrapped: gives the policy as it is wrapped at the time, for what is sharded.
+        is_base: the reference is the model without adapter, whatever the adapter holds.
+
+    Raises:
+        ValueError: FSDP1, which takes parameters apart, with values to keep.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        accelerator: Accelerator,
+        args: DPOConfig,
+        layout: Layout,
+        is_sharded: bool,
+        wrapped: Callable[[], nn.Module],
+        is_base: bool,
+    ) -> None:
+        self.policy, self.accelerator, self.layout = policy, accelerator, layout
+        self.is_sharded, self.wrapped = is_sharded, wrapped
+        is_off = is_base or from_main(accelerator, lambda: adapters.changes_nothing(policy))
+        self.starts_equal = args.disable_dropout and not args.torch_compile and not is_base
+        self._values: dict[str, Tensor] | None = None  # None: the adapter is off
+        if not is_off or args.sync_ref_model:
+            if is_base:
+                raise ValueError(
+                    "sync_ref_model moves a reference that starts as the policy does, and it is the base here"
+                )
+            if is_sharded and not accelerator.is_fsdp2:
+                raise ValueError("the adapter's first values cannot be kept beside it with FSDP 1; use FSDP 2")
+            self._values = {name: p.detach().clone() for name, p in adapters.trained_parameters(policy).items()}
+        self._fingerprint = ""
+        if args.precompute_ref_log_probs:
+            self._fingerprint = from_main(accelerator, self._hash)
+
+    def score(self, batch: PairBatch, required: bool = True) -> Tensor:
+        modes = [module for module in self.policy.modules() if module.training]
+        try:
+            self.policy.eval()
+            with self._as_it_was(), self.accelerator.autocast():
+                model = self.wrapped() if self.is_sharded else self.policy
+                return batch.lying(self.layout).run(model)["log_probs"]
+        finally:
+            for module in modes:
+                module.training = True
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        if self._values is None:
+            with adapters.switched_off(self.policy):
+                yield
+            return
+        own, first = list(adapters.trained_parameters(self.policy).values()), self.moving().values()
+        now = [p.detach().clone() for p in own]
+        _copy(first, own)
+        try:
+            yield
+        finally:
+            _copy(now, own)
+
+    def moving(self) -> dict[str, Tensor]:
+        assert self._values is not None
+        for name, p in adapters.trained_parameters(self.policy).items():
+            kept = self._values[name]
+            if isinstance(p, DTensor) and not isinstance(kept, DTensor):  # sharded since
+                kept = distribute_tensor(kept.to(p.device_mesh.device_type), p.device_mesh, p.placements)
+            self._values[name] = kept.to(p.device)
+        return self._values
+
+    def check_start(self, policy: nn.Module, batch: PairBatch, log_probs: Tensor, ref: Tensor, is_start: bool) -> None:
+        """
+        Raises:
+            HeadError: the policy does not start as its own reference.
+        """
+        looks, self.starts_equal = self.starts_equal and is_start, False
+        if looks and anywhere(self.accelerator, not torch.equal(log_probs, ref)):
+            raise HeadError(
+                "the policy starts from its own reference, and their log-probs of the first batch differ by up to "
+                f"{(log_probs - ref).abs().max().item():.2e}: something in the adapter is random, or computes "
+                "otherwise where it is off; nothing was trained"
+            )
+
+    def identity(self) -> str:
+        if self.is_sharded:
+            raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
+        layout = "" if self.layout.name == "padded" else f" {self.layout.name}"
+        return f"{self._fingerprint} {self.accelerator.mixed_precision}{layout}"
+
+    def _hash(self) -> str:
+        trained = adapters.trained_parameters(self.policy)
+        frozen = ((name, p) for name, p in self.policy.named_parameters() if name not in trained)
+        return model_fingerprint(self.policy, [*frozen, *(self._values or {}).items()])
+
+
 def reference_for(
     ref_model: nn.Module | None,
     policy: nn.Module,
@@ -177,20 +307,30 @@ def reference_for(
     args: DPOConfig,
     layout: Layout,
     is_sharded: bool,
+    wrapped: Callable[[], nn.Module],
 ) -> Reference:
-    """The form that a run asks for; arguments as in `FrozenModel`."""
-    if ref_model is None:
-        return Precomputed()
-    return FrozenModel(ref_model, policy, accelerator, args, layout, is_sharded)
+    """The form that a run asks for; arguments as in `FrozenModel` and `OwnStart`."""
+    if ref_model is not None:
+        return FrozenModel(ref_model, policy, accelerator, args, layout, is_sharded)
+    if args.loss_options.needs_reference and adapters.is_adapted(policy):
+        is_base = args.adapter_reference == "base"
+        return OwnStart(policy, accelerator, args, layout, is_sharded, wrapped, is_base)
+    return Precomputed()
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Of everything that a model computes from: class, config, parameters and buffers."""
+def _copy(values: Iterable[Tensor], to: Iterable[Tensor]) -> None:
+    for value, p in zip(values, to, strict=True):
+        p.data.copy_(value)
+
+
+def model_fingerprint(model: nn.Module, parameters: Iterable[tuple[str, Tensor]] | None = None) -> str:
+    """Of everything that a model computes from: class, config, parameters (all, or these) and buffers."""
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     facts = [type(model).__name__, None if config is None else config.to_json_string(use_diff=False), attention]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    parameters = model.named_parameters() if parameters is None else parameters
+    for name, tensor in (*parameters, *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 LENGTHS_NAME = "lengths.png"
 LOG_NAME = "log.jsonl"
@@ -102,3 +103,14 @@ def _save(figure: Any, target: Path) -> Path:
         plt.close(figure)
     part.replace(target)
     return target
+
+
+def peak_memory_mib() -> float:
+    """On a GPU the most that PyTorch had allocated, on a CPU the most that the process had resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

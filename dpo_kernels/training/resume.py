@@ -25,7 +25,8 @@ NUMBERS = (
     "num_train_epochs", "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm", "seed",
     "data_seed", "bf16", "fp16", "dataloader_drop_last", "train_sampling_strategy", "disable_dropout",
-    "router_aux_loss_coef", "world_size",
+    "router_aux_loss_coef", "world_size", "adapter_reference", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
     *("dpo_aggregate" if field.name == "aggregate" else field.name for field in fields(LossOptions)),
 )  # fmt: skip
 

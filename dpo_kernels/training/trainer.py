@@ -18,10 +18,10 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
-from dpo_kernels.training import aux_loss, checkpoints, layout_check, resume
+from dpo_kernels.training import adapters, aux_loss, checkpoints, layout_check, resume
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
-from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal
+from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
@@ -31,6 +31,7 @@ from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.processes import check_head, from_main
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
+from dpo_kernels.training.report import peak_memory_mib
 from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
 
 PAIR_METRICS = (
@@ -49,13 +50,15 @@ class DPOTrainer(Trainer):
     over the parts.)
 
     Args:
-        model: policy, an `AutoModelForCausalLM`.
+        model: policy, an `AutoModelForCausalLM`, or one with an adapter (`PeftModel`).
         ref_model: the reference, frozen here; not needed if the datasets hold its log-probs already, or if the loss
-            has none (`LossOptions.needs_reference`).
+            has none (`LossOptions.needs_reference`). Of a policy with an adapter None is the policy as it starts: with
+            its adapter off where that is the same (`DPOConfig.adapter_reference`).
         args: `DPOConfig`.
         train_dataset, eval_dataset: `DPODataset`, or any dataset whose items have the same tensors.
         processing_class: the tokenizer, saved beside the model.
         callbacks: as in `transformers.Trainer`.
+        peft_config: the policy gets a new adapter of this kind, and is frozen besides.
 
     Raises:
         HeadError: a fused head would compute a model's log-probs wrong; found by a check at start.
@@ -80,9 +83,12 @@ class DPOTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
     ) -> None:
-        if model is ref_model:
-            raise ValueError("model and ref_model are one object; the reference must stay what it is: load it twice")
+        if peft_config is not None:
+            model = adapters.adapted(model, peft_config, bool(args.gradient_checkpointing))
+        adapters.check_apart(model, ref_model)
+        adapters.prepare(model, bool(args.gradient_checkpointing))
         self._silenced = disable_dropout(model) if args.disable_dropout else Silenced()
         for name, dataset in _named(train_dataset=train_dataset, eval_dataset=eval_dataset):
             _check_dataset(name, dataset, model)
@@ -114,7 +120,7 @@ class DPOTrainer(Trainer):
         use_branches(model, self.layout.attention == "branches")
         self._reference_name = getattr(getattr(ref_model, "config", None), "_name_or_path", None)
         self.reference = reference_for(
-            ref_model, model, self.accelerator, args, self.layout, is_sharded=self.is_fsdp_enabled
+            ref_model, model, self.accelerator, args, self.layout, self.is_fsdp_enabled, lambda: self.model_wrapped
         )
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         if not args.disable_tqdm:
@@ -124,6 +130,10 @@ class DPOTrainer(Trainer):
         self._non_finite = StopOnNonFinite(self.accelerator, self.save_checkpoint)
         for callback in (RunLog(), self._signal, self._non_finite):
             self.add_callback(callback)
+        if args.sync_ref_model:
+            self.reference.moving()  # raises where it cannot
+            share, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self.add_callback(SyncReference(self.reference.follow, share, steps))
         if args.precompute_ref_log_probs and self.reference.identity() is not None:
             self._precompute()
         for name, dataset in _named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset):
@@ -183,7 +193,10 @@ class DPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with checkpoints.reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not adapters.load(self.model, resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.args.sync_ref_model:
+                checkpoints.read_tensors(Path(resume_from_checkpoint), self.reference.moving())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
@@ -273,7 +286,7 @@ class DPOTrainer(Trainer):
             if "aux_loss" in totals:
                 logs["aux_loss"] = totals.pop("aux_loss") / batches
             logs |= {name: totals[name] / pairs for name in PAIR_METRICS}
-            logs["peak_memory_mib"] = _peak_memory_mib()
+            logs["peak_memory_mib"] = peak_memory_mib()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
@@ -311,6 +324,18 @@ class DPOTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
 
+    def save_merged(self, folder: Path) -> None:
+        """The model with its adapter in its weights, and the tokenizer; nothing can be trained after it."""
+        staged = checkpoints.staging(folder) / "model"
+        with self._writing("the merged model", staged, folder):
+            if self.args.should_save:
+                self.head.unfuse(self.model)
+                adapters.save_merged(self.model, staged)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(staged)
+                checkpoints.publish_files(staged, folder)
+        self.accelerator.wait_for_everyone()
+
     def save_checkpoint(self) -> Path:
         """Saves a checkpoint of the last finished step, now, unless there is one; returns its folder."""
         folder = Path(str(self.args.output_dir)) / f"{checkpoints.PREFIX}{self.state.global_step}"
@@ -336,6 +361,8 @@ class DPOTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(staged / name / checkpoints.STATE_NAME))
+                if self.args.sync_ref_model:
+                    checkpoints.write_tensors(staged / name, self.reference.moving())
                 checkpoints.write_facts(staged / name, self._facts or {})
                 checkpoints.publish(staged / name, target / name)
         if self.args.should_save:
@@ -464,14 +491,3 @@ def _mean_metrics(prediction: EvalPrediction) -> dict[str, float]:
     means = np.asarray(prediction.predictions).mean(0)
     # The loss too is averaged here: over the pairs, without those that were repeated to fill the last batch.
     return {name: float(value) for name, value in zip(("loss", *PAIR_METRICS), means, strict=True)}
-
-
-def _peak_memory_mib() -> float:
-    """On a GPU the most that PyTorch had allocated, on a CPU the most that the process had resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -20,7 +20,7 @@ from training_helpers import LOG2, SMALL, Pairs, batch, logs, make_model, make_t
 
 from dpo_kernels import reference
 from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, HeadError
-from dpo_kernels.training.head_check import _has_experts, check_head
+from dpo_kernels.training.head_check import check_head, has_experts
 from dpo_kernels.training.randomness import disable_dropout
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 97}
@@ -327,8 +327,8 @@ def test_a_second_training_saves_the_dropout_of_before_the_first(tmp_path):
 
 
 def test_a_dense_model_is_not_looked_at_as_a_mixture():
-    assert not _has_experts(make_model("Qwen3"))
-    assert _has_experts(
+    assert not has_experts(make_model("Qwen3"))
+    assert has_experts(
         make_model("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16})
     )
-    assert _has_experts(make_model("Mixtral", {"num_local_experts": 4}))
+    assert has_experts(make_model("Mixtral", {"num_local_experts": 4}))

@@ -50,6 +50,19 @@ def test_a_prompt_lies_once_and_its_last_state_has_two_labels():
     assert batch.positions == 9
 
 
+def test_what_both_sequences_predict_in_the_prompt_is_predicted_once():
+    batch = batch_of(Trees(((22, 0, 2, 1), (22, 3, 1, 2))), Layout("shared", "branches"))
+    counted, earlier = int(batch.mask.sum()), 2 * (22 // 2 - 3)
+    given = batch.model_inputs()
+    # Of the second pair, whose answers begin alike, these tokens too; the last state of a prompt has two labels.
+    assert given["labels"].shape == (1, counted - earlier - 3)
+    places = given["places"].tolist()
+    assert len(set(places)) == len(places) - 2
+    log_probs = batch.run(fused("Llama"))["log_probs"]
+    assert torch.equal(log_probs[:2, 3:11], log_probs[2:, 3:11])
+    assert (log_probs[:, 3:11] < 0).all()
+
+
 def test_rows_are_filled_and_told_by_a_mask():
     given = batch_of(Trees(((2, 0, 1, 1), (0, 0, 2, 2), (0, 0, 1, 1))), Layout("packed", "mask")).model_inputs()
     assert given["input_ids"].shape == (4, 3)
@@ -82,6 +95,13 @@ def test_a_batch_in_which_nothing_counts_is_run(layout):
     log_probs = batch_of(pairs, layout).run(model)["log_probs"]
     log_probs.sum().backward()
     assert log_probs.tolist() == [[0.0]] * 4
+
+
+def fused(name):
+    model = make_model(name)
+    FusedHead(model)
+    use_branches(model, True)
+    return model
 
 
 def small(model_type):

@@ -127,6 +127,7 @@ def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, enviro
         pytest.param(7, {"per_device_train_batch_size": 2, "max_steps": 2}, 1, id="pairs"),
         # Within the second epoch, whose batches are others; of 3 pairs that fill a batch each, a process has one alone.
         pytest.param(14, {"tokens_per_batch": 400, "max_steps": 7}, 5, id="tokens"),
+        pytest.param(7, {"use_peft": True, "per_device_train_batch_size": 2, "max_steps": 2}, 1, id="adapter"),
         pytest.param(3, {"tokens_per_batch": 150, "max_steps": 4}, 3, id="tokens-alone"),
     ],
 )
@@ -143,8 +144,32 @@ def test_a_resume_inside_an_epoch_of_two_processes_gives_the_same_weights(
         done = run(environment, *small_run(model_dir, tmp_path / name, **options), *extra, launcher=launcher)
         assert done.returncode == 0, done.stderr
         assert ("batches: " in done.stdout) == ("tokens_per_batch" in options)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed")]
+    file = "adapter_model.safetensors" if "use_peft" in options else "model.safetensors"
+    weights = [load_file(tmp_path / name / file) for name in ("straight", "resumed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_an_adapter_from_nothing_to_a_merged_model(tmp_path, model_dir, environment):
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = run(environment, *small_run(model_dir, first, max_steps=2, use_peft=True, lora_target_modules="all-linear"))
+    assert done.returncode == 0, done.stderr
+    assert f"saved: adapter, tokenizer, log.jsonl, curves.png and lengths.png in {first}" in done.stdout
+    assert losses(first)[1] == pytest.approx(0.693147, abs=1e-6)
+    assert not (first / "model.safetensors").exists()
+    options = small_run(model_dir, second, max_steps=2, merge_adapter=True)
+    at = options.index("--ref_weight")
+    options[at : at + 2] = ["--from_weight", str(first)]  # goes on with it, and from it
+    done = run(environment, *options)
+    assert done.returncode == 0, done.stderr
+    assert losses(second)[1] == pytest.approx(0.693147, abs=1e-6)
+    assert (second / "merged" / "model.safetensors").exists()
+    assert (second / "merged" / "tokenizer.json").exists()
+
+
+def test_options_of_adapters_that_do_not_go_together(tmp_path, model_dir):
+    alone = refusal("--data_path", EXAMPLE, "--from_weight", model_dir, "--output_dir", tmp_path / "a", "--use_cpu")
+    assert "is no adapter, which would be its own reference" in alone
+    assert "there is no adapter" in refusal(*small_run(model_dir, tmp_path / "b", merge_adapter=True))
 
 
 def test_data_of_several_kinds_shown_and_evaluated(tmp_path, model_dir, environment):
