@@ -166,6 +166,10 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
     config.eval_on_start = bool(held_out) and resume_from is None
     trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer, peft_config=peft_config)
     del reference
+    if adapter.merge_adapter and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "merge_adapter does not work with FSDP; merge the saved adapter with PEFT's merge_and_unload()"
+        )
     if trainer.aux_loss.told:
         say(config, trainer.aux_loss.told)
     if trainer.layout_told:
@@ -236,8 +240,16 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, AdapterOptions, DPOConfig]:
     base = base_of(script.from_weight) if script.from_weight else None
     if weights == {"--from_weight"} and base is None:
         raise ValueError(f"give --ref_weight too: {script.from_weight} is no adapter, which would be its own reference")
-    if adapter.merge_adapter and not (adapter.use_peft or base or base_of(script.ref_weight or "")):
+    if adapter.merge_adapter and (adapter.load_in_4bit or adapter.load_in_8bit):
+        raise ValueError("merge_adapter does not go with quantised weights, which would round the adapter away")
+    if adapter.merge_adapter and not (adapter.use_peft or base_of(script.start or "")):
         raise ValueError("merge_adapter: there is no adapter; give --use_peft, or an adapter as --from_weight")
+    if (adapter.load_in_4bit or adapter.load_in_8bit) and script.start is None:
+        raise ValueError(
+            "the example's model is made on the spot, and not quantised; give --data_path and --ref_weight"
+        )
+    if {"--tokens_per_batch", "--per_device_train_batch_size"} <= given and script.start is not None:
+        raise ValueError("give one of --tokens_per_batch and --per_device_train_batch_size")
     if adapter.use_peft and base is not None:
         raise ValueError(f"use_peft puts a new adapter into a model, and {script.from_weight} is one; leave one out")
     return script, adapter, config
@@ -319,15 +331,20 @@ def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOCon
     name = script.start
     base = base_of(name) if name else None
     of_itself = adapter.use_peft or base is not None
-    if base is not None and script.ref_weight == base:
+    if base is not None and _same(script.ref_weight, base):
         config.adapter_reference = "base"
-    elif script.ref_weight not in (None, name):
+    elif script.ref_weight is not None and not _same(script.ref_weight, name):
         of_itself = False
     second = config.loss_options.needs_reference and not of_itself
     if name is None:
         return example, copy.deepcopy(example) if second else None
     policy = _load(script, adapter, name, is_trainable=True)
     return policy, _load(script, adapter, script.ref_weight or name) if second else None
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    """Whether two names are of the same folder, or the same on the hub."""
+    return one == other or (None not in (one, other) and Path(str(one)).resolve() == Path(str(other)).resolve())
 
 
 def load_pairs(

@@ -43,15 +43,14 @@ void read_strip(const T* x, int64_t n, const Transform& transform, float* z) {
   std::fill(z + n, z + padded, -kInf);
 }
 
-template <bool near>
 float sum_of_strip(const float* z, int64_t n, float base) {
   Vec even(0.f), odd(0.f);
   int64_t i = 0;
   for (; i + kWidth < n; i += 2 * kWidth) {
-    even = even + exp2(scaled_difference<near>(Vec::loadu(z + i), Vec(base)));
-    odd = odd + exp2(scaled_difference<near>(Vec::loadu(z + i + kWidth), Vec(base)));
+    even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
+    odd = odd + exp2(scaled_difference(Vec::loadu(z + i + kWidth), Vec(base)));
   }
-  if (i < n) even = even + exp2(scaled_difference<near>(Vec::loadu(z + i), Vec(base)));
+  if (i < n) even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
   return sum_of(even + odd);
 }
 
@@ -64,14 +63,13 @@ void accumulate_strip(const T* x, int64_t n, int64_t label, const Transform& tra
   for (int64_t i = 0; i < n; i += kWidth) largest = at::vec::clamp_min(largest, Vec::loadu(z + i));
   const float base = std::max(base_of(max_of(largest)), s.sums.base);
   s.sums.raise(base, kLogProbsOnly);
-  s.sums.total += std::abs(base) <= kNear ? sum_of_strip<true>(z, n, base) : sum_of_strip<false>(z, n, base);
+  s.sums.total += sum_of_strip(z, n, base);
 }
 
-template <bool near>
 void gradient_of_strip(float* z, int64_t n, const Transform& transform, Exponent exponent, float scale) {
   for (int64_t i = 0; i < n; i += kWidth) {
     const Vec value = Vec::loadu(z + i);
-    const Vec p = exp2(scaled_difference<near>(value, Vec(exponent.whole)) - Vec(exponent.rest));
+    const Vec p = exp2(scaled_difference(value, Vec(exponent.whole)) - Vec(exponent.rest));
     (transform.capped ? p * Vec(scale) * transform.derivative(value) : p * Vec(scale)).store(z + i);
   }
 }
@@ -82,10 +80,7 @@ void gradient_strip(
     T* out) {
   alignas(64) float z[kStrip];
   read_strip(x, n, transform, z);
-  if (std::abs(exponent.whole) <= kNear)
-    gradient_of_strip<true>(z, n, transform, exponent, scale);
-  else
-    gradient_of_strip<false>(z, n, transform, exponent, scale);
+  gradient_of_strip(z, n, transform, exponent, scale);
   if (label >= 0 && label < n) z[label] = at_label;
   convert(z, out, n);
 }

@@ -22,6 +22,7 @@ namespace dpo_kernels {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kNoBase = -1.5e38f;  // of a row without a finite logit yet
+constexpr double kReach = 7e5;       // LARGEST_LOGIT in dpo_kernels/backends/cpp.py
 
 // Rows of a state (kFields, M) of M tokens, float.
 enum Field { kBase, kTotal, kShifted, kSquares, kLogits, kMaximum, kArgmax, kLabelLogit, kFields };
@@ -141,7 +142,8 @@ inline Joined join(double base, double total, double y) {
   if (std::isinf(y) && y > 0) r.log_prob = std::numeric_limits<double>::quiet_NaN();
   // From the larger of the two: y - log_prob would lose everything where y is finite and hugely negative.
   r.lse = ahead > 0 ? y + std::log1p(std::exp(-ahead)) : r.lse_of_others + std::log1p(std::exp(ahead));
-  r.maximum = any ? std::max(base, y) : y;
+  // Others that are out of reach make the row so, also where the label is not: their sums may be anything.
+  r.maximum = !any ? y : std::abs(base) > kReach ? base : std::max(base, y);
   return r;
 }
 

@@ -60,15 +60,10 @@ inline float label_gradient(
 // z * log2 e - base, with log2 e in two parts: the first alone is off by 1.3e-8 of z, which is much where z is large.
 // Of logits beyond +-700,000, whose own spacing is over 0.06, it says nothing: such rows are the PyTorch back end's
 // (LARGEST_LOGIT in dpo_kernels/backends/cpp.py).
-// near: for a base of at most kNear. There the second part, 1.3e-8 of z, is less than float32 keeps of a log-prob.
-constexpr float kNear = 32.f;
-
-template <bool near = false>
 inline Vec scaled_difference(Vec z, Vec base) {
   constexpr float high = static_cast<float>(kLog2E), low = static_cast<float>(kLog2E - static_cast<double>(high));
   static_assert(low > 0, "z = -inf must not meet the other sign");
-  const Vec difference = at::vec::fmadd(z, Vec(high), Vec(0.f) - base);
-  return near ? difference : at::vec::fmadd(z, Vec(low), difference);
+  return at::vec::fmadd(z, Vec(low), at::vec::fmadd(z, Vec(high), Vec(0.f) - base));
 }
 
 }  // namespace dpo_kernels

@@ -141,7 +141,7 @@ def finish(state: SoftmaxState, labels: Tensor, vocab_size: int, outputs: tuple[
     stats = {"log_probs": log_probs}
     p = log_probs.exp() if outputs else log_probs
     if "entropy" in outputs:
-        shifted = state.shifted + state.total * (floor - maximum)
+        shifted = state.shifted + state.total * (floor - maximum).clamp(min=LOG_ZERO)  # beyond it others is 0
         stats["entropy"] = log_sum - others * shifted - p * (label_logit - maximum).clamp(min=LOG_ZERO)
     if "log_sum_sq_probs" in outputs:
         stats["log_sum_sq_probs"] = (state.squares * others.square() + p.square()).log()

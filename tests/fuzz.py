@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -168,6 +169,12 @@ def bound_gradients(
     rounding = torch.finfo(compute).eps if spec.level != "logits" else 0.0
     relative = (4 * off.unsqueeze(-1) + rounding + 64 * EPS).clamp(max=4.0)
     error = size * relative + 64 * torch.finfo(torch.float32).tiny * (1 + slope) * (1 + g.unsqueeze(-1))
+    # Where logits are off by more than that, all that is known of a probability is that power of e, and 1.
+    most = (p * torch.exp((4 * off).clamp(max=500.0)).unsqueeze(-1)).clamp(max=1.0)
+    moved = g.unsqueeze(-1) * (most + at_label)
+    if "entropy" in spec.outputs and spec.upstream is not None:  # p |log p + H| is at most 1 + log V
+        moved = moved + h.unsqueeze(-1) * (most * 2 * (1 + math.log(spec.vocab)))
+    error = torch.where(off.unsqueeze(-1) > 0.25, torch.maximum(error, slope * 2 * moved), error)
     error = error + slope * upstream_error.unsqueeze(-1) * (p + at_label)
     if compute == torch.float16:  # what is too small for it
         error = error + slope * 6e-8 * (g.unsqueeze(-1) > 0)

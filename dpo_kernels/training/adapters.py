@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,8 @@ class AdapterOptions:
         Raises:
             ValueError: PEFT is not installed, or an option is out of range.
         """
+        self._check_used(self.use_peft, "use_peft", [f.name for f in fields(self) if f.name.startswith("lora_")])
+        self._check_used(self.use_peft, "use_peft", ["use_rslora", "use_dora"])
         if not self.use_peft:
             return None
         needs("peft", "--use_peft")
@@ -69,7 +71,7 @@ class AdapterOptions:
         more: dict[str, Any] = {"target_parameters": self.lora_target_parameters} if self.lora_target_parameters else {}
         return LoraConfig(
             task_type="CAUSAL_LM", r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
-            target_modules=targets[0] if targets and len(targets) == 1 else targets,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
             modules_to_save=self.lora_modules_to_save, use_rslora=self.use_rslora, use_dora=self.use_dora, **more,
         )  # fmt: skip
 
@@ -79,6 +81,8 @@ class AdapterOptions:
         Raises:
             ValueError: bitsandbytes is not installed, or both widths are asked for.
         """
+        named = [f.name for f in fields(self) if "bnb" in f.name]
+        self._check_used(self.load_in_4bit, "load_in_4bit", named)
         if not (self.load_in_4bit or self.load_in_8bit):
             return {}
         if self.load_in_4bit and self.load_in_8bit:
@@ -92,6 +96,11 @@ class AdapterOptions:
             bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
             bnb_4bit_compute_dtype=compute if isinstance(compute, torch.dtype) else torch.bfloat16,
         )}  # fmt: skip
+
+    def _check_used(self, on: bool, switch: str, names: list[str]) -> None:
+        usual = {f.name: f.default for f in fields(self)}
+        if not on and (given := [name for name in names if getattr(self, name) != usual[name]]):
+            raise ValueError(f"{given[0]} is {getattr(self, given[0])!r}, which does nothing without --{switch}")
 
 
 def needs(package: str, what: str) -> None:
@@ -121,7 +130,10 @@ def base_of(name: str) -> str | None:
     needs("peft", f"the adapter {name}")
     from peft import PeftConfig
 
-    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{CONFIG_NAME} of {name} has no base_model_name_or_path; write the model's folder into it")
+    return str(base)
 
 
 def go_on(model: nn.Module, name: str, is_trainable: bool) -> Any:
@@ -133,6 +145,7 @@ def go_on(model: nn.Module, name: str, is_trainable: bool) -> Any:
     from peft import PeftConfig, PeftModel
 
     _check_kind(PeftConfig.from_pretrained(name))
+    model = _prepared_for_training(model, gradient_checkpointing=False) if is_trainable else model
     return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
 
 
@@ -145,7 +158,7 @@ def adapted(model: Any, peft_config: Any, gradient_checkpointing: bool = False) 
         ValueError: it has an adapter already, or the adapter is of a kind that is not trained here.
     """
     needs("peft", "peft_config")
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
     if is_adapted(model):
         raise ValueError(
@@ -153,9 +166,19 @@ def adapted(model: Any, peft_config: Any, gradient_checkpointing: bool = False) 
             "to go on with it, or merge it first (model.merge_and_unload())"
         )
     _check_kind(peft_config)
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    return get_peft_model(model, peft_config)
+    return get_peft_model(_prepared_for_training(model, gradient_checkpointing), peft_config)
+
+
+def is_quantised(model: Any) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def _prepared_for_training(model: Any, gradient_checkpointing: bool) -> Any:
+    if not is_quantised(model):
+        return model
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
 
 
 def _check_kind(config: Any) -> None:
@@ -190,6 +213,10 @@ def prepare(model: Any, gradient_checkpointing: bool) -> None:
             "nothing of this model is trained: its adapter was loaded to be used. Load it with is_trainable=True "
             "(PeftModel.from_pretrained), or train.py with --from_weight ADAPTER"
         )
+    for module in model.modules():
+        # On such CPUs bitsandbytes (0.50) packs a weight at its first use without gradient, and has none after it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if gradient_checkpointing:  # a segment without an input that wants a gradient has no backward
         model.enable_input_require_grads()
 
@@ -234,7 +261,10 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def changes_nothing(model: Any) -> bool:
-    """Whether a model gives the same logits with its adapter and without: as it does before its first step."""
+    """Whether a model is what it is without its adapter, as before its first step: it gives the same logits on a few
+    tokens, and what LoRA adds is 0 for all."""
+    if any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name):
+        return False
     modes = {module: module.training for module in model.modules()}
     weight: Any = find_head(model).weight
     given = {"input_ids": probe_ids(weight.shape[0], weight.device), **accepted(model, {"use_cache": False})}
@@ -263,9 +293,11 @@ def save_merged(model: Any, folder: Path) -> None:
     """Saves the model with its adapter in its weights. The model given is that model afterwards.
 
     Raises:
-        ValueError: its weights are quantised: a sum would be rounded to their few bits.
+        ValueError: it has no adapter of PEFT's; its weights are quantised: a sum would be rounded to their few bits.
     """
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+    if not _is_peft_model(model):
+        raise ValueError(f"merge_adapter: a {type(model).__name__} is no PeftModel, whose adapter could be merged")
+    if is_quantised(model):
         raise ValueError(
             "merge_adapter: the model's weights are quantised, and would round the adapter away; load the model "
             "without --load_in_4bit or --load_in_8bit, and merge with PEFT's merge_and_unload()"

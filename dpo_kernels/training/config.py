@@ -113,8 +113,7 @@ class DPOConfig(TrainingArguments):
         for name, allowed in RESTRICTED.items():
             if (value := getattr(self, name, allowed[0])) not in allowed:
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
-        if self.sync_ref_model:
-            self._check_sync()
+        self._check_sync()
         if self.tokens_per_batch is not None:
             self._check_tokens_per_batch()
         if self.device.type == "cpu":
@@ -128,6 +127,11 @@ class DPOConfig(TrainingArguments):
             self._n_gpu = 1  # nn.DataParallel would share one head among its threads
 
     def _check_sync(self) -> None:
+        if not self.sync_ref_model:
+            for name, usual in (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512)):
+                if (value := getattr(self, name)) != usual:
+                    raise ValueError(f"{name} is {value}, which does nothing without sync_ref_model")
+            return
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha}; expected a share in (0, 1]")
         if self.ref_model_sync_steps < 1:

@@ -13,6 +13,12 @@ from torch import nn
 from dpo_kernels.training.model import FusedHead
 
 
+def is_partitioned(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed keeps parameters in parts (ZeRO-3)."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def anywhere(accelerator: Accelerator, here: bool) -> bool:
     """Whether it is so on any process; all of them get the same answer."""
     if accelerator.num_processes == 1:

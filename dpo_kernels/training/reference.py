@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo_kernels.training import adapters
 from dpo_kernels.training.attention import use_branches
@@ -22,7 +21,7 @@ from dpo_kernels.training.layout_check import of_reference
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
-from dpo_kernels.training.processes import anywhere, check_head, from_main
+from dpo_kernels.training.processes import anywhere, check_head, from_main, is_partitioned
 
 
 class Reference:
@@ -76,6 +75,20 @@ class Reference:
         raise ValueError(
             "sync_ref_model wants a reference that is computed in each step, a second model or an adapter's"
         )
+
+    def check_follow(self, policy: nn.Module) -> None:
+        """
+        Raises:
+            ValueError: `follow` could not move this reference towards that policy; says why.
+        """
+        now = dict(policy.named_parameters())
+        for name, tensor in self.moving().items():
+            if name not in now or now[name].shape != tensor.shape or not tensor.is_floating_point():
+                raise ValueError(
+                    f"sync_ref_model moves the reference towards the policy, which has no parameter {name} like the "
+                    f"reference's, {tuple(tensor.shape)} {tensor.dtype}; give a reference of the policy's kind, or "
+                    "none where the policy has an adapter"
+                )
 
     @torch.no_grad()
     def follow(self, policy: nn.Module, share: float) -> None:
@@ -227,15 +240,17 @@ class OwnStart(Reference):
         self.policy, self.accelerator, self.layout = policy, accelerator, layout
         self.is_sharded, self.wrapped = is_sharded, wrapped
         is_off = is_base or from_main(accelerator, lambda: adapters.changes_nothing(policy))
-        self.starts_equal = args.disable_dropout and not args.torch_compile and not is_base
+        is_exact = args.disable_dropout and not args.torch_compile and not adapters.is_quantised(policy)
+        self.starts_equal = is_exact and not is_base
         self._values: dict[str, Tensor] | None = None  # None: the adapter is off
         if not is_off or args.sync_ref_model:
             if is_base:
+                raise ValueError("sync_ref_model moves a reference that starts as the policy does; here it is the base")
+            if is_sharded or is_partitioned(accelerator):
                 raise ValueError(
-                    "sync_ref_model moves a reference that starts as the policy does, and it is the base here"
+                    "the adapter's first values are kept beside it for a reference, which does not work where "
+                    "parameters are sharded (FSDP, ZeRO-3); give the reference as a second model (ref_model)"
                 )
-            if is_sharded and not accelerator.is_fsdp2:
-                raise ValueError("the adapter's first values cannot be kept beside it with FSDP 1; use FSDP 2")
             self._values = {name: p.detach().clone() for name, p in adapters.trained_parameters(policy).items()}
         self._fingerprint = ""
         if args.precompute_ref_log_probs:
@@ -267,12 +282,10 @@ class OwnStart(Reference):
             _copy(now, own)
 
     def moving(self) -> dict[str, Tensor]:
-        assert self._values is not None
+        if self._values is None:
+            return super().moving()
         for name, p in adapters.trained_parameters(self.policy).items():
-            kept = self._values[name]
-            if isinstance(p, DTensor) and not isinstance(kept, DTensor):  # sharded since
-                kept = distribute_tensor(kept.to(p.device_mesh.device_type), p.device_mesh, p.placements)
-            self._values[name] = kept.to(p.device)
+            self._values[name] = self._values[name].to(p.device)
         return self._values
 
     def check_start(self, policy: nn.Module, batch: PairBatch, log_probs: Tensor, ref: Tensor, is_start: bool) -> None:
@@ -281,11 +294,16 @@ class OwnStart(Reference):
             HeadError: the policy does not start as its own reference.
         """
         looks, self.starts_equal = self.starts_equal and is_start, False
-        if looks and anywhere(self.accelerator, not torch.equal(log_probs, ref)):
+        if not looks or not anywhere(self.accelerator, not torch.equal(log_probs, ref)):
+            return
+        with torch.no_grad(), self.accelerator.autocast():
+            again = batch.lying(self.layout).run(policy)["log_probs"]
+        difference = (log_probs - ref).abs().max().item()
+        if anywhere(self.accelerator, torch.equal(again, log_probs) or not difference <= 1e-2):
             raise HeadError(
                 "the policy starts from its own reference, and their log-probs of the first batch differ by up to "
-                f"{(log_probs - ref).abs().max().item():.2e}: something in the adapter is random, or computes "
-                "otherwise where it is off; nothing was trained"
+                f"{difference:.2e}: something in the adapter is random, or computes otherwise where it is off; nothing "
+                "was trained"
             )
 
     def identity(self) -> str:
@@ -296,8 +314,11 @@ class OwnStart(Reference):
 
     def _hash(self) -> str:
         trained = adapters.trained_parameters(self.policy)
-        frozen = ((name, p) for name, p in self.policy.named_parameters() if name not in trained)
-        return model_fingerprint(self.policy, [*frozen, *(self._values or {}).items()])
+        frozen: list[tuple[str, Any]] = [(name, p) for name, p in self.policy.named_parameters() if name not in trained]
+        state = ((name, p.quant_state.absmax) for name, p in frozen if hasattr(p, "quant_state"))
+        policy: Any = self.policy
+        kinds = {name: str(config) for name, config in policy.peft_config.items()} if self._values else {}
+        return model_fingerprint(self.policy, [*frozen, *state, *(self._values or {}).items()]) + json.dumps(kinds)
 
 
 def reference_for(
@@ -310,6 +331,8 @@ def reference_for(
     wrapped: Callable[[], nn.Module],
 ) -> Reference:
     """The form that a run asks for; arguments as in `FrozenModel` and `OwnStart`."""
+    if args.adapter_reference == "base" and (ref_model is not None or not adapters.is_adapted(policy)):
+        raise ValueError("adapter_reference is 'base', and there is another reference, or no adapter; leave it out")
     if ref_model is not None:
         return FrozenModel(ref_model, policy, accelerator, args, layout, is_sharded)
     if args.loss_options.needs_reference and adapters.is_adapted(policy):

@@ -131,13 +131,15 @@ class DPOTrainer(Trainer):
         for callback in (RunLog(), self._signal, self._non_finite):
             self.add_callback(callback)
         if args.sync_ref_model:
-            self.reference.moving()  # raises where it cannot
+            self.reference.check_follow(model)
             share, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self.add_callback(SyncReference(self.reference.follow, share, steps))
         if args.precompute_ref_log_probs and self.reference.identity() is not None:
             self._precompute()
         for name, dataset in _named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset):
             self.reference.check_dataset(name, dataset, args.loss_options.needs_reference)
+            if args.sync_ref_model and "ref_chosen" in dataset[0]:
+                raise ValueError(f"sync_ref_model moves the reference, and {name} holds log-probs of one that stays")
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -330,7 +332,8 @@ class DPOTrainer(Trainer):
         with self._writing("the merged model", staged, folder):
             if self.args.should_save:
                 self.head.unfuse(self.model)
-                adapters.save_merged(self.model, staged)
+                with self._silenced.as_they_were():
+                    adapters.save_merged(self.model, staged)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(staged)
                 checkpoints.publish_files(staged, folder)

@@ -167,6 +167,32 @@ def test_forward_and_backward_agree_on_which_logits_are_far(vocab):
         assert_close(hidden.grad, exact.grad, 0.05)  # float32 logits lie 0.06 apart here
 
 
+@pytest.mark.parametrize("low", [-6.9e5, -7.1e5, -1e7, -1e10, -1e38, -3e38])
+@pytest.mark.parametrize("vocab", [2, 70, 5000])
+def test_a_label_that_alone_is_not_far_below(low, vocab):
+    """As where a mask leaves one token: nothing of the others' sums, which far from zero may be anything, is seen."""
+    hidden = torch.full((3, vocab), low)
+    hidden[0, 1], hidden[1, 0] = 0.6, -3.0
+    labels = torch.tensor([1, 0, 1])
+    for compute, oracle, weight in (
+        (logits_to_log_probs, reference.logits_to_log_probs, ()),
+        *([(hidden_to_log_probs, reference.hidden_to_log_probs, (torch.eye(vocab),))] if vocab < 100 else []),
+    ):
+        own, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        got, truth = compute(own, *weight, labels), oracle(exact, *(w.double() for w in weight), labels)
+        (got.sum() + 0 * own.sum()).backward()
+        truth.sum().backward()
+        assert_close(got[:2], truth[:2], 1e-6)
+        assert torch.equal(got[:2], torch.zeros(2))
+        assert_close(own.grad[:2], exact.grad[:2], 1e-6)
+        assert own.grad.isfinite().all()
+    stats = token_stats(hidden[:2], torch.eye(vocab), labels[:2], outputs=OPTIONAL_OUTPUTS) if vocab < 100 else None
+    if stats is not None:
+        assert_close(stats.entropy, torch.zeros(2), 1e-6)
+        assert_close(stats.log_sum_sq_probs, torch.zeros(2), 1e-6)
+        assert stats.is_top1.all()
+
+
 def test_bfloat16_without_onednn():
     head = make_head(40, 16, 200, torch.bfloat16)
     with torch.backends.mkldnn.flags(enabled=False):
