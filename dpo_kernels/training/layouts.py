@@ -186,7 +186,7 @@ def fill(sizes: Sequence[int], capacity: int, tokens: Callable[[list[int]], int]
             rows.append([])
             room[row] = capacity
         rows[row].append(i)
-        room[row] -= sizes[i]
+        room[row] = room[row] - sizes[i] if tokens is None else capacity - tokens(rows[row])
     return sorted(sorted(row) for row in rows)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,9 +84,9 @@ class TokenBatches(Sampler[list[int]]):
             yield batches[0][:1]
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        batches = self._filled(epoch)
+        batches = [*self._filled(epoch)]
         if len(batches) > self._count:  # one that came out worse than the first ones
-            batches = self._filled(epoch % EPOCHS)
+            batches = [*self._filled(epoch % EPOCHS)]
         while len(batches) < self._count - self.repeated:
             fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
             batch = batches.pop(fullest)
@@ -95,6 +95,7 @@ class TokenBatches(Sampler[list[int]]):
             self._random(epoch, 1).shuffle(batches)
         return batches
 
+    @functools.lru_cache(maxsize=EPOCHS + 1)  # noqa: B019  (a run has one of these)
     def _filled(self, epoch: int) -> list[list[int]]:
         count = len(self.pairs)
         order = self._random(epoch, 0).permutation(count) if self.shuffled else np.arange(count)
@@ -155,7 +156,7 @@ def loader(dataset: Any, batches: TokenBatches, args: DPOConfig, accelerator: Ac
         dataset, batch_sampler=batches, collate_fn=PairCollator(), num_workers=workers,
         pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        worker_init_fn=functools.partial(seed_worker, num_workers=workers, rank=args.process_index),
     )  # fmt: skip
     even = accelerator.even_batches
     accelerator.even_batches = False  # they are: a multiple of the processes

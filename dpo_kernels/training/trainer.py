@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
@@ -86,6 +86,7 @@ class DPOTrainer(Trainer):
         peft_config: Any = None,
     ) -> None:
         if peft_config is not None:
+            set_seed(args.seed)  # an adapter starts with random numbers
             model = adapters.adapted(model, peft_config, bool(args.gradient_checkpointing))
         adapters.check_apart(model, ref_model)
         adapters.prepare(model, bool(args.gradient_checkpointing))

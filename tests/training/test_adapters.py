@@ -193,6 +193,15 @@ def test_kinds_that_cannot_be_trained_here_are_refused(tmp_path, config, told):
         adapter_trainer(tmp_path, model=get_peft_model(make_model("Llama"), config()))
 
 
+def test_a_new_adapter_is_that_of_the_seed(tmp_path):
+    found = []
+    for seed in (5, 5, 6):
+        torch.rand(3)
+        found.append(trained(adapter_trainer(tmp_path, model=make_model("Llama"), peft_config=lora(), seed=seed)))
+    same(found[0], found[1])
+    assert any(not torch.equal(found[0][name], p) for name, p in found[2].items())
+
+
 def test_mistakes_are_told(tmp_path):
     base = make_model("Llama")
     with pytest.raises(ValueError, match="model and ref_model share layers: an adapter was put into the model"):
