@@ -13,7 +13,7 @@ import torch
 from helpers import EXAMPLE, ROOT
 from own_code_model import MineForCausalLM, save
 from safetensors.torch import load_file, save_file
-from training_helpers import LOG2, Pairs, logs
+from training_helpers import LOG2, Pairs, Trees, logs
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, FusedHead, HeadError, LoadError, PairCollator
 from dpo_kernels.training.aux_loss import decide
@@ -91,7 +91,7 @@ def test_embeddings_without_a_name_and_buffers_without_a_value(tmp_path):
     )
     model = load(tmp_path)
     FusedHead(model).check(model)
-    assert decide(model, None).weight == 1.0
+    assert decide(model, None).weight == 0
 
 
 def test_weights_that_are_missing_are_never_random(tmp_path):
@@ -149,6 +149,24 @@ def test_what_is_added_for_load_balancing_is_decided_and_told(tmp_path):
     )
     save(tmp_path / "dense")
     assert decide(load(tmp_path / "dense"), None).told == ""
+    assert decide(load(tmp_path / "dense"), None).weight == 0
+
+
+def test_a_dense_model_runs_in_groups_of_like_length(tmp_path):
+    """Though it gives an aux_loss, as a mixture of the same code does: 0, which is over no rows."""
+    save(tmp_path / "model")
+    found = []
+    for layout in ("auto", "padded"):
+        args = DPOConfig(
+            output_dir=str(tmp_path / layout), use_cpu=True, disable_tqdm=True, max_steps=2, layout=layout,
+            per_device_train_batch_size=4, save_strategy="no", learning_rate=1e-2,
+        )  # fmt: skip
+        sizes = ((2, 0, 3, 110), (2, 0, 100, 4), (5, 0, 105, 3), (3, 0, 2, 4))
+        trainer = DPOTrainer(load(tmp_path / "model"), load(tmp_path / "model"), args, Trees(sizes, width=120))
+        assert trainer.layout.name == {"auto": "bucketed"}.get(layout, layout)
+        trainer.train()
+        found.append([entry["loss"] for entry in logs(tmp_path / layout)])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("experts", [0, 4])
