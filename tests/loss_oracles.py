@@ -75,7 +75,7 @@ def trl_dpo(batch: Batch, options: dict[str, Any]) -> Tensor:
     )  # fmt: skip
     accelerator = SimpleNamespace(device=policy.device, gather_for_metrics=lambda x: x, gather=lambda x: x)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False), accelerator=accelerator,
+        model=SimpleNamespace(training=True, is_gradient_checkpointing=False, _modules={}), accelerator=accelerator,
         ref_model=lambda **_: SimpleNamespace(log_probs=ref), precompute_ref_logps=False, aux_loss_enabled=False,
         args=SimpleNamespace(discopop_tau=options.get("discopop_tau", 0.05), gradient_checkpointing_kwargs=None),
         beta=options.get("beta", 0.1), loss_types=names, loss_weights=options.get("loss_weights") or [1.0] * len(names),
