@@ -17,6 +17,8 @@ from torch import Tensor
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What may want a gradient, in the order of `Grads`.
+INPUTS = ("hidden", "weight", "bias", "low_rank")
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,37 @@ class Transform:
         return (z * (self.temperature / self.softcap)).square_().neg_().add_(1)
 
 
+class LowRank(NamedTuple):
+    """What a low-rank adapter (LoRA, arXiv:2106.09685) adds to a head's weight: W + scale * b a, which is never held.
+
+    a: (r, D). b: (V, r). Both of any floating dtype that the hidden states are not too narrow for: float64 goes with
+    float64 alone. scale: alpha / r, or whatever the adapter has.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+
 @dataclass(frozen=True)
 class Grads:
-    """Which inputs want a gradient."""
+    """Which inputs want a gradient; low_rank: either of its matrices."""
 
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+    low_rank: bool = False
 
     def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
+        return self.hidden or self.weight or self.bias or self.low_rank
 
     @staticmethod
     def of(names: Sequence[str]) -> Grads:
-        return Grads("hidden" in names, "weight" in names, "bias" in names)
+        return Grads(*(name in names for name in INPUTS))
 
     def as_list(self) -> list[bool]:
         """As an argument of an operator; `Grads(*these)` is the way back."""
-        return [self.hidden, self.weight, self.bias]
+        return [self.hidden, self.weight, self.bias, self.low_rank]
 
 
 @dataclass(frozen=True)
@@ -169,11 +184,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Call:
-    """One checked call. hidden (..., D), weight (V, D), bias (V,) or None; any strides."""
+    """One checked call. hidden (..., D), weight (V, D), bias (V,) or None; any strides. low_rank: its scale is 1."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    low_rank: LowRank | None
     tokens: Tokens
     label_count: int  # with those that are ignored
     options: Options
@@ -197,6 +213,10 @@ class Call:
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.low_rank is None else len(self.low_rank.a)
 
 
 class TokenGrads(NamedTuple):

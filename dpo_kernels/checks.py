@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dpo_kernels.call import DTYPE_NAMES, Grads, Transform, autocasts, flat_labels, ignored, whole
+from dpo_kernels.call import DTYPE_NAMES, INPUTS, Grads, LowRank, Transform, autocasts, flat_labels, ignored, whole
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 FLOATS = tuple(DTYPE_NAMES)
@@ -57,7 +57,7 @@ def outputs(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def grads(names: Sequence[str]) -> Grads:
-    _names("grads", names, ("hidden", "weight", "bias"))
+    _names("grads", names, INPUTS)
     return Grads.of(names)
 
 
@@ -68,10 +68,13 @@ def _names(name: str, given: Sequence[str], known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} has {unknown}; expected names from {known}")
 
 
-def sizes(tokens: int, hidden_size: int, vocab_size: int, labels: int | None) -> tuple[int, int, int, int]:
+def sizes(
+    tokens: int, hidden_size: int, vocab_size: int, labels: int | None, rank: int
+) -> tuple[int, int, int, int, int]:
     tokens = whole("tokens", tokens, 0)
     labels = tokens if labels is None else whole("labels", labels, tokens)
-    return tokens, whole("hidden_size", hidden_size, 1), whole("vocab_size", vocab_size, 1), labels
+    vocab_size, rank = whole("vocab_size", vocab_size, 1), whole("rank", rank, 0)
+    return tokens, whole("hidden_size", hidden_size, 1), vocab_size, labels, rank
 
 
 def dtypes(**given: object) -> None:
@@ -124,7 +127,7 @@ def logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     _labels("logits", logits, labels)
 
 
-def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> None:
     """hidden (..., D), weight (V, D), labels (...), bias (V,) or None; one device, one dtype unless autocast is on."""
     for name, tensor in (("hidden", hidden), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
         _tensor(name, tensor)
@@ -146,6 +149,8 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) ->
                 f"bias is {_shape(bias)}, weight {_shape(weight)}; expected a bias of ({weight.shape[0]},)"
             )
         _same_device("bias", bias, "hidden", hidden)
+    if low_rank is not None:
+        check_low_rank(low_rank, hidden, weight)
     autocast = autocasts(hidden.device)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None or tensor.dtype == hidden.dtype:
@@ -154,6 +159,32 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) ->
             raise TypeError(
                 f"{name} is {tensor.dtype}, hidden {hidden.dtype}; cast one to the other, or run under torch.autocast"
             )
+
+
+def check_low_rank(given: object, hidden: Tensor, weight: Tensor) -> None:
+    """a (r, D), b (V, r) of the hidden states' device, and a finite scale.
+
+    Raises:
+        TypeError, ValueError: another kind, shape, dtype, device or scale.
+    """
+    if not isinstance(given, LowRank):
+        raise TypeError(f"low_rank is {type(given).__name__}; expected dpo_kernels.LowRank(a, b, scale)")
+    vocab_size, features = weight.shape
+    for name, tensor in (("low_rank.a", given.a), ("low_rank.b", given.b)):
+        _tensor(name, tensor)
+        _floating(name, tensor)
+        _same_device(name, tensor, "hidden", hidden)
+        if tensor.dtype == torch.float64 and hidden.dtype != torch.float64:
+            raise TypeError(f"{name} is {tensor.dtype}, hidden {hidden.dtype}; cast it down, or hidden up")
+    first_derivatives(given.a, given.b)
+    rank = given.a.shape[0] if given.a.ndim == 2 else 0
+    if rank == 0 or given.a.shape != (rank, features) or given.b.shape != (vocab_size, rank):
+        raise ValueError(
+            f"low_rank.a is {_shape(given.a)}, low_rank.b {_shape(given.b)}, weight {_shape(weight)}; expected "
+            f"(r, {features}) and ({vocab_size}, r) with r >= 1"
+        )
+    if not isinstance(given.scale, (int, float)) or not -math.inf < given.scale < math.inf:
+        raise ValueError(f"low_rank.scale is {given.scale!r}; expected a finite number")
 
 
 def labels_in_range(labels: Tensor, ignore_index: int | None, vocab_size: int) -> None:

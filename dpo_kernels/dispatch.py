@@ -110,7 +110,7 @@ def _run(backend: Backend, call: Call) -> tuple[Execution, Saved]:
     workload = Workload(
         call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, options.compute_dtype, options.grads,
         entropy="entropy" in options.outputs, softcap=options.transform.softcap is not None, labels=call.label_count,
-        capabilities=capable,
+        capabilities=capable, rank=call.rank,
     )  # fmt: skip
     copied = hidden.numel() * hidden.element_size() if call.tokens.masked else 0  # without what is ignored (ops.py)
     made = plan(workload, options.memory_budget, copied)

@@ -9,12 +9,13 @@ decided here, once for all back ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.backends.base import Saved, SavedTile, Tile, TileOps
+from dpo_kernels.backends.base import LogitsGradient, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, Grads, TokenGrads
 from dpo_kernels.layout import take_rows
 from dpo_kernels.planner import Plan, Sweep
@@ -22,7 +23,7 @@ from dpo_kernels.planner import Plan, Sweep
 
 def forward(call: Call, plan: Plan, ops: TileOps) -> Saved:
     """Statistics of the tokens that count, and what the mode saves for backward."""
-    operands = _Operands(call, plan, ops.operand)
+    operands = _Operands(call, plan, ops)
     state = ops.new_state(operands.labels)
     wide = operands.wide
     exps = ops.empty("saved exponentials", plan.kept_tokens, plan.saved_columns, call.compute_dtype)
@@ -68,25 +69,43 @@ class InputGrads(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    low_rank_a: Tensor | None = None
+    low_rank_b: Tensor | None = None
 
 
 def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGrads, saved: Saved) -> InputGrads:
     """plan: forward's. wanted: the gradients wanted now, some of those that it planned for."""
     if plan.mode == "frozen":
         return InputGrads(_scale_jacobian(call, wanted, plan, grads, saved.jacobian), None, None)
-    operands = _Operands(call, plan, ops.operand)
+    operands = _Operands(call, plan, ops)
     index, wide = call.tokens.index, operands.wide
+    through = call.low_rank is not None and (wanted.hidden or wanted.low_rank)
+    low_rank = _LowRankGradient(call, plan, operands, ops) if through else None
     hidden = _Gradient("hidden", call.hidden, wide, index, ops, plan.tokens) if wanted.hidden else None
+    if hidden is not None and low_rank is not None:
+        hidden.complete = low_rank.add_to_hidden
     weight = _Gradient("weight", call.weight, wide, None, ops, plan.tokens) if wanted.weight else None
-    bias = wide.new_zeros(plan.vocab_size) if wanted.bias else None
+    sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)
     for i, sweep in enumerate(plan.sweeps):
-        part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight)
-        _sweep(part, plan, ops, operands, grads, saved, hidden, weight, bias if i == 0 else None)
+        first = i == 0
+        part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight, first and through)
+        now = sums if first else sums._replace(bias=None)
+        _sweep(part, plan, ops, operands, grads, saved, now)
     return InputGrads(
         None if hidden is None else hidden.out.view(call.hidden.shape),
         None if weight is None else weight.out,
-        bias if bias is None or call.bias is None else bias.to(call.bias.dtype),
+        sums.bias if sums.bias is None or call.bias is None else sums.bias.to(call.bias.dtype),
+        *(low_rank.finish() if low_rank is not None and wanted.low_rank else ()),
     )
+
+
+class _Sums(NamedTuple):
+    """What tiles of backward are added to; None where not wanted."""
+
+    hidden: _Gradient | None
+    weight: _Gradient | None
+    bias: Tensor | None
+    low_rank: _LowRankGradient | None
 
 
 def _sweep(
@@ -96,11 +115,10 @@ def _sweep(
     operands: _Operands,
     grads: TokenGrads,
     saved: Saved,
-    hidden: _Gradient | None,
-    weight: _Gradient | None,
-    bias: Tensor | None,
+    sums: _Sums,
 ) -> None:
-    if not (sweep.hidden or sweep.weight) and bias is None:
+    hidden, weight, bias, low_rank = sums
+    if not (sweep.hidden or sweep.weight or sweep.low_rank) and bias is None:
         return
     vocab_outside = sweep.outer == "vocab"
     totals = []
@@ -110,14 +128,17 @@ def _sweep(
     if sweep.weight and weight is not None:
         weight.start(plan.vocab_spans, whole=not vocab_outside, terms=len(plan.token_spans))
         totals.append(weight)
+    sides = replace(sweep, hidden=sweep.hidden or sweep.low_rank, weight=sweep.weight or sweep.low_rank)
     for rows, columns in _tiles(plan, vocab_outside):
         tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
         exps = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
-        dz = ops.logits_gradient(grads.rows(rows), tile, exps, sweep, None if bias is None else bias[columns])
+        dz = ops.logits_gradient(grads.rows(rows), tile, exps, sides, None if bias is None else bias[columns])
         if sweep.hidden and hidden is not None:
-            hidden.add(rows, dz.by_token, tile.weight)
+            hidden.add(rows, dz.by_token, tile.weight[:, : plan.hidden_size])
         if sweep.weight and weight is not None:
-            weight.add(columns, dz.by_vocab, tile.hidden)
+            weight.add(columns, dz.by_vocab, tile.hidden[:, : plan.hidden_size])
+        if sweep.low_rank and low_rank is not None:
+            low_rank.add(tile, dz)
     for total in totals:
         total.finish()
 
@@ -132,12 +153,18 @@ def _scale_jacobian(call: Call, wanted: Grads, plan: Plan, grads: TokenGrads, ja
 
 
 class _Operands:
-    """The rows that count and slices of the weight, converted for the product; at most one slice of each is held."""
+    """The rows that count and slices of the weight, converted for the product; at most one slice of each is held.
 
-    def __init__(self, call: Call, plan: Plan, dtype: torch.dtype) -> None:
-        self.call, self.plan, self.index, self.dtype = call, plan, call.tokens.index, dtype
+    A low-rank adapter W + b a is the product of operands with r more columns: h (W + b a)^T = [h, h a^T] [W, b]^T. So
+    no weight is rounded with it, and it costs r / D of a product, forward and backward.
+    """
+
+    def __init__(self, call: Call, plan: Plan, ops: TileOps) -> None:
+        self.call, self.plan, self.index, self.ops, self.dtype = call, plan, call.tokens.index, ops, ops.operand
         self.wide = torch.empty(0, dtype=call.accumulate_dtype, device=call.hidden.device)
         self.labels = call.tokens.labels
+        # An adapter's own numbers are wider than the weight's: rounded to the operand's dtype alone. (D, r)
+        self._a = None if call.low_rank is None else call.low_rank.a.to(self.dtype).T.contiguous()
         self._weight, self._hidden = _Slice(), _Slice()
         self._all = self._all_rows() if plan.hold_hidden else None
 
@@ -151,16 +178,49 @@ class _Operands:
     def hidden(self, rows: slice) -> Tensor:
         if self._all is not None:
             return self._all[rows]
-        return self._hidden.get(rows, lambda: take_rows(self.call.hidden, self.index, rows), self.convert)
+        convert = self.convert if self._a is None else self._hidden_beside
+        return self._hidden.get(rows, lambda: self.taken(rows), convert)
 
     def weight(self, columns: slice) -> Tensor:
-        return self._weight.get(columns, lambda: self.call.weight[columns], self.convert)
+        low_rank = self.call.low_rank
+
+        def beside(source: Tensor, out: Tensor | None) -> Tensor:
+            assert low_rank is not None
+            made = self._with_room(source, out)
+            made[:, self.plan.hidden_size :] = low_rank.b[columns]
+            return made
+
+        return self._weight.get(
+            columns, lambda: self.call.weight[columns], self.convert if low_rank is None else beside
+        )
+
+    def taken(self, rows: slice) -> Tensor:
+        """Hidden states (n, D) as they were given."""
+        return take_rows(self.call.hidden, self.index, rows)
 
     def _all_rows(self) -> Tensor:
-        result = self.wide.new_empty((self.plan.tokens, self.plan.hidden_size), dtype=self.dtype)
+        result = self.wide.new_empty((self.plan.tokens, self.plan.hidden_size + self.plan.rank), dtype=self.dtype)
         for rows in self.plan.token_spans:
-            result[rows] = self.convert(take_rows(self.call.hidden, self.index, rows))
+            if self._a is None:
+                result[rows] = self.convert(self.taken(rows))
+            else:
+                self._hidden_beside(self.taken(rows), result[rows])
         return result
+
+    def _hidden_beside(self, source: Tensor, out: Tensor | None) -> Tensor:
+        """(n, D + r): hidden states, and their products with an adapter's a."""
+        assert self._a is not None
+        made = self._with_room(source, out)
+        product = self.wide.new_empty((len(made), self.plan.rank))
+        self.ops.multiply(product, made[:, : self.plan.hidden_size], self._a, add=False)
+        made[:, self.plan.hidden_size :] = product
+        return made
+
+    def _with_room(self, source: Tensor, out: Tensor | None) -> Tensor:
+        shape = (len(source), self.plan.hidden_size + self.plan.rank)
+        made = self.wide.new_empty(shape, dtype=self.dtype) if out is None else out
+        made[:, : self.plan.hidden_size] = source.to(self.call.compute_dtype)
+        return made
 
 
 class _Slice:
@@ -186,6 +246,34 @@ class _Slice:
         return self.value
 
 
+class _LowRankGradient:
+    """Sums du = dz b (M, r) and db = dz^T u (V, r) for u = h a^T, from which da = du^T h and dh += du a follow."""
+
+    def __init__(self, call: Call, plan: Plan, operands: _Operands, ops: TileOps) -> None:
+        assert call.low_rank is not None
+        self.given, self.plan, self.operands, self.ops = call.low_rank, plan, operands, ops
+        wide = operands.wide
+        self.a = self.given.a.to(wide.dtype)
+        self.of_rows = wide.new_zeros((plan.tokens, plan.rank))
+        self.of_b = wide.new_zeros((plan.vocab_size, plan.rank))
+
+    def add(self, tile: Tile, dz: LogitsGradient) -> None:
+        more = slice(self.plan.hidden_size, None)
+        self.ops.multiply(self.of_rows[tile.rows], dz.by_token, tile.weight[:, more], add=True)
+        self.ops.multiply(self.of_b[tile.columns], dz.by_vocab, tile.hidden[:, more], add=True)
+
+    def add_to_hidden(self, rows: slice, total: Tensor) -> None:
+        """total (n, D): the sum of dz W over the whole vocabulary."""
+        total.addmm_(self.of_rows[rows], self.a)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        of_a = torch.zeros_like(self.a)
+        for rows in self.plan.token_spans:
+            hidden = self.operands.taken(rows).to(self.operands.call.compute_dtype)
+            of_a.addmm_(self.of_rows[rows].T, hidden.to(of_a.dtype))
+        return of_a.to(self.given.a.dtype), self.of_b.to(self.given.b.dtype)
+
+
 class _Gradient:
     """Sums products in the accumulation dtype into a gradient and casts once, when a row is complete.
 
@@ -205,16 +293,18 @@ class _Gradient:
         self.direct = like.dtype == wide.dtype and index is None  # the gradient is its own accumulator
         self.total = wide
         self.spans: list[slice] = []  # the rows that `total` holds
+        self.complete: Callable[[slice, Tensor], None] | None = None  # adds what is left to complete sums of rows
 
     def start(self, spans: list[slice], whole: bool, terms: int) -> None:
         """spans: the slices of rows to come, each of them `terms` times. whole: they come again and again, so all are
         summed before any is cast."""
         assert self.ops is not None
         self.whole = whole
-        self.spans = spans if whole else []
+        self.spans = spans if whole or (self.direct and self.complete is not None) else []
         self.begun: set[int] = set()
         # A single product is its own sum: it is rounded as it is written.
-        self.once = terms == 1 and not self.direct and self.index is None and self.ops.rounds
+        alone = terms == 1 and self.complete is None
+        self.once = alone and not self.direct and self.index is None and self.ops.rounds
         if not self.direct and not self.once:
             height = max((s.stop if whole else s.stop - s.start for s in spans), default=0)
             self.total = self.wide.new_empty((height, self.out.shape[1]))
@@ -236,9 +326,15 @@ class _Gradient:
 
     def finish(self) -> None:
         """Casts what is summed."""
-        if not self.direct and not self.once:
-            for rows in self.spans:
-                self.write(rows, self.total[rows] if self.whole else self.total[: rows.stop - rows.start])
+        for rows in [] if self.once else self.spans:
+            if self.direct:
+                total = self.out[rows]
+            else:
+                total = self.total[rows] if self.whole else self.total[: rows.stop - rows.start]
+            if self.complete is not None:
+                self.complete(rows, total)
+            if not self.direct:
+                self.write(rows, total)
         self.spans = []
 
     def write(self, rows: slice, values: Tensor) -> None:

@@ -36,20 +36,28 @@ def register() -> None:
     _registered = True
 
 
-def forward(hidden: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], **__: Any) -> int:
-    """Logits, and a frozen head's Jacobian."""
+def forward(
+    hidden: Shape, weight: Shape, bias: Shape | None, a: Shape | None, *_: Any, out_shape: Sequence[Shape], **__: Any
+) -> int:
+    """Logits, and a frozen head's Jacobian; a low-rank adapter's columns lie beside the features."""
     saved = dict(zip(SAVED, out_shape[STATS:], strict=True))
     products = 1 + (saved["jacobian"][0] > 0)
-    return 2 * saved["maximum"][0] * weight[0] * weight[1] * products
+    return 2 * saved["maximum"][0] * weight[0] * (weight[1] + _rank(a)) * products
 
 
 def backward(
-    _: Any, made: Sequence[Shape], wanted: Sequence[bool], hidden: Shape, weight: Shape, *__: Any, **___: Any
-) -> int:
+    _: Any, made: Sequence[Shape], wanted: Sequence[bool], hidden: Shape, weight: Shape, bias: Shape | None,
+    a: Shape | None, *__: Any, **___: Any,
+) -> int:  # fmt: skip
     """Logits of the tokens whose exponentials were not saved, and the gradient of each matrix."""
     saved = dict(zip(SAVED, made, strict=True))
     if saved["jacobian"][0]:
         return 0
     tokens, kept = saved["maximum"][0], saved["exps"][0]
-    matrices = sum(wanted[:2])
-    return 2 * weight[0] * weight[1] * (tokens - kept + matrices * tokens)
+    matrices = sum(wanted[:2]) * weight[1]
+    through = 2 * _rank(a) * (wanted[0] or any(wanted[3:]))
+    return 2 * weight[0] * ((tokens - kept) * (weight[1] + _rank(a)) + tokens * (matrices + through))
+
+
+def _rank(a: Shape | None) -> int:
+    return 0 if a is None else a[0]

@@ -14,7 +14,7 @@ from dpo_kernels import (
     ops,  # noqa: F401  (registers the operators)
     planner,
 )
-from dpo_kernels.call import Grads, Options, compute_dtype
+from dpo_kernels.call import Grads, LowRank, Options, compute_dtype
 from dpo_kernels.layout import is_one_of_several, overlaps
 from dpo_kernels.statistics import TokenStats
 
@@ -81,6 +81,7 @@ def hidden_to_log_probs(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    low_rank: LowRank | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -95,6 +96,8 @@ def hidden_to_log_probs(
         weight: (V, D) of the same dtype (under autocast of any; products then take autocast's dtype). Never written.
         labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
         bias: (V,), or None.
+        low_rank: `LowRank(a, b, scale)`, of a LoRA on the head: the weight is W + scale * b a, which is never held, and
+            neither is its gradient; None without.
         ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
             need not wait for the device to find those that do.
         temperature: > 0.
@@ -115,7 +118,7 @@ def hidden_to_log_probs(
     """
     return token_stats(
         hidden, weight, labels, bias, outputs=(), ignore_index=ignore_index, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, memory_budget=memory_budget, impl=impl,
+        logit_scale=logit_scale, softcap=softcap, low_rank=low_rank, memory_budget=memory_budget, impl=impl,
     ).log_probs  # fmt: skip
 
 
@@ -130,6 +133,7 @@ def token_stats(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    low_rank: LowRank | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
 ) -> TokenStats:
@@ -146,20 +150,22 @@ def token_stats(
     Raises:
         As `hidden_to_log_probs`; ValueError or TypeError also for names in `outputs` that do not exist.
     """
-    checks.head(hidden, weight, labels, bias)
+    checks.head(hidden, weight, labels, bias, low_rank)
     names = checks.outputs(outputs)
-    tracked = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
+    # The scale goes with the smaller matrix.
+    a, b = (None, None) if low_rank is None else (low_rank.a * low_rank.scale, low_rank.b)
+    tracked = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, a, b)]
     options = Options(
         ignore_index=ignore_index,
         transform=checks.transform(temperature, logit_scale, softcap),
         outputs=names,
-        grads=Grads(*tracked),
+        grads=Grads(tracked[0], tracked[1], tracked[2], tracked[3] or tracked[4]),
         compute_dtype=compute_dtype(hidden.dtype, hidden.device),
         memory_budget=checks.memory_budget(memory_budget),
         impl=impl,
     )
     flops.register()
-    made = torch.ops.dpo_kernels.token_stats(hidden, weight, bias, labels, *options.encode())
+    made = torch.ops.dpo_kernels.token_stats(hidden, weight, bias, a, b, labels, *options.encode())
     of_name = dict(zip(TokenStats._fields, made, strict=False))
     return TokenStats(made[0], **{name: of_name[name] for name in names})
 
@@ -178,6 +184,7 @@ def plan(
     device: torch.device | str = "cpu",
     impl: str | None = None,
     labels: int | None = None,
+    rank: int = 0,
 ) -> planner.Plan:
     """What `hidden_to_log_probs` or `token_stats` will do here: mode, tiles, GEMMs and bytes. Print it.
 
@@ -187,13 +194,14 @@ def plan(
     Args:
         tokens, hidden_size, vocab_size: N (rows whose label counts), D and V.
         dtype: of hidden states and weight.
-        grads: which inputs want a gradient, of "hidden", "weight" and "bias".
+        grads: which inputs want a gradient, of "hidden", "weight", "bias" and "low_rank".
         outputs: the statistics asked for; a gradient through "entropy" rules out the modes frozen and keep.
         softcap: whether (any number) or not (None) logits are capped.
         compute_dtype: autocast's dtype, where it differs from `dtype`.
         memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
         device, impl: as in the call; None is the implementation that a call without one would take.
         labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
+        rank: of a low-rank adapter of the weight; 0 without one.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range; the budget is too small to run at all (names the
@@ -202,12 +210,12 @@ def plan(
     """
     device, compute = torch.device(device), dtype if compute_dtype is None else compute_dtype
     checks.dtypes(dtype=dtype, compute_dtype=compute)
-    tokens, hidden_size, vocab_size, labels = checks.sizes(tokens, hidden_size, vocab_size, labels)
+    tokens, hidden_size, vocab_size, labels, rank = checks.sizes(tokens, hidden_size, vocab_size, labels, rank)
     backend = dispatch.choose(impl, device, dtype, vocab_size)
     configuration = backend.configure(device, hidden_size, compute, False)
     workload = planner.Workload(
         tokens, hidden_size, vocab_size, dtype, compute, checks.grads(grads),
         entropy="entropy" in checks.outputs(outputs), softcap=softcap is not None, labels=labels,
-        capabilities=dispatch.capabilities(backend, device, configuration),
+        capabilities=dispatch.capabilities(backend, device, configuration), rank=rank,
     )  # fmt: skip
     return planner.plan(workload, checks.memory_budget(memory_budget))

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from dpo_kernels import checks, dispatch
 from dpo_kernels.backends.base import Execution, Saved
-from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens, accumulate_dtype, ignored
+from dpo_kernels.call import Call, Grads, LowRank, Options, TokenGrads, Tokens, accumulate_dtype, ignored
 from dpo_kernels.planner import aligned
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS, TokenStats
 
 OPTIONS = "float[] numbers, SymInt[] limits, bool[] wants_grad, str spec"
-HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_a, Tensor? low_rank_b, Tensor labels"
+HEAD_TENSORS = HEAD.count("Tensor")
 LOGITS = "Tensor logits, Tensor labels"
 EXECUTION_BYTES = 4096
 FIRST_DERIVATIVES = (
@@ -62,12 +63,19 @@ def _tensors(count: int) -> str:
     schema=f"({HEAD}, {OPTIONS}) -> {_tensors(STATS + len(SAVED))}",
 )
 def token_stats_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *encoded: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank_a: Tensor | None,
+    low_rank_b: Tensor | None,
+    labels: Tensor,
+    *encoded: Any,
 ) -> tuple[Tensor, ...]:
     """The fields of `TokenStats` (empty where not asked for), of the labels' shape; then `SAVED`."""
     options = Options.decode(*encoded)
     checks.labels_in_range(labels, options.ignore_index, weight.shape[0])
-    call = _call(hidden, weight, bias, labels, Tokens.of(labels, options.ignore_index), options)
+    head = (hidden, weight, bias, _low_rank(low_rank_a, low_rank_b))
+    call = _call(head, labels, Tokens.of(labels, options.ignore_index), options)
     execution, made = dispatch.forward(call)
     tokens = call.tokens
     stats = (
@@ -85,7 +93,15 @@ def token_stats_op(
 
 
 @token_stats_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *encoded: Any) -> tuple[Tensor, ...]:
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank_a: Tensor | None,
+    low_rank_b: Tensor | None,
+    labels: Tensor,
+    *encoded: Any,
+) -> tuple[Tensor, ...]:
     options = Options.decode(*encoded)
     wide, outputs, grads = accumulate_dtype(hidden.dtype), options.outputs, options.grads
     stats = [
@@ -95,7 +111,8 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *enco
     # How many labels count, and what is saved of them, are sizes that only a run can tell.
     every = labels.numel()
     counted, index = _size(every), _size(every)
-    rows = _size(every) if grads == Grads(hidden=True) and "entropy" not in outputs else 0
+    frozen = grads == Grads(hidden=True) and "entropy" not in outputs and low_rank_a is None
+    rows = _size(every) if frozen else 0
     kept, blocks = (_size(0), _size(0)) if grads and "entropy" not in outputs else (0, 0)
     saved = {
         "index": labels.new_empty((index,), dtype=torch.int64),
@@ -124,10 +141,12 @@ def token_stats_backward_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_rank_a: Tensor | None,
+    low_rank_b: Tensor | None,
     labels: Tensor,
     *encoded: Any,
 ) -> list[Tensor]:
-    """Gradients of hidden, weight and bias; empty where not `wanted` now: some of those that forward was told of.
+    """Gradients of all but the labels; empty where not `wanted` now: some of those that forward was told of.
 
     grads: of the log-probs and of the entropy. made: what forward saved, as in `SAVED`.
     """
@@ -135,14 +154,16 @@ def token_stats_backward_op(
     saved = dict(zip(SAVED, made, strict=True))
     execution = _unpack(saved["execution"])
     tokens = _tokens(labels, options, execution, saved["index"])
-    call = _call(hidden, weight, bias, labels, tokens, options)
+    call = _call((hidden, weight, bias, _low_rank(low_rank_a, low_rank_b)), labels, tokens, options)
     rows = _token_grads(tokens, labels, options, saved, grads)
     # As forward made them, whatever a hook returned.
     exps, maxima = saved["exps"].contiguous(), saved["maxima"].contiguous()
     of_forward = Saved(
         TokenStats(rows.log_probs), rows.maximum, rows.log_sum, rows.label_logit, exps, maxima, saved["jacobian"]
     )
-    found = dispatch.backward(call, Grads(*wanted), execution, rows, of_forward)
+    found = dispatch.backward(
+        call, Grads(wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4]), execution, rows, of_forward
+    )
     return [hidden.new_empty(0) if g is None else g for g in found]
 
 
@@ -154,33 +175,36 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_rank_a: Tensor | None,
+    low_rank_b: Tensor | None,
     labels: Tensor,
     *encoded: Any,
 ) -> list[Tensor]:
     return [
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None and want else hidden.new_empty(0)
-        for t, want in zip((hidden, weight, bias), wanted, strict=True)
+        for t, want in zip((hidden, weight, bias, low_rank_a, low_rank_b), wanted, strict=True)
     ]
 
 
 def _setup_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, *ctx.encoded = inputs
+    ctx.encoded = inputs[HEAD_TENSORS:]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, *output[STATS:])
+    ctx.save_for_backward(*inputs[:HEAD_TENSORS], *output[STATS:])
 
 
 def _token_stats_backward(ctx: Any, *output_grads: Tensor | None) -> Any:
-    none = (None,) * (4 + len(ctx.encoded))
-    wanted = list(ctx.needs_input_grad[:3])
+    none = (None,) * (HEAD_TENSORS + len(ctx.encoded))
+    wanted = list(ctx.needs_input_grad[: HEAD_TENSORS - 1])
     outputs = Options.decode(*ctx.encoded).outputs
     # The gradient of an entropy that was not asked for is that of an empty placeholder.
     grads = [output_grads[0], output_grads[1] if "entropy" in outputs else None]
     if all(g is None for g in grads):
         return none
-    hidden, weight, bias, labels, *made = ctx.saved_tensors
-    found = torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, hidden, weight, bias, labels, *ctx.encoded)
-    return (*(g if want else None for g, want in zip(found, wanted, strict=True)), *none[3:])
+    saved = ctx.saved_tensors  # once: a checkpoint computes them for one reader
+    head, made = saved[:HEAD_TENSORS], saved[HEAD_TENSORS:]
+    found = torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, *head, *ctx.encoded)
+    return (*(g if want else None for g, want in zip(found, wanted, strict=True)), *none[len(found) :])
 
 
 @torch.library.custom_op(
@@ -323,13 +347,18 @@ def _dtypes(wide: torch.dtype) -> list[torch.dtype]:
     return [torch.bool if name == "is_top1" else wide for name in ("log_probs", *OPTIONAL_OUTPUTS)]
 
 
+def _low_rank(a: Tensor | None, b: Tensor | None) -> LowRank | None:
+    return None if a is None or b is None else LowRank(a, b)
+
+
 def _call(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, tokens: Tokens, options: Options
+    head: tuple[Tensor, Tensor, Tensor | None, LowRank | None], labels: Tensor, tokens: Tokens, options: Options
 ) -> Call:
+    hidden, weight, bias, low_rank = head
     if tokens.masked:
         # Not even NaN in a token that is ignored may reach the weight's gradient; the copy counts in the budget.
         hidden = hidden.masked_fill(ignored(labels, options.ignore_index).unsqueeze(-1), 0)
-    return Call(hidden, weight, bias, tokens, labels.numel(), options)
+    return Call(hidden, weight, bias, low_rank, tokens, labels.numel(), options)
 
 
 def _index(tokens: Tokens, labels: Tensor) -> Tensor:

@@ -54,11 +54,13 @@ class Capabilities:
 @dataclass(frozen=True)
 class Sweep:
     """One backward pass over all tiles. outer: the axis of the outer loop, whose gradient is finished tile by tile;
-    the other axis' gradient, where wanted too, needs an accumulator of its full size."""
+    the other axis' gradient, where wanted too, needs an accumulator of its full size. low_rank: what its gradients are
+    made of is summed too, in accumulators of its full size: it is narrow."""
 
     outer: str
     hidden: bool
     weight: bool
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Plan:
     mode: "score" (no gradient), "frozen" (only the hidden states want one), "keep", "mixed" or "recompute".
     kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
     gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together.
+    rank: of the low-rank adapter of the weight, 0 without one.
     hold_hidden: the hidden states of all tokens are gathered and converted once, not tile by tile.
     one_pass: forward takes the vocabulary in one piece.
     parts: what is held at the peak, in bytes, by name; `memory` is the same as a mapping, `bytes` the sum.
@@ -89,6 +92,7 @@ class Plan:
     gemms: float
     memory_budget: int
     parts: tuple[tuple[str, int], ...]
+    rank: int = 0
 
     @property
     def memory(self) -> Mapping[str, int]:
@@ -135,14 +139,16 @@ class Plan:
         name = str(self.dtype).removeprefix("torch.")
         n, d, v = self.tokens, self.hidden_size, self.vocab_size
         lines = [
-            f"{self.mode}: {n:,} tokens x {d:,} features x {v:,} vocabulary, {name}",
+            f"{self.mode}: {n:,} tokens x {d:,} features x {v:,} vocabulary, {name}"
+            + (f", low rank {self.rank}" if self.rank else ""),
             f"  GEMMs   {self.gemms:.3g} (of {2e-9 * n * d * v:,.0f} GFLOP each)",
             f"  tiles   {self.tile_tokens:,} tokens x {self.tile_vocab:,} vocabulary",
         ]
         if self.mode in ("keep", "mixed", "recompute"):
             lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
         for sweep in self.sweeps:
-            wanted = " and ".join(n for n, on in (("hidden", sweep.hidden), ("weight", sweep.weight)) if on) or "bias"
+            parts = (("hidden", sweep.hidden), ("weight", sweep.weight), ("low rank", sweep.low_rank))
+            wanted = " and ".join(n for n, on in parts if on) or "bias"
             lines.append(f"  sweep   {sweep.outer} outside, gradient of {wanted}")
         lines.append(f"  memory  {_mib(self.bytes)} of a budget of {_mib(self.memory_budget)}")
         lines += [f"          {_mib(size):>11}  {what}" for what, size in self.memory.items() if size]
@@ -158,6 +164,7 @@ class Workload:
     entropy: whether it is asked for: a gradient through it rules out the modes frozen and keep.
     softcap: whether logits are capped.
     labels: all of them, with those that are ignored, of which a few bytes are held too.
+    rank: of the weight's low-rank adapter; 0 without one.
     """
 
     tokens: int
@@ -170,6 +177,12 @@ class Workload:
     softcap: bool
     labels: int
     capabilities: Capabilities
+    rank: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of an operand: features, and what a low-rank adapter puts beside them."""
+        return self.hidden_size + self.rank
 
     @property
     def wide(self) -> int:  # bytes of a number in the accumulation dtype
@@ -187,7 +200,8 @@ class Workload:
     def operand(self) -> int:  # bytes of a converted operand, 0 where the input itself is one
         if self.converts:
             return self.wide if self.dtype == self.compute_dtype else self.wide + self.compute_dtype.itemsize
-        return 0 if self.dtype == self.compute_dtype else self.compute_dtype.itemsize
+        # An adapter's columns lie beside the features, so that an operand is a copy.
+        return 0 if self.dtype == self.compute_dtype and not self.rank else self.compute_dtype.itemsize
 
     @property
     def converts(self) -> bool:  # operands are widened first
@@ -199,7 +213,7 @@ class Workload:
 
     @property
     def frozen(self) -> bool:
-        return self.grads.hidden and not self.grads.weight and not self.grads.bias and not self.entropy
+        return self.grads == Grads(hidden=True) and not self.entropy and not self.rank
 
     def tile_sizes(self) -> list[tuple[int, int]]:
         """The device's tiles that this shape fills at least half, cut to it; best first."""
@@ -221,16 +235,28 @@ class Workload:
             + (2 * self.wide * self.vocab_size if self.grads.bias else 0)
         )
 
+    def low_rank(self, n: int, v: int) -> int:
+        """Sums of a low-rank adapter's gradients and of the hidden states' through it, and what becomes of them."""
+        if not self.rank:
+            return 0
+        scratch = self.product * self.rank * self.hidden_size + self.wide * self.rank * (n + v)
+        if not self.grads.low_rank and not self.grads.hidden:
+            return scratch
+        sums = self.rank * (self.tokens + self.vocab_size + 3 * self.hidden_size)
+        return scratch + self.wide * (sums + 2 * n * self.hidden_size)
+
     def tile(self, n: int, v: int) -> int:
         """The logits tile, what stands beside it while it is accumulated, and both operands."""
-        gathered = n * self.hidden_size * (self.dtype.itemsize + self.operand)
-        operands = v * self.hidden_size * self.operand + gathered
+        g, columns = self.grads, self.columns
+        gathered = n * (self.hidden_size * self.dtype.itemsize + columns * self.operand)
+        operands = v * columns * self.operand + gathered
         if self.capabilities.packs:
-            left = n * (self.hidden_size + 1)  # the hidden states, for logits
-            right = max(v * bool(self.grads.hidden), n * bool(self.grads.weight)) * (self.hidden_size + 1)
+            left = n * (columns + 1)  # the hidden states, for logits
+            right = max(v * (g.hidden or g.low_rank), n * (g.weight or g.low_rank)) * (self.hidden_size + 1)
             packed = self.product * (left + right)
-            sides = self.grads.hidden + (self.grads.weight or self.grads.bias)
-            return operands + packed + self.product * n * v * sides + self.wide * n * -(-v // 64) * self.grads.hidden
+            sides = (g.hidden or g.low_rank) + (g.weight or g.bias or g.low_rank)
+            maxima = self.wide * n * -(-v // 64) * (g.hidden or g.low_rank)
+            return operands + packed + self.product * n * v * sides + maxima
         # dz, or the frozen head's operand, where it is not the tile of logits itself
         beside = self.product * (bool(self.grads) and (self.capabilities.one_pass or self.product != self.wide))
         logits = self.wide * (not self.capabilities.one_pass)
@@ -265,9 +291,12 @@ class Workload:
         if not g or self.frozen:
             return [()]
         if not (g.hidden and g.weight):
-            return [(Sweep("tokens" if g.hidden else "vocab", g.hidden, g.weight),)]
+            usual = Sweep("tokens" if g.hidden else "vocab", g.hidden, g.weight, g.low_rank)
+            # Slices of the weight are copied for an adapter: once, where they are walked outside.
+            return [(replace(usual, outer="vocab"),), (usual,)] if self.rank else [(usual,)]
         smaller = "vocab" if self.tokens <= self.vocab_size else "tokens"
-        return [(Sweep(smaller, True, True),), (Sweep("tokens", True, False), Sweep("vocab", False, True))]
+        two = (Sweep("tokens", True, False, g.low_rank), Sweep("vocab", False, True))
+        return [(Sweep(smaller, True, True, g.low_rank),), two]
 
 
 @lru_cache(maxsize=4096)
@@ -298,6 +327,7 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
             "vectors, one number a token": s.vectors(),
             "tile and operands": s.tile(n, v),
             "gradient accumulators": s.accumulators(n, v, sweeps),
+            "low-rank adapter": s.low_rank(n, v),
             "d log_prob / d hidden": jacobian if not sweeps else 0,
         }
         needed = sum(memory.values())
@@ -313,7 +343,7 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
 def _tile_of_a_full_step(s: Workload, budget: int) -> tuple[int, int] | None:
     """The tile that a call with all gradients takes under this budget, None if none fits. With the same tiles, policy
     and frozen reference get the same log-probs to the last bit, whatever gradients either wants."""
-    full = replace(s, grads=Grads(True, True, s.grads.bias), entropy=False)
+    full = replace(s, grads=Grads(True, True, s.grads.bias, s.rank > 0), entropy=False)
     if s == full:
         return None
     try:
@@ -327,7 +357,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     """Spends what is left of the budget: first on hidden states at hand in the compute dtype, then on kept tokens."""
     n, v = tile
     left = budget - sum(memory.values())
-    at_hand = s.tokens * s.hidden_size * s.product
+    at_hand = s.tokens * s.columns * s.product
     hold = (s.operand > 0 or s.gathers) and at_hand <= left // 4
     memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
@@ -342,17 +372,19 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
             memory["gradient accumulators"] += more if kept else 0
         memory["kept probabilities"] = kept * s.saved_row(v)
     whole = s.capabilities.one_pass and not s.operand and (not s.frozen or bool(sweeps))
+    share = s.columns / s.hidden_size  # of a product
     if not s.grads:
-        mode, gemms = "score", 1.0
+        mode, gemms = "score", share
     elif not sweeps:
         mode, gemms = "frozen", 2.0
     else:
         mode = "recompute" if not kept else "keep" if kept == s.tokens else "mixed"
         again = 1 - kept / s.tokens if s.tokens else 0
-        gemms = 1 + len(sweeps) * again + s.grads.hidden + s.grads.weight
+        gemms = (1 + len(sweeps) * again) * share + s.grads.hidden + s.grads.weight
+        gemms += 2 * (share - 1) * (s.grads.low_rank or s.grads.hidden)
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
-        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()),
+        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()), s.rank,
     )  # fmt: skip
 
 

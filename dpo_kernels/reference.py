@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.call import accumulate_dtype, ignored
+from dpo_kernels.call import LowRank, accumulate_dtype, ignored
 from dpo_kernels.statistics import TokenStats
 
 
@@ -53,11 +53,12 @@ def hidden_to_log_probs(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """log softmax(cap(logit_scale * (h W^T + b)) / temperature)[label] per row, 0 where the label is ignored."""
     return token_stats(
         hidden, weight, labels, bias, outputs=(), ignore_index=ignore_index,
-        temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, low_rank=low_rank,
     ).log_probs  # fmt: skip
 
 
@@ -72,9 +73,13 @@ def token_stats(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    low_rank: LowRank | None = None,
 ) -> TokenStats:
-    """Log-probs and the statistics named in `outputs`; see `TokenStats`."""
+    """Log-probs and the statistics named in `outputs`; see `TokenStats`. low_rank: of the weight W + scale * b a."""
     product = F.linear(hidden, weight, bias)
+    if low_rank is not None:
+        a, b = (t.to(hidden.dtype) for t in low_rank[:2])
+        product = product + low_rank.scale * F.linear(F.linear(hidden, a), b)
     z = _transform(product.to(accumulate_dtype(product.dtype)), temperature, logit_scale, softcap)
     return _stats_of(z, labels, ignore_index, outputs)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from fuzz_calls import EPS, LARGEST, CallSpec, Inputs, draw, gradients, make_inputs, run, wanted
+from fuzz_calls import EPS, LARGEST, CallSpec, Inputs, draw, gradients, leaf_names, make_inputs, run, wanted
 from torch import Tensor
 
 from dpo_kernels import reference
@@ -60,6 +60,14 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
         a = reference.logits(wide["hidden"], wide["weight"], wide.get("bias"))
         size = wide["hidden"].detach().abs() @ wide["weight"].detach().abs().T
         error = EPS * (8 + spec.features / 8) * size
+        if inputs.low_rank is not None:
+            wide["low_rank_a"], wide["low_rank_b"] = (t.double().requires_grad_() for t in inputs.low_rank[:2])
+            h, m_a, m_b = wide["hidden"], wide["low_rank_a"], wide["low_rank_b"]
+            a = a + inputs.low_rank.scale * (h @ m_a.T) @ m_b.T
+            more = abs(inputs.low_rank.scale) * (h.detach().abs() @ m_a.detach().abs().T) @ m_b.detach().abs().T
+            # Both factors of it are rounded to the operand's dtype.
+            error = error + (EPS * (16 + spec.features / 8) + 2 * torch.finfo(compute).eps) * more
+            size = size + more
         if "bias" in wide:
             bias = torch.where(wide["bias"].isinf(), 0, wide["bias"]).detach().abs()
             size = size + bias
@@ -75,7 +83,7 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
     delta = slope * error + 4 * EPS * finite
     made = stats(z, labels, spec.ignore_index, spec.outputs)
     values = {k: v for k, v in made._asdict().items() if v is not None}
-    names = wanted(spec, inputs)
+    names = leaf_names(wanted(spec, inputs))
     if spec.level == "losses":
         mask = labels != spec.ignore_index
         ref = inputs.ref_log_probs.double()
@@ -108,7 +116,8 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
         if spec.level == "losses":
             bounds["loss"], upstream_error = bound_loss(spec, inputs, lp, off, upstream["log_probs"])
         softmax = Softmax(p, log_p, off, moment, counted)
-        grad_bounds = bound_gradients(spec, labels, wide, names, softmax, upstream, upstream_error, grads)
+        scale = 0.0 if inputs.low_rank is None else abs(inputs.low_rank.scale)
+        grad_bounds = bound_gradients(spec, labels, wide, names, softmax, upstream, upstream_error, grads, scale)
     undefined = beyond.any(-1) | values["log_probs"].isnan()
     others = zs.scatter(-1, label, -torch.inf).amax(-1)
     ties = ~((zs.gather(-1, label).squeeze(-1) - others).abs() > 2 * (spread + at_label))
@@ -155,6 +164,7 @@ def bound_gradients(
     upstream: dict[str, Tensor],
     upstream_error: Tensor,
     grads: dict[str, Tensor],
+    adapter_scale: float,
 ) -> dict[str, Tensor]:
     p, log_p, off, moment, counted = softmax.p, softmax.log_p, softmax.off, softmax.moment, softmax.counted
     g = upstream["log_probs"].double().abs() * counted
@@ -184,16 +194,28 @@ def bound_gradients(
     vocab = error.shape[-1]
     flat, sizes = (t.reshape(-1, vocab).nan_to_num(0, 0, 0) for t in (error, size))
     flat = flat + 8 * EPS * sizes  # the sum over tokens or vocabulary
+    # A low-rank adapter's factors are rounded to the operand's dtype.
+    through = flat + 4 * (EPS * len(flat) / 8 + torch.finfo(compute).eps) * sizes
+    rows = wide["hidden"].abs().reshape(-1, wide["hidden"].shape[-1]).nan_to_num(0, 0, 0)
     for name in names:
         truth = grads[name].abs().nan_to_num(0, 0, 0)
         out = torch.finfo(spec.dtype)
+        if name.startswith("low_rank"):
+            out = torch.finfo(spec.adapter_dtype)
         own = 2 * out.eps * truth + out.smallest_normal * out.eps
         if spec.level == "logits":
             found = flat.view(error.shape)
         elif name == "hidden":
-            found = (flat @ wide["weight"].abs()).view(wide["hidden"].shape)
+            found = flat @ wide["weight"].abs()
+            if adapter_scale:
+                found = found + adapter_scale * through @ wide["low_rank_b"].abs() @ wide["low_rank_a"].abs()
+            found = found.view(wide["hidden"].shape)
         elif name == "weight":
-            found = flat.T @ wide["hidden"].abs().reshape(-1, spec.features).nan_to_num(0, 0, 0)
+            found = flat.T @ rows
+        elif name == "low_rank_a":
+            found = adapter_scale * (through @ wide["low_rank_b"].abs()).T @ rows
+        elif name == "low_rank_b":
+            found = adapter_scale * through.T @ (rows @ wide["low_rank_a"].abs().T)
         else:
             found = flat.sum(0)
         bounds[name] = 4 * found + own

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dpo_kernels
-from dpo_kernels import FusedLinearDPOLoss, hidden_to_log_probs, logits_to_log_probs, token_stats
+from dpo_kernels import FusedLinearDPOLoss, LowRank, hidden_to_log_probs, logits_to_log_probs, token_stats
 
 EPS = torch.finfo(torch.float32).eps
 LARGEST = torch.finfo(torch.float32).max
@@ -54,6 +54,8 @@ class CallSpec:
     label_dtype: torch.dtype = torch.int64
     threads: int = 1
     crowded: bool = False  # which threads the C++ kernels take
+    rank: int = 0  # of a low-rank adapter of the weight
+    adapter_dtype: torch.dtype = torch.float32
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,8 +76,9 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         shape = (2 * r.randint(1, 3), max(1, tokens // 4))
     if r.random() < 0.01:
         shape = (*shape[:-1], 0)
-    inputs = ("hidden", "weight", "bias")
+    inputs = ("hidden", "weight", "bias", "low_rank")
     chosen = r.choice([(), ("hidden",), ("hidden", "weight"), tuple(n for n in inputs if r.random() < 0.5)])
+    dtype = r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     return CallSpec(
         seed=number,
@@ -83,7 +86,7 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         shape=shape,
         features=size(sizes[1]),
         vocab=size(sizes[2]),
-        dtype=r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+        dtype=dtype,
         layout=r.choice(LAYOUTS[:4] if r.random() < 0.5 else LAYOUTS[:1]),
         weight_layout=r.choice(LAYOUTS[:4] if r.random() < 0.3 else LAYOUTS[:1]),
         bias=r.choice(["none", "none", "contiguous", "strided", "expanded"]),
@@ -107,6 +110,8 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         label_dtype=r.choice([torch.int64, torch.int64, torch.int32, torch.int16]),
         threads=r.choice([1, 1, 2, 3, 8]),
         crowded=r.random() < 0.5,
+        rank=size(20) if level in ("hidden", "stats") and r.random() < 0.25 else 0,
+        adapter_dtype=r.choice([torch.float32, dtype]),
     )
 
 
@@ -135,6 +140,7 @@ class Inputs:
     labels: Tensor
     upstream: dict[str, Tensor]
     ref_log_probs: Tensor  # of the labels' shape, for a loss
+    low_rank: LowRank | None
 
 
 def make_inputs(spec: CallSpec) -> Inputs:
@@ -191,8 +197,14 @@ def make_inputs(spec: CallSpec) -> Inputs:
             values = lay_out(values, spec.upstream)
         upstream[name] = values
     ref_log_probs = -torch.rand(spec.shape, generator=g) * 5
+    low_rank = None
+    if spec.rank:
+        a = randn(spec.rank, spec.features) / spec.features**0.5
+        b = randn(spec.vocab, spec.rank) * min(scale, 1e3) ** 0.5 / spec.rank**0.5
+        a, b = (lay_out(t.to(spec.adapter_dtype), spec.weight_layout) for t in (a, b))
+        low_rank = LowRank(a, b, 0.5)
     rows, labels = lay_out(rows.to(spec.dtype), spec.layout), labels.to(spec.label_dtype)
-    return Inputs(rows, weight, bias, labels, upstream, ref_log_probs)
+    return Inputs(rows, weight, bias, labels, upstream, ref_log_probs, low_rank)
 
 
 @dataclass
@@ -204,7 +216,13 @@ class Result:
 def wanted(spec: CallSpec, inputs: Inputs) -> tuple[str, ...]:
     if spec.level == "logits":
         return ("hidden",) if spec.grads else ()
-    return tuple(n for n in spec.grads if n != "bias" or inputs.bias is not None)
+    absent = {"bias": inputs.bias is None, "low_rank": inputs.low_rank is None}
+    return tuple(n for n in spec.grads if not absent.get(n, False))
+
+
+def leaf_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the tensors that want a gradient."""
+    return tuple(leaf for n in names for leaf in (("low_rank_a", "low_rank_b") if n == "low_rank" else (n,)))
 
 
 def budget_of(spec: CallSpec, inputs: Inputs, impl: str) -> int | None:
@@ -217,7 +235,7 @@ def budget_of(spec: CallSpec, inputs: Inputs, impl: str) -> int | None:
         return dpo_kernels.plan(
             counted, spec.features, spec.vocab, spec.dtype, grads=wanted(spec, inputs), outputs=spec.outputs,
             softcap=spec.softcap, compute_dtype=torch.bfloat16 if spec.autocast else None, memory_budget=budget,
-            impl=impl, labels=inputs.labels.numel(),
+            impl=impl, labels=inputs.labels.numel(), rank=spec.rank,
         ).bytes  # fmt: skip
 
     most = of(2**50)
@@ -261,29 +279,31 @@ def threads_of(spec: CallSpec, impl: str) -> Iterator[None]:
 
 def run(spec: CallSpec, inputs: Inputs, impl: str) -> Result:
     leaves = {"hidden": inputs.rows, "weight": inputs.weight, "bias": inputs.bias}
-    names = wanted(spec, inputs)
+    if inputs.low_rank is not None:
+        leaves |= {"low_rank_a": inputs.low_rank.a, "low_rank_b": inputs.low_rank.b}
+    names = leaf_names(wanted(spec, inputs))
     leaves = {k: None if t is None else t.detach().requires_grad_(k in names) for k, t in leaves.items()}
     function = call_of(spec, inputs, impl)
-    arguments = (leaves["hidden"], leaves["weight"], leaves["bias"])
+    arguments = tuple(leaves.values())
     cast = torch.autocast("cpu", torch.bfloat16) if spec.autocast else contextlib.nullcontext()
     with hooked(spec.hooks), cast, threads_of(spec, impl):
         if spec.compiled:
             torch._dynamo.reset()
             function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-            function(*arguments, 1.5 * spec.temperature)  # another number first: it must not stay
-        values = function(*arguments, spec.temperature)
+            function(1.5 * spec.temperature, *arguments)  # another number first: it must not stay
+        values = function(spec.temperature, *arguments)
     return Result(values, gradients(values, inputs, [leaves[n] for n in names], names))
 
 
 def call_of(spec: CallSpec, inputs: Inputs, impl: str) -> Callable[..., dict[str, Tensor]]:
-    """From hidden states (or logits), weight and bias to what the call gives, by name."""
+    """From temperature, hidden states (or logits), weight, bias and an adapter's matrices to its results by name."""
     labels = inputs.labels
     options: dict[str, Any] = {**spec.options, "ignore_index": spec.ignore_index, "impl": impl}
     del options["temperature"]
     if spec.level == "logits":
         options["inplace_backward"] = spec.inplace
 
-        def from_logits(rows: Tensor, _: Any, __: Any, temperature: float) -> dict[str, Tensor]:
+        def from_logits(temperature: float, rows: Tensor, *_: Any) -> dict[str, Tensor]:
             given = rows * 1 if spec.inplace and rows.requires_grad else rows
             return {"log_probs": logits_to_log_probs(given, labels, temperature=temperature, **options)}
 
@@ -292,13 +312,16 @@ def call_of(spec: CallSpec, inputs: Inputs, impl: str) -> Callable[..., dict[str
     if spec.level == "losses":
         loss = FusedLinearDPOLoss(spec.beta, spec.aggregate, temperature=spec.temperature, **options)
 
-        def to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, _: float) -> dict[str, Tensor]:
+        def to_loss(_: float, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
             return {"loss": loss(hidden, weight, labels, bias=bias, ref_log_probs=inputs.ref_log_probs).loss}
 
         return to_loss
 
-    def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> dict[str, Tensor]:
+    def from_hidden(
+        temperature: float, hidden: Tensor, weight: Tensor, bias: Tensor | None, *matrices: Tensor
+    ) -> dict[str, Tensor]:
         given = (hidden, weight, labels, bias)
+        options["low_rank"] = LowRank(*matrices, inputs.low_rank.scale) if inputs.low_rank is not None else None
         if spec.level == "hidden":
             return {"log_probs": hidden_to_log_probs(*given, temperature=temperature, **options)}
         made = token_stats(*given, outputs=spec.outputs, temperature=temperature, **options)

@@ -1,7 +1,7 @@
 """One forward and backward in a process of its own; prints what it held beyond inputs and gradients, as JSON.
 
-Usage: python memory_probe.py IMPL TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS [COUNTED], with GRADS such as
-hidden,weight or none; COUNTED of the tokens count, default all.
+Usage: python memory_probe.py IMPL TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS [COUNTED [RANK]], with GRADS such as
+hidden,weight or none; COUNTED of the tokens count, default all; RANK of a low-rank adapter, default none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_kernels import hidden_to_log_probs, plan
+from dpo_kernels import LowRank, hidden_to_log_probs, plan
 
 
 def status(field: str) -> int:
@@ -21,8 +21,10 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def step(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, budget: int | None, impl: str) -> None:
-    log_probs = hidden_to_log_probs(hidden, weight, labels, memory_budget=budget, impl=impl)
+def step(tensors: list[torch.Tensor], labels: torch.Tensor, budget: int | None, impl: str) -> None:
+    hidden, weight, *matrices = tensors
+    low_rank = LowRank(*matrices) if matrices else None
+    log_probs = hidden_to_log_probs(hidden, weight, labels, low_rank=low_rank, memory_budget=budget, impl=impl)
     if log_probs.requires_grad:
         log_probs.sum().backward()
 
@@ -35,19 +37,27 @@ def main() -> None:
     weight = torch.randn(vocab, features, dtype=dtype).mul_(0.05).requires_grad_("weight" in grads)
     labels = torch.randint(vocab, (tokens,))
     counted = int(sys.argv[8]) if len(sys.argv) > 8 else tokens
+    rank = int(sys.argv[9]) if len(sys.argv) > 9 else 0
+    tensors = [hidden, weight]
+    if rank:
+        tensors += [
+            torch.randn(s).mul_(0.05).requires_grad_("low_rank" in grads) for s in ((rank, features), (vocab, rank))
+        ]
     labels[counted:] = -100
     # The first call loads libraries; a small one before the measurement keeps them out of it.
-    small = [t.detach()[:64].clone().requires_grad_(t.requires_grad) for t in (hidden, weight)]
-    step(small[0], small[1], labels[:64] % 64, None, impl)
+    small = [t.detach()[:64].clone().requires_grad_(t.requires_grad) for t in tensors]
+    step(small, labels[:64] % 64, None, impl)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = status("VmRSS")
     start = time.perf_counter()
-    step(hidden, weight, labels, budget, impl)
+    step(tensors, labels, budget, impl)
     seconds = time.perf_counter() - start
     # Autograd hands backward a gradient of each log-prob; outputs and gradients are the caller's.
-    returned = sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None) + 4 * tokens
+    returned = sum(t.grad.nbytes for t in tensors if t.grad is not None) + 4 * tokens
     wanted = tuple(name for name in grads if name != "none")
-    planned = plan(counted, features, vocab, dtype, grads=wanted, memory_budget=budget, impl=impl, labels=tokens)
+    planned = plan(
+        counted, features, vocab, dtype, grads=wanted, memory_budget=budget, impl=impl, labels=tokens, rank=rank
+    )
     print(json.dumps({
         "mode": planned.mode, "gemms": planned.gemms, "budget": budget, "planned": planned.bytes,
         "held": status("VmHWM") - before - returned, "seconds": seconds,

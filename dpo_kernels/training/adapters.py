@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file
 
+from dpo_kernels.training.head_adapter import is_lora
 from dpo_kernels.training.head_check import logits_of, probe_ids
 from dpo_kernels.training.output_head import accepted, find_head
 
@@ -302,4 +303,17 @@ def save_merged(model: Any, folder: Path) -> None:
             "merge_adapter: the model's weights are quantised, and would round the adapter away; load the model "
             "without --load_in_4bit or --load_in_8bit, and merge with PEFT's merge_and_unload()"
         )
+    _untie(model.get_base_model())
     model.merge_and_unload().save_pretrained(folder)
+
+
+def _untie(model: Any) -> None:
+    """Gives a head that an adapter is on a weight of its own: merged into one that is the embedding's too, the adapter
+    would change both."""
+    head, embedding = find_head(model), model.get_input_embeddings()
+    if not is_lora(head) or embedding is None or head.weight is not getattr(embedding, "weight", None):
+        return
+    layer: Any = head.base_layer
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import reference
 from dpo_kernels.call import Transform
+from dpo_kernels.training.head_adapter import is_lora, low_rank_of, own_names, parameters_of
 from dpo_kernels.training.output_head import Fused, HeadError, OutputHead, Request, accepted, find_head
 
 TOKENS = 8
@@ -145,19 +146,27 @@ def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
     """
     head: Any = find_head(model)
     assert isinstance(head, OutputHead)
-    weights = {name: p[:ROWS] for name, p in head.named_parameters() if name in ("weight", "bias")}
-    labels = torch.arange(hidden[..., 0].numel(), device=hidden.device).view(hidden.shape[:-1]) % len(weights["weight"])
+    # Without the rows beyond; an adapter's a has none of the vocabulary. Its b is 0 at the start, which would hide a.
+    weights = {name: p if "lora_A" in name else p[:ROWS] for name, p in parameters_of(head).items()}
+    weights = {name: torch.randn_like(p) / 8 if "lora_B" in name else p for name, p in weights.items()}
+    weight, bias = own_names(head)
+    rows = len(weights[weight])
+    labels = torch.arange(hidden[..., 0].numel(), device=hidden.device).view(hidden.shape[:-1]) % rows
     upstream = torch.linspace(-1.0, 1.0, labels.numel(), device=hidden.device).view_as(labels)
     t = fused.transform
 
+    in_training: Any = head.train()
+    if is_lora(head):
+        in_training.lora_dropout.eval()  # whether it is on is looked at elsewhere
+
     def own(x: Tensor, given: dict[str, Tensor]) -> Tensor:
         with fused.asking(Request()):
-            z = torch.func.functional_call(head.train(), given, (x,)).float() * t.logit_scale
+            z = torch.func.functional_call(in_training, given, (x,)).float() * t.logit_scale
         z = z if t.softcap is None else t.softcap * torch.tanh(z / t.softcap)
         return reference.logits_to_log_probs(z / t.temperature, labels)
 
     def taken(x: Tensor, given: dict[str, Tensor]) -> Tensor:
-        return fused.token_stats(x, given["weight"], labels, given.get("bias")).log_probs
+        return fused.token_stats(x, given[weight], labels, given.get(bias), low_rank_of(head, given)).log_probs
 
     found: list[dict[str, Tensor]] = []
     for compute in (own, taken):

@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpo_kernels import token_stats
-from dpo_kernels.call import Transform
+from dpo_kernels.call import LowRank, Transform
 from dpo_kernels.statistics import TokenStats
 from dpo_kernels.training.attention import use_branches
+from dpo_kernels.training.head_adapter import refusal
 from dpo_kernels.training.head_check import check_head
 from dpo_kernels.training.output_head import (
     FusedForward,
@@ -72,11 +73,8 @@ class FusedHead:
                 f"{type(head).__name__} with weight {_describe(weight)}; load a model for causal language modelling, "
                 "its head not quantized"
             )
-        if others := sorted({name for name, _ in head.named_parameters()} - {"weight", "bias"}):
-            raise HeadError(
-                f"the output head {type(head).__name__} has parameters besides weight and bias, which would not be "
-                f"trained: {others}; if they are an adapter's, leave the head out of the adapter"
-            )
+        if why := refusal(head):
+            raise HeadError(f"the output head {type(head).__name__} of {type(model).__name__} cannot be fused: {why}")
         if "forward" in vars(head) and "_old_forward" not in vars(head):
             raise HeadError(
                 f"something has put a forward of its own on the output head {type(head).__name__} of this model: make "
@@ -148,11 +146,13 @@ class FusedHead:
         """
         check_head(self, model, deterministic)
 
-    def token_stats(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> TokenStats:
+    def token_stats(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, low_rank: LowRank | None = None
+    ) -> TokenStats:
         t = self.transform
         return token_stats(
             hidden, weight, labels, bias, outputs=self.outputs, temperature=t.temperature, logit_scale=t.logit_scale,
-            softcap=t.softcap, memory_budget=self.memory_budget, impl=self.impl,
+            softcap=t.softcap, low_rank=low_rank, memory_budget=self.memory_budget, impl=self.impl,
         )  # fmt: skip
 
     @contextmanager

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels.call import Transform
+from dpo_kernels.call import LowRank, Transform
 from dpo_kernels.statistics import TokenStats
 from dpo_kernels.training.attention import Spans, masks, uses_branches, without_masks
+from dpo_kernels.training.head_adapter import low_rank_of
 
 # What a model without get_output_embeddings calls its head.
 HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")
@@ -52,7 +53,9 @@ class Fused(Protocol):
     @property
     def request(self) -> Request: ...
 
-    def token_stats(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> TokenStats:
+    def token_stats(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, low_rank: LowRank | None = None
+    ) -> TokenStats:
         """Log-probs, and what else was asked for."""
 
     def asking(self, request: Request) -> AbstractContextManager[Request]:
@@ -144,7 +147,9 @@ class OutputHead(nn.Module):
         if request.places is not None:
             hidden = hidden.flatten(0, -2)[None, request.places]
         bias = getattr(self, "bias", None)
-        request.stats = self.fused.token_stats(hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias)
+        request.stats = self.fused.token_stats(
+            hidden.unsqueeze(-2), self.weight, request.labels.unsqueeze(-1), bias, low_rank_of(self)
+        )
         return request.stats.log_probs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

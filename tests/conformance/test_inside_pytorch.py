@@ -31,7 +31,7 @@ def test_opcheck_hidden(target, grads, outputs):
         transform=Transform(0.9, 1.1, 20.0), outputs=tuple(filter(None, outputs.split(","))),
         grads=Grads.of(grads.split(",")),
     )  # fmt: skip
-    torch.library.opcheck(ops.token_stats_op, (head.hidden, head.weight, head.bias, head.labels, *options.encode()))
+    torch.library.opcheck(ops.token_stats_op, (*head[:2], head.bias, None, None, head.labels, *options.encode()))
 
 
 def test_opcheck_logits(target):
@@ -42,10 +42,10 @@ def test_opcheck_logits(target):
 def test_opcheck_backwards(target):
     head = target.head(6, 16, 30, grads="none")
     options = Options(grads=Grads(True, True)).encode()
-    inputs = (head.hidden, head.weight, None, head.labels)
+    inputs = (head.hidden, head.weight, None, None, None, head.labels)
     saved = list(ops.token_stats_op(*inputs, *options)[ops.STATS :])
     cotangent = target.randn(6)
-    for wanted in ([False, True, False], [True, True, False]):
+    for wanted in ([False, True, False, False, False], [True, True, False, False, False]):
         arguments = ([cotangent, None], saved, wanted, *inputs, *options)
         torch.library.opcheck(ops.token_stats_backward_op, arguments, test_utils=WITHOUT_COMPILING)
     logits = target.randn(6, 30)
@@ -179,7 +179,7 @@ def test_no_grad_takes_one_gemm_and_saves_nothing(target, monkeypatch):
             stats = token_stats(head.hidden, head.weight, head.labels)
         assert not stats.log_probs.requires_grad
     assert [(made.mode, made.gemms, made.kept_tokens) for made in plans] == [("score", 1, 0)] * 2
-    made = ops.token_stats_op(head.hidden, head.weight, None, head.labels, *Options().encode())
+    made = ops.token_stats_op(head.hidden, head.weight, None, None, None, head.labels, *Options().encode())
     saved = dict(zip(ops.SAVED, made[ops.STATS :], strict=True))
     assert all(saved[name].numel() == 0 for name in ("exps", "maxima", "jacobian"))
 

@@ -60,6 +60,16 @@ def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
 
 @needs_proc
 @pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_a_low_rank_adapter_holds_no_more_than_its_budget(impl):
+    """W + B A and its gradient would be 49 MiB each in float32."""
+    result = probe(impl, 1200, 256, 50_000, "bfloat16", 60 * MIB, "hidden,low_rank", 1200, 8)
+    assert result["mode"] in ("mixed", "recompute")
+    assert result["planned"] <= 60 * MIB
+    assert result["held"] <= 60 * MIB, f"held {result['held'] / MIB:.1f} MiB"
+
+
+@needs_proc
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
 def test_a_budget_holds_where_most_labels_are_ignored(impl):
     """Vectors are of the tokens that count; of the others a few bytes a label."""
     result = probe(impl, 6_000_000, 1, 3000, "bfloat16", 44 * MIB, "hidden,weight", 100)

@@ -173,10 +173,80 @@ def test_the_head_is_trained_where_it_is_saved_with_the_adapter(tmp_path):
     torch.testing.assert_close(own[mask], exact[mask], rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_on_the_head_is_refused_with_the_reason():
-    model = get_peft_model(make_model("Llama"), lora(target_modules=[*TARGETS, "lm_head"]))
-    with pytest.raises(HeadError, match="adapter"):
+ON_THE_HEAD = [*TARGETS, "lm_head"]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+def test_lora_on_the_head(tmp_path, tied):
+    """Starts as its reference, trains both matrices alone, and is merged into the head without the embedding."""
+    base = make_model("Llama", {"tie_word_embeddings": tied})
+    trainer = adapter_trainer(tmp_path, model=base, peft_config=lora(target_modules=ON_THE_HEAD))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    first = logs(tmp_path)[0]
+    assert (first["loss"], first["rewards/chosen"], first["rewards/rejected"]) == (pytest.approx(LOG2, abs=1e-7), 0, 0)
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)}
+    assert {name.rpartition("lm_head.")[2] for name in changed if "lm_head" in name} == {
+        "lora_A.default.weight", "lora_B.default.weight"
+    }  # fmt: skip
+    assert all("lora" in name for name in changed)
+    ids = torch.arange(20)[None]
+    exact = trainer.model.eval()(input_ids=ids).logits
+    trainer.save_merged(tmp_path / "merged")
+    merged = load_model(str(tmp_path / "merged"))
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) is False
+    torch.testing.assert_close(merged.eval()(input_ids=ids).logits, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_on_the_head_gives_the_models_own_gradients():
+    model = trained_adapter(target_modules=ON_THE_HEAD)
+    ids = torch.arange(24).view(2, 12)
+    labels = ids.roll(-1, 1)
+    own = model(input_ids=ids).logits.log_softmax(-1).gather(-1, labels[..., None]).sum()
+    exact = torch.autograd.grad(own, list(adapters.trained_parameters(model).values()))
+    with FusedHead(model) as fused:
+        fused.check(model)
+        got = model(input_ids=ids, labels=labels)["log_probs"].sum()
+        found = torch.autograd.grad(got, list(adapters.trained_parameters(model).values()))
+        with model.disable_adapter():
+            off = model(input_ids=ids, labels=labels)["log_probs"]
+            plain = model(input_ids=ids).logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+            torch.testing.assert_close(off, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_several_adapters_on_the_head():
+    model = trained_adapter(target_modules=ON_THE_HEAD)
+    model.add_adapter("second", lora(target_modules=ON_THE_HEAD, r=2))
+    model.base_model.set_adapter(["default", "second"])
+    with torch.no_grad():
+        model.get_base_model().lm_head.lora_B["second"].weight.normal_(std=0.1)
+    ids = torch.arange(12)[None]
+    labels = ids.roll(-1, 1)
+    own = model(input_ids=ids).logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    FusedHead(model).check(model)
+    torch.testing.assert_close(model(input_ids=ids, labels=labels)["log_probs"], own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"use_dora": True}, "is a DoRA, whose weight is divided by the norms of its rows"),
+        ({"target_modules": TARGETS, "target_parameters": ["lm_head.weight"]}, "leave the head out of the adapter"),
+    ],
+    ids=["dora", "parameter"],
+)
+def test_what_a_head_cannot_have_is_refused_with_the_reason(options, told):
+    model = get_peft_model(make_model("Llama"), lora(**{"target_modules": ON_THE_HEAD} | options))
+    with pytest.raises(HeadError, match=told):
         FusedHead(model)
+
+
+def test_dropout_within_the_heads_adapter_is_refused(tmp_path):
+    config = lora(target_modules=ON_THE_HEAD, lora_dropout=0.1)
+    adapter_trainer(tmp_path / "off", peft_config=config, max_steps=1).train()
+    with pytest.raises(ValueError, match=r"drops 0\.1 of its inputs, which the fused head cannot"):
+        adapter_trainer(tmp_path / "on", peft_config=config, disable_dropout=False).train()
 
 
 REFUSED = [
