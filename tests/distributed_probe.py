@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from helpers import assert_close
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,22 +20,61 @@ from torch.nn.parallel import DistributedDataParallel
 from training_helpers import Pairs, Trees, make_model, make_trainer
 
 from dpo_kernels.training import FusedHead, PairCollator
+from dpo_kernels.training.adapters import switched_off
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.layouts import Layout
+from dpo_kernels.training.output_head import below_adapters
 
 NAMES = [("Llama", {}), ("Qwen3", {"tie_word_embeddings": True}), ("Phi", {"num_key_value_heads": 4})]
 
 
 def shard(model):
     """Every layer, the embedding and the head a unit of its own, each freed after its forward."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    units = list(model.model.layers)
-    if model.lm_head.weight is not model.model.embed_tokens.weight:
-        units += [model.model.embed_tokens, model.lm_head]
+    mesh, inner = init_device_mesh("cpu", (dist.get_world_size(),)), below_adapters(model)
+    units = list(inner.model.layers)
+    if inner.lm_head.weight is not inner.model.embed_tokens.weight:
+        units += [inner.model.embed_tokens, inner.lm_head]
     for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def make_adapted():
+    """With LoRA in its attention and on its head."""
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
+    model = get_peft_model(make_model("Llama"), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+def check_adapters(ids: torch.Tensor, labels: torch.Tensor) -> None:
+    """An adapter's gradients, and the model with it switched off, are those of one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    alone, base = make_adapted(), make_model("Llama")
+    FusedHead(alone), FusedHead(base)
+    (alone(input_ids=ids, labels=labels)["log_probs"].sum() / world).backward()
+    expected = base(input_ids=ids[rank::world], labels=labels[rank::world])["log_probs"]
+    exact = {name: p.grad for name, p in alone.named_parameters() if p.requires_grad}
+    for wrap in (DistributedDataParallel, shard):
+        model = make_adapted()
+        FusedHead(model)
+        wrapped = wrap(model)
+        for _ in range(2):
+            model.zero_grad()
+            with torch.no_grad(), switched_off(model):
+                off = wrapped(input_ids=ids[rank::world], labels=labels[rank::world])["log_probs"]
+            assert_close(off, expected, 1e-5, f"{wrap.__name__} without its adapter")
+            wrapped(input_ids=ids[rank::world], labels=labels[rank::world])["log_probs"].sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert found.keys() == exact.keys()
+        for name, grad in found.items():
+            whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            assert_close(whole, exact[name], 2e-4, f"adapter {wrap.__name__} {name}")
 
 
 def check_layouts() -> None:
@@ -92,6 +132,7 @@ def main() -> None:
             for (key, parameter), exact in zip(model.named_parameters(), alone.parameters(), strict=True):
                 grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
                 assert_close(grad, exact.grad, 2e-4, f"{name} {wrap.__name__} {key}")
+    check_adapters(ids, labels)
     check_layouts()
     check_that_an_evaluation_before_training_keeps_ddp()
     print(f"rank {rank}: as one process", flush=True)
