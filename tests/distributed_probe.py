@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from helpers import assert_close
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,12 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training_helpers import Pairs, Trees, make_model, make_trainer
 
-from dpo_kernels.training import FusedHead, PairCollator
+from dpo_kernels.training import DPOConfig, FusedHead, PairCollator
 from dpo_kernels.training.adapters import switched_off
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.output_head import below_adapters
+from dpo_kernels.training.reference import OwnStart
 
 NAMES = [("Llama", {}), ("Qwen3", {"tie_word_embeddings": True}), ("Phi", {"num_key_value_heads": 4})]
 
@@ -70,11 +73,38 @@ def check_adapters(ids: torch.Tensor, labels: torch.Tensor) -> None:
                 off = wrapped(input_ids=ids[rank::world], labels=labels[rank::world])["log_probs"]
             assert_close(off, expected, 1e-5, f"{wrap.__name__} without its adapter")
             wrapped(input_ids=ids[rank::world], labels=labels[rank::world])["log_probs"].sum().backward()
+            first = wrapped(input_ids=ids[rank::world], labels=labels[rank::world])["log_probs"].detach()
+        check_own_start(model, wrapped, ids[rank::world], labels[rank::world], first)
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert found.keys() == exact.keys()
         for name, grad in found.items():
             whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
             assert_close(whole, exact[name], 2e-4, f"adapter {wrap.__name__} {name}")
+
+
+class WithFSDP2(Accelerator):
+    is_fsdp2 = True
+
+
+def check_own_start(model, wrapped, ids: torch.Tensor, labels: torch.Tensor, first: torch.Tensor) -> None:
+    """A trained adapter's first values serve as reference while it changes, and it is left as it is."""
+    args = DPOConfig(output_dir="unused", use_cpu=True)
+    accelerator, is_sharded = WithFSDP2(cpu=True), wrapped is model
+    # As before it is wrapped: whole values.
+    start = OwnStart(make_adapted(), accelerator, args, Layout("padded"), is_sharded, lambda: wrapped, is_base=False)
+    start.policy = model
+    batch = SimpleNamespace(lying=lambda layout: SimpleNamespace(run=lambda m: m(input_ids=ids, labels=labels)))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for p in trained:
+            p.mul_(1.5)
+        moved = wrapped(input_ids=ids, labels=labels)["log_probs"]
+        assert (moved - first).abs().max() > 1e-3
+        assert_close(start.score(batch), first, 1e-5, "the adapter as it was at the start")
+        assert torch.equal(wrapped(input_ids=ids, labels=labels)["log_probs"], moved)
+        for p, value in zip(trained, before, strict=True):
+            p.copy_(value)
 
 
 def check_layouts() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo_kernels.training import adapters
 from dpo_kernels.training.attention import use_branches
@@ -224,7 +226,7 @@ class OwnStart(Reference):
         is_base: the reference is the model without adapter, whatever the adapter holds.
 
     Raises:
-        ValueError: FSDP1, which takes parameters apart, with values to keep.
+        ValueError: FSDP1 or ZeRO-3, which take parameters apart, with values to keep; FSDP with sync_ref_model.
     """
 
     def __init__(
@@ -246,11 +248,14 @@ class OwnStart(Reference):
         if not is_off or args.sync_ref_model:
             if is_base:
                 raise ValueError("sync_ref_model moves a reference that starts as the policy does; here it is the base")
-            if is_sharded or is_partitioned(accelerator):
+            if (is_sharded and not accelerator.is_fsdp2) or is_partitioned(accelerator):
                 raise ValueError(
                     "the adapter's first values are kept beside it for a reference, which does not work where "
-                    "parameters are sharded (FSDP, ZeRO-3); give the reference as a second model (ref_model)"
+                    "parameters are taken apart (FSDP1, ZeRO-3); use FSDP2 (fsdp_version 2), or give the reference as "
+                    "a second model (ref_model)"
                 )
+            if is_sharded and args.sync_ref_model:
+                raise ValueError("sync_ref_model does not work with FSDP; use DDP")
             self._values = {name: p.detach().clone() for name, p in adapters.trained_parameters(policy).items()}
         self._fingerprint = ""
         if args.precompute_ref_log_probs:
@@ -273,13 +278,20 @@ class OwnStart(Reference):
             with adapters.switched_off(self.policy):
                 yield
             return
-        own, first = list(adapters.trained_parameters(self.policy).values()), self.moving().values()
+        own = list(adapters.trained_parameters(self.policy).values())
+        first = self._values.values() if self.is_sharded else self.moving().values()
         now = [p.detach().clone() for p in own]
-        _copy(first, own)
+        self._take(first, own)
         try:
             yield
         finally:
-            _copy(now, own)
+            self._take(now, own)
+
+    def _take(self, values: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+        _copy(values, own)
+        for module in self.policy.modules():
+            if isinstance(module, FSDPModule):  # what it has gathered is of the values before
+                module.reshard()
 
     def moving(self) -> dict[str, Tensor]:
         if self._values is None:
@@ -342,8 +354,11 @@ def reference_for(
 
 
 def _copy(values: Iterable[Tensor], to: Iterable[Tensor]) -> None:
+    """values: whole ones, also where the parameters are shards."""
     for value, p in zip(values, to, strict=True):
-        p.data.copy_(value)
+        if isinstance(p, DTensor) and not isinstance(value, DTensor):
+            value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        p.detach().copy_(value)
 
 
 def model_fingerprint(model: nn.Module, parameters: Iterable[tuple[str, Tensor]] | None = None) -> str:
