@@ -123,7 +123,7 @@ class Results:
 
 
 def of_this_run(rows: list[Row], size: str, device: torch.device) -> Results:
-    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     threads, policy = f"{torch.get_num_threads()} threads", os.environ.get("OMP_WAIT_POLICY")
     threads += f" (OMP_WAIT_POLICY {policy})" if policy else ""
     installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}

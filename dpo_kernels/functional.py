@@ -135,16 +135,17 @@ def token_stats(
 ) -> TokenStats:
     """Log-probs of the labels and, in the same pass, the statistics named in `outputs`.
 
+    All other arguments, and what is raised, are those of `hidden_to_log_probs`.
+
     Args:
         outputs: names from "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1" ("log_probs" always comes).
             The entropy is differentiable; asking for it in a call with gradients rules out the modes frozen and keep.
-        The others: as for `hidden_to_log_probs`.
 
     Returns:
         `TokenStats`; each field of the labels' shape, 0 (False) where the label is ignored, None where not asked for.
 
     Raises:
-        As `hidden_to_log_probs`; ValueError or TypeError also for names in `outputs` that do not exist.
+        ValueError, TypeError: also where `outputs` has a name that does not exist, or is a string.
     """
     checks.head(hidden, weight, labels, bias)
     names = checks.outputs(outputs)
@@ -185,14 +186,17 @@ def plan(
     go from "cpp" to "torch", whose plan is another.
 
     Args:
-        tokens, hidden_size, vocab_size: N (rows whose label counts), D and V.
+        tokens: N, rows whose label counts.
+        hidden_size: D.
+        vocab_size: V.
         dtype: of hidden states and weight.
         grads: which inputs want a gradient, of "hidden", "weight" and "bias".
         outputs: the statistics asked for; a gradient through "entropy" rules out the modes frozen and keep.
         softcap: whether (any number) or not (None) logits are capped.
         compute_dtype: autocast's dtype, where it differs from `dtype`.
         memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
-        device, impl: as in the call; None is the implementation that a call without one would take.
+        device: where the call will be.
+        impl: as in the call; None is the implementation that a call without one would take.
         labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
 
     Raises:
