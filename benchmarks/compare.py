@@ -24,10 +24,11 @@ from benchmarks.screen import WIDTH, number, text_table
 
 FALSE_ALARMS = 1e-2  # of a row that did not change, before SAME_COMMIT is added, which leaves about 1e-3
 SAME_COMMIT = 0.05  # log ratio: two runs of one commit, beyond the spread within each (README.md has the figures)
-BLIND = 0.2  # a bound beyond this is said: not even 20% would be seen
+RULED_OUT = 0.2  # a slowdown that "same" rules out; where noise could hide it, the verdict says so
 MORE_MEMORY = 1.1, 4 * 2**20  # a ratio, and bytes: what peaks of one commit differ by
 LESS_EXACT = 2.0  # times the error; inputs are the same, so that an error changes with the arithmetic alone
 GONE = ("wrong", "failed")
+NOISY = "too noisy to tell"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def verdict(was: Row | None, now: Row | None, floors: tuple[Row | None, Row | No
     elif difference < -bound:
         found.insert(0, "faster")
     else:
-        found.insert(0, "same" if bound < math.log1p(BLIND) else "too noisy to tell")
+        found.insert(0, "same" if difference + bound < math.log1p(RULED_OUT) else NOISY)
     return Verdict("; ".join(found), worse or slower, math.expm1(difference), math.expm1(bound))
 
 
@@ -168,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     worse = [f"{case}, {peer}: {told.said}" for case, peer, _, _, told in rows if told.worse and is_ours(peer)]
     if before.machine != after.machine:
         print("The machines differ: only times over the floor's mean something, and memory and errors.")
+    if noisy := sum(NOISY in told.said for _, peer, _, _, told in rows if is_ours(peer)):
+        print(f"{noisy} rows of dpo_kernels are {NOISY}: run both again on a quiet machine.")
     print("\n".join(["WORSE:", *(f"- {line}" for line in worse)]) if worse else "Nothing of dpo_kernels is worse.")
     return int(bool(worse))
 
