@@ -40,7 +40,7 @@ def logits_to_log_probs(
         labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
         ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
             need not wait for the device to find those that do.
-        temperature: > 0.
+        temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
         inplace_backward: backward overwrites the logits with their gradient instead of allocating one. A later use of
@@ -97,7 +97,7 @@ def hidden_to_log_probs(
         bias: (V,), or None.
         ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
             need not wait for the device to find those that do.
-        temperature: > 0.
+        temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
         memory_budget: bytes that forward and backward together may hold beyond inputs, outputs and the gradients
