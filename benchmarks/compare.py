@@ -109,17 +109,18 @@ def verdict(was: Row | None, now: Row | None, floors: tuple[Row | None, Row | No
     worse = bool(found)
     if not (was.seconds and now.seconds):
         return Verdict("; ".join(found) or f"not timed: {was.status}, now {now.status}", worse)
-    if was.status == "floor":
+    of_machine = was.status == "floor"
+    if of_machine:
         floors = (None, None)
     difference, bound = change(spread(was, floors[0]), spread(now, floors[1]))
     slower = difference > bound
     if slower:
-        found.insert(0, "SLOWER")
+        found.insert(0, "slower machine" if of_machine else "SLOWER")
     elif difference < -bound:
-        found.insert(0, "faster")
+        found.insert(0, "faster machine" if of_machine else "faster")
     else:
         found.insert(0, "same" if difference + bound < math.log1p(RULED_OUT) else NOISY)
-    return Verdict("; ".join(found), worse or slower, math.expm1(difference), math.expm1(bound))
+    return Verdict("; ".join(found), worse or (slower and not of_machine), math.expm1(difference), math.expm1(bound))
 
 
 def compare(before: Results, after: Results) -> list[tuple[str, str, Row | None, Row | None, Verdict]]:
