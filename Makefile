@@ -10,7 +10,7 @@ SANITIZED ?= $(wildcard tests/backends/test_cpp*.py) tests/test_fuzz.py \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test lint fuzz breadth faults sanitize bench clean
+.PHONY: install train test lint fuzz breadth faults sanitize bench lowest docs wheel clean
 
 install: $(STAMP)
 
@@ -71,5 +71,25 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pytest benchmarks --benchmark-json results.json
 
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+lowest:
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev]'
+	OMP_NUM_THREADS=$(THREADS) build/lowest/bin/python -m pytest --numprocesses $(WORKERS)
+
+# The site of docs/, into build/site; what warns (a broken link, an argument that no signature has) is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# sdist and wheel into dist/, the wheel made from the sdist; checked, installed in a clean environment and imported.
+wheel: $(STAMP)
+	rm -rf dist build/lib build/wheel
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/wheel/bin/python -m build
+	build/wheel/bin/python -m twine check --strict dist/*
+	$(BIN)/python tests/release.py dist
+
 clean:
-	rm -rf .venv output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -25,8 +25,8 @@ from benchmarks import results
 from benchmarks.cases import SECONDS, SIZES, Case
 from benchmarks.measure import Effort, free, measure
 from benchmarks.peers import first_line
-from benchmarks.report import table
 from benchmarks.results import Row
+from benchmarks.screen import case_table, verdict
 
 
 def test_outcomes(junit: Path, status: int) -> dict[str, Any]:
@@ -66,9 +66,8 @@ class Report:
 
     def write(self) -> None:
         run = results.of_this_run(self.rows, self.size, self.device)
-        beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(json.dumps({results.SECTION: run.to_json(), "gpu": self.told}, indent=1))
-        beside.replace(self.path)
+        told = {results.SECTION: run.to_json(samples=True), "gpu": self.told}
+        results.write_whole(self.path, json.dumps(told, indent=1))
 
 
 def measure_all(cases: Sequence[Case], report: Report, effort: Effort) -> None:
@@ -86,7 +85,9 @@ def measure_all(cases: Sequence[Case], report: Report, effort: Effort) -> None:
             print(f"{case.name}: {first_line(error)}", flush=True)
         else:
             report.rows += rows
-            print(table(rows), f"{before - effort.left():.1f} s", sep="\n", flush=True)
+            print(
+                case.name, case_table(rows), f"{verdict(rows)} ({before - effort.left():.1f} s)", sep="\n", flush=True
+            )
         free(report.device)
     report.told["finished"] = True
     report.write()

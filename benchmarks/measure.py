@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 
+from benchmarks import busy
 from benchmarks.cases import MIB, Case
 from benchmarks.inputs import Step
 from benchmarks.memory import Held, OfAllocator, Prepared, held, in_a_process
@@ -117,8 +118,11 @@ def compare(rows: Sequence[Row], steps: Mapping[str, Step], problem: Problem, ef
         return
     problem.forget()
     runs = {name: steps[name] for name in right}
+    before = busy.read()
     rounds, failures = interleave(runs, effort, problem.device, problem.case.min_rounds)
+    missing = busy.missing(before, busy.read(), torch.get_num_threads())
     for name, row in right.items():
+        row.missing_cores = None if problem.device.type == "cuda" else missing
         if name in failures:
             row.fail("failed", f"while it was timed: {failures[name]}")
         elif not any(name in times for times in rounds):

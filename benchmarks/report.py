@@ -1,7 +1,4 @@
-"""From a results file to a Markdown report with pictures; with two files, a comparison.
-
-python -m benchmarks.report results.json [other.json] --out DIR
-"""
+"""From a results file to a Markdown report with pictures: python -m benchmarks.report results.json --out DIR"""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.results import Results, Row, case_names, is_ours, markdown_table, mib, milliseconds
+from benchmarks.screen import number
 
 HOW_TO_READ = "How to read it: [benchmarks/README.md](../README.md#how-to-read)."
 
@@ -19,21 +17,15 @@ HOW_TO_READ = "How to read it: [benchmarks/README.md](../README.md#how-to-read).
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("results", type=Path, help="what `pytest benchmarks/ --benchmark-json` wrote")
-    parser.add_argument("other", type=Path, nargs="?", help="a later run, to compare")
     parser.add_argument("--out", type=Path, required=True, help="folder for Markdown, pictures and the stripped JSON")
     options = parser.parse_args(argv)
     run, out = results.load(options.results), options.out
     out.mkdir(parents=True, exist_ok=True)
-    if options.other is not None:
-        other = results.load(options.other)
-        path = out / f"{other.name}-compared.md"
-        path.write_text(comparison(run, other))
-    else:
-        from benchmarks import pictures  # needs matplotlib
+    from benchmarks import pictures  # needs matplotlib
 
-        results.save(run, out / f"{run.name}.json")
-        path = out / f"{run.name}.md"
-        path.write_text(markdown(run, pictures.draw(run, out)))
+    results.save(run, out / f"{run.name}.json")
+    path = out / f"{run.name}.md"
+    path.write_text(markdown(run, pictures.draw(run, out)))
     print(path)
 
 
@@ -83,7 +75,7 @@ def _cells(row: Row) -> list[str]:
         notes.append(f"memory: {row.bytes_reason}")
     return [
         _label(row.peer), milliseconds(row.seconds), " to ".join(map(milliseconds, row.quartiles)),
-        str(row.rounds or ""), _number(row.to_floor), _number(row.to_ours), _rate(row), mib(row.bytes),
+        str(row.rounds or ""), number(row.to_floor), number(row.to_ours), _rate(row), mib(row.bytes),
         *_error_cells(row), "; ".join(notes),
     ]  # fmt: skip
 
@@ -122,7 +114,7 @@ def budget_table(rows: list[Row]) -> str:
     beside = ("planned", "first step", "difference", "planned for the driver", "second step", "difference")
     lines = []
     for row in rows:
-        cells = [row.case.name, mib(row.case.memory_budget), row.mode, _number(row.gemms), _number(row.to_floor)]
+        cells = [row.case.name, mib(row.case.memory_budget), row.mode, number(row.gemms), number(row.to_floor)]
         driver = (row.predicted_bytes or 0) - (row.library_bytes or 0)
         for planned, peak in ((row.predicted_bytes, row.first_bytes), (driver, row.bytes)):
             held = row.beyond(peak)
@@ -130,52 +122,6 @@ def budget_table(rows: list[Row]) -> str:
             cells += [mib(planned, 1), mib(held, 1), change]
         lines.append(cells)
     return markdown_table((*names, *beside), lines)
-
-
-def comparison(before: Results, after: Results) -> str:
-    """What a change did: each benchmark of either file, by time over the floor, which a faster machine leaves alone."""
-    names = (
-        "case", "what", "time before", "after", "x floor before", "after", "change", "memory before", "after",
-        "error before", "after", "notes",
-    )  # fmt: skip
-    lines = []
-    old, new = ({(row.case.name, row.peer): row for row in run.rows} for run in (before, after))
-    for case, peer in old | new:
-        was, row = old.get((case, peer)), new.get((case, peer))
-        both = [(when, r) for when, r in (("before", was), ("after", row)) if r is not None]
-        if all(r.status == "unavailable" for _, r in both):
-            continue
-        notes = [f"{when}: {r.status}" for when, r in both if r.seconds is None]
-        notes += [f"only {when}" for when, _ in both if len(both) == 1]
-        if was and row and was.case != row.case:
-            notes.insert(0, "the case changed")
-        cells = [
-            [milliseconds(r.seconds), _number(r.to_floor), mib(r.bytes), "; ".join(filter(None, _error_cells(r)))]
-            if r else [""] * 4 for r in (was, row)
-        ]  # fmt: skip
-        times, floors, memory, errors = zip(*cells, strict=True)
-        change = _change(was, row) if was and row and row.status != "floor" else ""
-        lines.append([case, _label(peer), *times, *floors, change, *memory, *errors, "; ".join(notes)])
-    heads = [f"- {when}: {r.machine}, {r.date}. {facts(r)}" for when, r in (("before", before), ("after", after))]
-    return "\n\n".join(["# Benchmarks compared", "\n".join(heads), HOW_TO_READ, markdown_table(names, lines)]) + "\n"
-
-
-def _change(was: Row, row: Row) -> str:
-    if not (was.seconds and row.seconds):
-        return ""
-    old, new = was.seconds, row.seconds
-    if was.to_floor and row.to_floor:
-        old, new = was.to_floor, row.to_floor
-    (low, *_, high), (later_low, *_, later_high) = (
-        [middle * quartile / r.seconds for quartile in r.quartiles or [r.seconds] * 2]
-        for middle, r in ((old, was), (new, row)) if r.seconds
-    )  # fmt: skip
-    noise = max(low, later_low) <= min(high, later_high)
-    return f"{new / old - 1:+.0%}" + (" (noise)" if noise else "")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _label(peer: str) -> str:

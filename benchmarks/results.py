@@ -40,6 +40,7 @@ class Row:
     allowance for libraries and threads.
     mode, gemms: the plan's, for ours; for all others gemms is what the case needs.
     errors, allowed: against float64; log_probs and loss absolute (the largest), gradients relative (Frobenius norm).
+    missing_cores: those that other processes took while it was timed, see `busy`.
     """
 
     case: Case
@@ -63,6 +64,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     allowed: dict[str, float] = field(default_factory=dict)
     samples: list[float] = field(default_factory=list)
+    missing_cores: float | None = None
 
     def fail(self, status: str, reason: str) -> None:
         """It has a reason now, and no time."""
@@ -111,17 +113,17 @@ class Results:
     def name(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", f"{self.machine} {self.date}".lower()).strip("-")
 
-    def to_json(self) -> dict[str, Any]:
-        """Without single times and empty fields."""
+    def to_json(self, samples: bool = False) -> dict[str, Any]:
+        """Without empty fields, and without single times unless they are asked for."""
         rows = [
-            {k: v for k, v in asdict(row).items() if v not in (None, "", [], {}) and k != "samples"}
+            {k: v for k, v in asdict(row).items() if v not in (None, "", [], {}) and (samples or k != "samples")}
             for row in self.rows
         ]
         return vars(self) | {"rows": rows}
 
 
 def of_this_run(rows: list[Row], size: str, device: torch.device) -> Results:
-    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     threads, policy = f"{torch.get_num_threads()} threads", os.environ.get("OMP_WAIT_POLICY")
     threads += f" (OMP_WAIT_POLICY {policy})" if policy else ""
     installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
@@ -143,10 +145,17 @@ def load(path: Path) -> Results:
     return Results(**{**section, "rows": rows})
 
 
-def save(results: Results, path: Path) -> None:
-    """One row a line: a committed file stays small, and a diff of two readable."""
-    section = results.to_json()
-    path.write_text(f'{{"{SECTION}": {one_a_line("rows", section.pop("rows"), section)}}}\n')
+def save(results: Results, path: Path, samples: bool = False) -> None:
+    """One row a line: a committed file, which has no samples, stays small, and a diff of two readable."""
+    section = results.to_json(samples)
+    write_whole(path, f'{{"{SECTION}": {one_a_line("rows", section.pop("rows"), section)}}}\n')
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is the old or the new one at every moment, whenever this process is killed."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def one_a_line(name: str, rows: Iterable[dict[str, Any]], facts: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ def logits_to_log_probs(
         labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
         ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
             need not wait for the device to find those that do.
-        temperature: > 0.
+        temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
         inplace_backward: backward overwrites the logits with their gradient instead of allocating one. A later use of
@@ -100,7 +100,7 @@ def hidden_to_log_probs(
             neither is its gradient; None without.
         ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
             need not wait for the device to find those that do.
-        temperature: > 0.
+        temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
         memory_budget: bytes that forward and backward together may hold beyond inputs, outputs and the gradients
@@ -139,16 +139,17 @@ def token_stats(
 ) -> TokenStats:
     """Log-probs of the labels and, in the same pass, the statistics named in `outputs`.
 
+    All other arguments, and what is raised, are those of `hidden_to_log_probs`.
+
     Args:
         outputs: names from "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1" ("log_probs" always comes).
             The entropy is differentiable; asking for it in a call with gradients rules out the modes frozen and keep.
-        The others: as for `hidden_to_log_probs`.
 
     Returns:
         `TokenStats`; each field of the labels' shape, 0 (False) where the label is ignored, None where not asked for.
 
     Raises:
-        As `hidden_to_log_probs`; ValueError or TypeError also for names in `outputs` that do not exist.
+        ValueError, TypeError: also where `outputs` has a name that does not exist, or is a string.
     """
     checks.head(hidden, weight, labels, bias, low_rank)
     names = checks.outputs(outputs)
@@ -192,14 +193,17 @@ def plan(
     go from "cpp" to "torch", whose plan is another.
 
     Args:
-        tokens, hidden_size, vocab_size: N (rows whose label counts), D and V.
+        tokens: N, rows whose label counts.
+        hidden_size: D.
+        vocab_size: V.
         dtype: of hidden states and weight.
         grads: which inputs want a gradient, of "hidden", "weight", "bias" and "low_rank".
         outputs: the statistics asked for; a gradient through "entropy" rules out the modes frozen and keep.
         softcap: whether (any number) or not (None) logits are capped.
         compute_dtype: autocast's dtype, where it differs from `dtype`.
         memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
-        device, impl: as in the call; None is the implementation that a call without one would take.
+        device: where the call will be.
+        impl: as in the call; None is the implementation that a call without one would take.
         labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
         rank: of a low-rank adapter of the weight; 0 without one.
 

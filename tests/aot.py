@@ -1,7 +1,7 @@
 """Compiles what the Triton back end would launch, for chips that are not here, and reads what the compiler made of it.
 
     python tests/aot.py [--targets sm_80 sm_90 sm_100 gfx942] [--dtypes bfloat16 float32] [--json FILE]
-                        [--replace block_m=256 block_n=256 ...]
+                        [--replace block_m=256 block_n=256 ...] [--write docs/generated/aot.md]
 
 Calls of every mode and option run on CPU tensors, with the target's configurations, and every launch is recorded
 instead of made; a launch is compiled as the runtime would specialise it (integers that are 1 or divisible by 16,
@@ -231,6 +231,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/generated/aot.md."""
+    return f"""# The Triton kernels, compiled ahead of time
+
+`python tests/aot.py --write docs/generated/aot.md` writes this page (`pytest -m aot` checks the same kernels): every
+launch that the configurations can choose, by both strategies, by chip; triton {triton.__version__}. Shared memory in
+bytes; products: tensor-core instructions in the code; wide and narrow: global loads of 16 bytes and of fewer. The last
+column is empty where nothing is wrong. [The Triton kernels](../triton.md) says what the table taught.
+
+{table(rows)}
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -238,6 +251,7 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="+", help="only these")
     parser.add_argument("--replace", nargs="*", default=[], metavar="FIELD=NUMBER")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help="a file for the table, in Markdown: docs/generated/aot.md")
     options = parser.parse_args()
     replace = {name: int(number) for name, number in (item.split("=") for item in options.replace)}
     jobs = [
@@ -252,6 +266,8 @@ def main() -> int:
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+    if options.write:
+        options.write.write_text(page(rows), encoding="utf-8")
     faults = [row for row in rows if fault(row)]
     print(f"\n{len(rows)} kernels compiled by triton {triton.__version__}, {len(faults)} of them with a fault")
     return bool(faults)

@@ -308,7 +308,7 @@ def page(outcomes: list[Outcome]) -> str:
         f"loads and whose text is trained alone: {_counted(images).partition(': ')[2]}; {left_out} others of its "
         "mapping ask for an image, or have no tiny instance here, and are not tried. transformers "
         f"{transformers.__version__}, torch {torch.__version__.partition('+')[0]}, "
-        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}; `make breadth` writes this page.",
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; `make breadth` writes this page.",
         "",
         "Right: a tiny random instance, held to an unfused twin, gives its log-probs and the gradients of all its "
         "parameters, with its head tied to the embedding and not, where it can be both; starts at a loss of exactly "

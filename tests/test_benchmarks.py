@@ -260,11 +260,16 @@ def test_added_peers_from_pytest_to_the_report(tmp_path):
     ):  # fmt: skip
         assert f"{outcome} benchmarks/test_cases.py::test_case[tiny/{peer}]" in run.stdout, run.stdout
     for line in (
-        "1 skipped", "a peer's crash is failed: TypeError: an argument too many",
-        "plain PyTorch: timed (1 cases)", "a peer's noise: wrong: error of log_probs",
-        "dpo_kernels crash: failed: TypeError: an argument too many",
+        "1 skipped", "a peer's crash is failed: TypeError: an argument too many", "[1/1] tiny: 24 x 16 x 97, float32",
+        "a peer's noise", "WRONG: error of log_probs", f"results: {written}",
+        "dpo_kernels noise is WRONG; dpo_kernels crash is FAILED",
+        "failed: TypeError: an argument too many: a peer's crash",
     ):  # fmt: skip
         assert line in run.stdout, run.stdout
+    of_ours, printed_tests = run.stdout.split("FAILURES", 1)
+    assert max(map(len, of_ours.splitlines())) <= 100, "a screen's width"
+    assert "Name (time in" not in printed_tests, "pytest-benchmark's own table"
+    assert [path.name for path in tmp_path.iterdir() if "results" in path.name] == ["results.json"]
     medians = {f"tiny/{row.peer}": row.seconds for row in results.load(written).rows if row.seconds}
     replayed = {b["param"]: b["stats"]["median"] for b in json.loads(written.read_text())["benchmarks"]}
     assert replayed == pytest.approx(medians), "pytest-benchmark is given the interleaved times"
@@ -401,7 +406,7 @@ def test_rounds_are_interleaved_and_slow_ones_sit_out(monkeypatch):
 
 
 def synthetic(ours=0.2, date="2030-01-02"):
-    """A run of two cases and a budget curve, as a file would hold it."""
+    """A run of a case and two curves, as a file would hold it."""
     head = replace(TINY, name="head", tokens=24)
     budget = [replace(TINY, name=f"budget-{m}", curve="budget", memory_budget=m * MIB) for m in (8, 16)]
     tokens = [replace(TINY, name=f"tokens-{n}", curve="tokens", tokens=n) for n in (24, 48, 96)]
@@ -448,26 +453,6 @@ def test_a_report_has_everything_and_its_pictures(tmp_path):
     kept = tmp_path / "out" / f"{name}.json"
     assert results.load(kept).to_json() == json.loads(json.dumps(synthetic().to_json()))
     assert "samples" not in kept.read_text()
-
-
-def test_two_files_are_compared(tmp_path):
-    before, after = tmp_path / "before.json", tmp_path / "after.json"
-    first, second = synthetic(), synthetic(ours=0.1, date="2030-01-03")
-    first.rows[0].peer, second.rows[-1].peer = "bare copy", "dpo_kernels new"
-    results.save(first, before)
-    results.save(second, after)
-    report.main([str(before), str(after), "--out", str(tmp_path)])
-    text = (tmp_path / "a-cpu-2-cores-2030-01-03-compared.md").read_text()
-    line = next(line for line in text.splitlines() if "| head | **dpo_kernels** |" in line)
-    for part in ("200 ms", "100 ms", "2.00", "1.00", "-50% |", "30 MiB", "1.0e-06; 2.0e-03"):
-        assert part in line, line
-    lines = text.splitlines()
-    assert any("bare copy" in line and "only before" in line for line in lines)
-    assert any("dpo_kernels new" in line and "only after" in line for line in lines)
-    assert any("| noise |" in line and "before: wrong; after: wrong" in line for line in lines)
-    assert "absent" not in text
-    slightly = report.comparison(synthetic(), synthetic(ours=0.205))
-    assert "+2% (noise)" in slightly
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

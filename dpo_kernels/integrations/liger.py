@@ -120,7 +120,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
             loss = loss + self.alpha * nll
         rewards = (options.beta * h for h in pairs.logratios)
         outputs = (*pairs.logps, *mean_logits(_input, lin_weight, bias), nll, *rewards)
-        return loss, tuple(t.detach() for t in outputs)  # type: ignore[return-value]
+        return loss, tuple(t.detach() for t in outputs)
 
     def _log_probs(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         return hidden_to_log_probs(

@@ -60,7 +60,7 @@ def dpo_loss(
         ref_log_probs: (2B, S); no gradient flows into it. None: no reference, every rc and rr is 0.
         policy_log_probs: (2B, S).
         mask: (2B, S), bool or numbers, 0 where a token does not count.
-        beta: >= 0; > 0 for ipo, ipo_unnormalized and sppo_hard.
+        beta: at least 0; greater than 0 for ipo, ipo_unnormalized and sppo_hard.
         aggregate: "sum", or "mean" over the tokens that count.
         loss_type: a key of `dpo_kernels.losses.LOSSES`, or several: the loss is their weighted sum.
         loss_weights: one number for each of several; None: 1 each.

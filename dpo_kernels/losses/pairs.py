@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,18 @@ from dpo_kernels.call import accumulate_dtype
 AGGREGATES = ("sum", "mean")
 
 
-class Sides(NamedTuple):
-    """Values per answer, most often (B,) numbers: of the chosen, and of the rejected."""
+@dataclass(frozen=True)
+class Sides:
+    """Values per answer, most often (B,) numbers: of the chosen and of the rejected, iterated in this order.
+
+    No NamedTuple: torch.compile of PyTorch 2.9 does not see a property of one.
+    """
 
     chosen: Tensor
     rejected: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.chosen, self.rejected))
 
     @staticmethod
     def of(values: Tensor) -> Sides:
@@ -27,7 +34,7 @@ class Sides(NamedTuple):
     @property
     def answers(self) -> Tensor:
         """The way back, (2B, ...)."""
-        return torch.cat(self)
+        return torch.cat((self.chosen, self.rejected))
 
     @property
     def margin(self) -> Tensor:

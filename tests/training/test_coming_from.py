@@ -39,7 +39,7 @@ def tensors():
 
 
 def test_every_section_has_a_before_and_an_after_of_three_lines():
-    assert list(SECTIONS) == ["TRL", "Liger", "Plain PyTorch"]
+    assert list(SECTIONS) == ["TRL", "Liger", "Plain PyTorch", "A notebook, or a loop of your own"]
     for blocks in SECTIONS.values():
         assert [len([line for line in block.splitlines() if line.strip()]) for block in blocks] == [3, 3]
 
@@ -56,7 +56,7 @@ def test_the_imports_of_the_readme_work_and_its_three_lines_run():
         exec(line)
 
 
-@pytest.mark.parametrize("section", ["Liger", "Plain PyTorch"])
+@pytest.mark.parametrize("section", ["Liger", "Plain PyTorch", "A notebook, or a loop of your own"])
 def test_functions(section):
     results = []
     for block in SECTIONS[section]:

@@ -387,7 +387,7 @@ def fuzz(folder, count, seed=0, some=slice(None)):
                 now = check_line(at, line, meaning(line, read), loads, template, tokenizer)
                 assert now != "refused" or at > len(good), f"a good line is refused: {loads[0][1][at]['reason']}"
                 became[now] += 1
-            except (AssertionError, LookupError) as error:  # noqa: PERF203
+            except (AssertionError, LookupError) as error:
                 wrong.append(f"{line!r} ({i}): {error}")
     return became, wrong
 
