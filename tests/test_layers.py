@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "dpo_kernels"
 
 # From the bottom to the top. A file may import what lies below it, and its own layer where `inside` says so.
 LAYERS = (
-    ("call",),
+    ("call", "warn", "units"),
     ("layout", "statistics"),
     ("overrides", "reference", "planner", "build"),
     ("kernels", "backends.base"),
@@ -25,8 +25,10 @@ LAYERS = (
     ("losses",),
     ("preference_losses",),
     ("integrations", "training"),
+    ("commands",),
+    ("__main__",),
 )
-INSIDE = {"kernels", "losses", "integrations", "training"}  # folders whose files import each other
+INSIDE = {"kernels", "losses", "integrations", "training", "commands"}  # folders whose files import each other
 LOSSES = ("pairs", "registry", "options", "formulas", "api")  # their own order, from the bottom
 
 

@@ -87,6 +87,11 @@ def low_rank_of(head: Any, parameters: Mapping[str, Tensor] | None = None) -> Lo
     return LowRank(torch.cat([matrix * scale for matrix, scale in zip(a, scales, strict=True)]), torch.cat(b, 1))
 
 
+def rank_of(head: Any) -> int:
+    """Of what the adapters add together, on or off; 0 without one."""
+    return sum(len(head.lora_A[name].weight) for name in _active(head))
+
+
 def _active(head: Any) -> list[str]:
     """Adapters that are used, and not merged into the weight."""
     if not is_lora(head) or head.merged:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -33,6 +32,7 @@ from transformers.utils import cached_file
 
 from dpo_kernels.training import adapters
 from dpo_kernels.training.output_head import below_adapters
+from dpo_kernels.warn import warn
 
 # One of these is there wherever a tokenizer is.
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -68,10 +68,12 @@ def load_tokenizer(
         for name in dict.fromkeys(filter(None, (policy, reference))) if _has_tokenizer(name)
     }  # fmt: skip
     if not found:
+        who = policy if reference in (None, policy) else f"neither {policy} nor the reference {reference}"
+        holds = "holds no tokenizer" if reference in (None, policy) else "holds a tokenizer"
         raise ValueError(
-            f"neither {policy} nor the reference {reference} holds a tokenizer"
-            if reference not in (None, policy) else f"{policy} holds no tokenizer"
-        )  # fmt: skip
+            f"{who} {holds}, none of {', '.join(FILES)}; copy its files there, or save it beside the model with "
+            "tokenizer.save_pretrained(FOLDER)"
+        )
     tokenizer = found.get(policy) or next(iter(found.values()))
     if len(found) == 2:
         assert reference is not None
@@ -295,7 +297,7 @@ def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:
 
 
 def _check_exists(name: str) -> None:
-    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise LoadError(f"there is no model folder {name}, and no hub name is like this; give a folder, or owner/name")
 
 
@@ -322,7 +324,4 @@ def _compare(policy: str, own: Any, reference: str, other: Any) -> None:
             f"{name} {own.special_tokens_map[name]!r} / {other.special_tokens_map.get(name)!r}"
             for name in sorted(names)
         )
-        warnings.warn(
-            f"policy and reference have other special tokens ({listed}); both are given text with the policy's",
-            stacklevel=3,
-        )
+        warn(f"policy and reference have other special tokens ({listed}); both are given text with the policy's")
