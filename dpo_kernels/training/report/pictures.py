@@ -7,39 +7,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+
+from dpo_kernels.training.report.metrics import Log
+from dpo_kernels.training.report.panels import COLOURS, DASHES, Panel, panels_of
 
 LENGTHS_NAME = "lengths.png"
-LOG_NAME = "log.jsonl"
 CURVES_NAME = "curves.png"
 
-# One panel each: title, unit of the y axis, and the lines in it as (key of the log, label, line style).
-PANELS = (
-    ("Loss", "nats", (("loss", "train", "-"), ("eval_loss", "held out", "o--"))),
-    ("Chosen ranked above rejected, by log-prob a token", "share of pairs", (
-        ("logps/accuracies", "train", "-"), ("eval_logps/accuracies", "held out", "o--"),
-    )),
-    ("Rewards", "beta * log ratio", (
-        ("rewards/chosen", "chosen", "-"), ("rewards/rejected", "rejected", "--"), ("rewards/margins", "margin", ":"),
-    )),
-    ("Log-probs of the answers", "nats", (("logps/chosen", "chosen", "-"), ("logps/rejected", "rejected", "--"))),
-)  # fmt: skip
 
+def save_curves(log: Log, output_dir: Path, title: str = "", loss_type: Sequence[str] = ("sigmoid",)) -> Path | None:
+    """Draws the log's curves to output_dir/curves.png, readable in black and white; None if there is nothing yet.
 
-def save_curves(log_history: Sequence[dict[str, Any]], output_dir: Path) -> Path | None:
-    """Draws the log's curves to output_dir/curves.png, readable in black and white; None if there is nothing yet."""
-    if not any("loss" in entry for entry in log_history):
+    Args:
+        title: of the run, above all panels.
+        loss_type: its losses; of some the line that learning starts at is drawn.
+    """
+    if not any("loss" in entry for entry in log):
         return None
-    figure, axes = _figure(2, 2, (11, 7))
-    for axis, (title, unit, lines) in zip(axes.flat, PANELS, strict=True):
-        for key, label, style in lines:
-            for name, found in _named(log_history, key).items():
-                points = [(entry["step"], entry[found]) for entry in log_history if found in entry]
-                axis.plot(*zip(*points, strict=True), style, label=label + name, linewidth=1.5, markersize=4)
-        axis.set(title=title, xlabel="step", ylabel=unit)
-        axis.grid(alpha=0.3)
-        axis.legend()
+    figure, axes = _figure(2, 2, (12, 8.5))
+    if title:
+        figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    for axis, panel in zip(axes.flat, panels_of(log, loss_type), strict=True):
+        _draw(axis, panel)
     return _save(figure, output_dir / CURVES_NAME)
+
+
+def _draw(axis: Any, panel: Panel) -> None:
+    for curve in panel.curves:
+        colour, dash = COLOURS[curve.look], DASHES[curve.look]
+        if curve.held_out:
+            axis.plot(*zip(*curve.raw, strict=True), color=colour, linestyle=dash, marker="o", markersize=5.5,
+                      markerfacecolor="white", linewidth=1.2, label=curve.label, zorder=4)  # fmt: skip
+            continue
+        if curve.raw != curve.smooth:
+            axis.plot(*zip(*curve.raw, strict=True), color=colour, alpha=0.22, linewidth=0.9)
+        axis.plot(*zip(*curve.smooth, strict=True), color=colour, linestyle=dash, linewidth=2.2, label=curve.label,
+                  zorder=3)  # fmt: skip
+    for value, label in panel.levels:
+        axis.axhline(value, color="#444444", linestyle=(0, (1, 2)), linewidth=1.1, zorder=2)
+        axis.annotate(label, (1, value), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", fontsize=9, color="#444444")  # fmt: skip
+    axis.set_title(panel.title, fontsize=11, fontweight="bold", loc="left")
+    axis.set(xlabel="step", ylabel=panel.unit)
+    if panel.limits is not None:
+        axis.set_ylim(*panel.limits)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if panel.curves:  # below the axes: never over the data
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=min(3, len(panel.curves)), frameon=False,
+                    fontsize=9)  # fmt: skip
 
 
 def save_lengths(lengths: np.ndarray, max_length: int, output_dir: Path) -> Path:
@@ -70,15 +86,6 @@ def save_lengths(lengths: np.ndarray, max_length: int, output_dir: Path) -> Path
     return _save(figure, output_dir / LENGTHS_NAME)
 
 
-def _named(log_history: Sequence[dict[str, Any]], key: str) -> dict[str, str]:
-    """The keys of the log that a line is drawn from: the key itself, or one for each of several evaluation sets."""
-    keys = dict.fromkeys(name for entry in log_history for name in entry)
-    if key in keys or not key.startswith("eval_"):
-        return {"": key} if key in keys else {}
-    rest = key.removeprefix("eval")
-    return {f" {name[5 : -len(rest)]}": name for name in keys if name.startswith("eval_") and name.endswith(rest)}
-
-
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
     import matplotlib
 
@@ -103,14 +110,3 @@ def _save(figure: Any, target: Path) -> Path:
         plt.close(figure)
     part.replace(target)
     return target
-
-
-def peak_memory_mib() -> float:
-    """On a GPU the most that PyTorch had allocated, on a CPU the most that the process had resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
