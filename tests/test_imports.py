@@ -24,7 +24,7 @@ def test_importing_needs_torch_alone():
     blocked = ("transformers", "accelerate", "datasets", "triton", "numpy", "matplotlib")
     code = (
         "import sys, torch\n"
-        f"before = set(sys.modules)\nimport dpo_kernels\nnew = set(sys.modules) - before\n"
+        f"before = set(sys.modules)\nimport dpo_kernels\nassert dpo_kernels.plan\nnew = set(sys.modules) - before\n"
         f"assert not new & {set(blocked)!r}, new\n"
         "roots = {name.split('.')[0] for name in new} - set(sys.stdlib_module_names)\n"
         "assert roots <= {'dpo_kernels', 'torch'}, roots\n"

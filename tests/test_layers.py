@@ -25,8 +25,9 @@ LAYERS = (
     ("losses",),
     ("preference_losses",),
     ("integrations", "training"),
+    ("commands",),
 )
-INSIDE = {"kernels", "losses", "integrations", "training"}  # folders whose files import each other
+INSIDE = {"kernels", "losses", "integrations", "training", "commands"}  # folders whose files import each other
 LOSSES = ("pairs", "registry", "options", "formulas", "api")  # their own order, from the bottom
 
 

@@ -340,7 +340,7 @@ def test_ahead_of_time_from_the_shell_says_why_it_cannot(tmp_path):
 
 
 def test_the_wheel_ships_every_module_and_the_sources(tmp_path):
-    for name in ("dpo_kernels", "csrc"):
+    for name in ("dpo_kernels", "csrc", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -353,7 +353,8 @@ def test_the_wheel_ships_every_module_and_the_sources(tmp_path):
         archive.extractall(tmp_path / "site")
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dpo_kernels").rglob("*.py")}
     sources = {f"dpo_kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    assert names == modules | sources | {"dpo_kernels/py.typed"}
+    pairs = {"dpo_kernels/examples/dpo.jsonl", "dpo_kernels/examples/make_dpo.py"}
+    assert names == modules | sources | pairs | {"dpo_kernels/py.typed"}
     code = "from dpo_kernels import build; print(build.INSTALLED.is_dir(), build.cached_library())"
     installed = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path / "site",

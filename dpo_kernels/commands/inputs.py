@@ -1,0 +1,123 @@
+"""What the options name, loaded: tokenizer, length and pairs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_kernels.commands.options import ScriptArguments
+from dpo_kernels.training import DPOConfig, DPODataset, ReadOptions
+from dpo_kernels.training.loading import check_positions, load_config, load_tokenizer, max_positions
+
+INSTALLED, CHECKOUT = Path(__file__).parents[1] / "examples", Path(__file__).parents[2] / "examples"
+EXAMPLE = (INSTALLED if INSTALLED.is_dir() else CHECKOUT) / "dpo.jsonl"
+DEFAULT_MAX_LENGTH = 2048
+
+
+def prepare_tokenizer(script: ScriptArguments, example: Any, with_reference: bool) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer (see `loading.load_tokenizer`), or the example's, with what the command line changes."""
+    tokenizer: Any = example
+    if script.start is not None:
+        reference = script.ref_weight if with_reference or script.from_weight else None
+        tokenizer = load_tokenizer(script.start, reference, script.trust_remote_code)
+    if script.chat_template is not None:
+        tokenizer.chat_template = Path(script.chat_template).read_text(encoding="utf-8")
+    if script.pad_token is not None:
+        if tokenizer.convert_tokens_to_ids(script.pad_token) in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"pad_token is {script.pad_token!r}, which the tokenizer does not know; name a token it has"
+            )
+        tokenizer.pad_token = script.pad_token
+    return tokenizer
+
+
+def choose_max_length(script: ScriptArguments, example: Any) -> int:
+    """--max_length, or what the models have positions for, up to the default.
+
+    Raises:
+        ValueError: more than one of the models has positions for.
+    """
+    names = dict.fromkeys(filter(None, (script.from_weight, script.ref_weight)))
+    configs = [example] if example is not None else [load_config(name, script.trust_remote_code) for name in names]
+    if script.max_length is None:
+        return min([DEFAULT_MAX_LENGTH, *filter(None, map(max_positions, configs))])
+    for config in configs:
+        check_positions(config, script.max_length)
+    return script.max_length
+
+
+def load_pairs(
+    script: ScriptArguments, config: DPOConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[DPODataset, DPODataset | dict[str, DPODataset] | None]:
+    """Pairs to train on, and held-out ones if asked for: one dataset, or several by their names."""
+    tools = Path(script.tools).read_text(encoding="utf-8") if script.tools else None
+    read = ReadOptions(
+        _columns(script.columns or []), script.string_format, script.pairs, _json("tools", tools, list) or [],
+        _json("chat_template_kwargs", script.chat_template_kwargs, dict) or {},
+    )  # fmt: skip
+
+    def load(path: str | Path, skipped: str) -> DPODataset:
+        return DPODataset(
+            path, tokenizer, max_length, assistant_turns=script.assistant_turns, truncation_mode=script.truncation_mode,
+            read=read, on_bad_line=script.on_bad_line, skipped_path=Path(str(config.output_dir)) / f"{skipped}.jsonl",
+            num_proc=script.dataset_num_proc,
+        )  # fmt: skip
+
+    def number(i: int) -> str:
+        return f".{i}" if i else ""
+
+    parts = [load(path, f"skipped{number(i)}") for i, path in enumerate(script.data_path or [str(EXAMPLE)])]
+    held_out: Any = None
+    if script.eval_data_path:
+        loaded = [load(path, f"skipped.eval{number(i)}") for i, path in enumerate(script.eval_data_path)]
+        held_out = loaded[0] if len(loaded) == 1 else dict(zip(_names(script.eval_data_path), loaded, strict=True))
+    elif script.eval_size:  # before pairs are drawn more than once: none is on both sides
+        shares = DPODataset.split_all(parts, script.eval_size, config.seed)
+        parts, held_out = [train for train, _ in shares], DPODataset.mix([kept for _, kept in shares])
+    return DPODataset.mix(parts, script.data_weights, config.seed), held_out
+
+
+def _json(option: str, text: str | None, kind: type) -> Any:
+    """What an option holds as JSON, None where it is not given.
+
+    Raises:
+        ValueError: it is no JSON, or of another kind.
+    """
+    if text is None:
+        return None
+    expected = "a list, as in [{...}]" if kind is list else 'an object, as in {"enable_thinking": false}'
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} is {text[:80]!r}, which is no JSON ({error}); expected {expected}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{option} is {text[:80]!r}; expected {expected}")
+    return value
+
+
+def _columns(parts: list[str]) -> dict[str, str]:
+    """name=column, one or several; or one JSON object, as a file of options gives it."""
+    if len(parts) == 1 and parts[0].startswith("{"):
+        split = [(name, "=", column) for name, column in _json("columns", parts[0], dict).items()]
+    else:
+        split = [part.partition("=") for part in parts]
+    if wrong := [found for found in split if not all(isinstance(x, str) and x for x in found)]:
+        raise ValueError(f"columns holds {wrong}; expected name=column, as in prompt=question")
+    return {name: column for name, _, column in split}
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Short names for several evaluation sets, each another."""
+    names: list[str] = []
+    for path in paths:
+        short = re.sub(r"(\.(jsonl|ndjson|json|csv|tsv|parquet))?(\.(gz|zst|bz2))?$", "", Path(path).name)
+        short = short.replace(":", "_")
+        numbered = (f"{short}_{i}" for i in itertools.count(2))
+        name = next(name for name in itertools.chain([short], numbered) if name not in names)
+        names.append(name)
+    return names

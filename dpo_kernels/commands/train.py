@@ -1,0 +1,186 @@
+"""Aligns a Hugging Face causal language model with preference pairs (DPO): `train.py`, `dpo-kernels train`."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from dpo_kernels.commands.inputs import EXAMPLE, choose_max_length, load_pairs, prepare_tokenizer
+from dpo_kernels.commands.options import ScriptArguments, parse
+from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, checkpoints, resume
+from dpo_kernels.training.adapters import AdapterOptions, base_of, is_adapted
+from dpo_kernels.training.data_report import lengths
+from dpo_kernels.training.loading import load_model
+from dpo_kernels.training.ownership import owned
+from dpo_kernels.training.report import save_lengths
+from dpo_kernels.training.show import show_pairs
+from dpo_kernels.training.small_model import make_small_model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; returns the exit status. What a user can mend is a ValueError or an OSError of one sentence."""
+    transformers.utils.logging.set_verbosity_warning()
+    script, adapter, config = parse(sys.argv[1:] if argv is None else argv)
+    output_dir = Path(str(config.output_dir))
+    with owned(output_dir) if config.process_index == 0 else nullcontext():
+        return train_in(output_dir, script, adapter, config)
+
+
+def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig) -> int:
+    """`main` in a folder that no other run writes into."""
+    resume_from = checkpoint_to_resume(config, output_dir)
+    peft_config = adapter.peft_config()
+    # Before the weights are loaded: what is wrong with the data or its tokenizer is known in seconds.
+    example = make_small_model(EXAMPLE) if script.start is None else None
+    tokenizer = prepare_tokenizer(script, example[1] if example else None, config.loss_options.needs_reference)
+    max_length = choose_max_length(script, example[0].config if example else None)
+    with config.main_process_first(desc="reading the pairs"):
+        train, held_out = load_pairs(script, config, tokenizer, max_length)
+    if resume_from is not None:
+        say(config, f"going on from {resume_from}")
+        if not config.allow_changed_data:
+            resume.check_data(resume_from, train, allow_changed=False)
+    if config.process_index == 0:
+        tell(script, train, held_out, tokenizer, output_dir)
+    policy, reference = load_models(script, adapter, config, example[0] if example else None)
+    config.eval_on_start = bool(held_out) and resume_from is None
+    trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer, peft_config=peft_config)
+    del reference
+    if adapter.merge_adapter and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "merge_adapter does not work with FSDP; merge the saved adapter with PEFT's merge_and_unload()"
+        )
+    if trainer.aux_loss.told:
+        say(config, trainer.aux_loss.told)
+    if trainer.layout_told:
+        say(config, trainer.layout_told)
+    if trainer.token_batches is not None:
+        say(config, trainer.token_batches.told)
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    except NonFiniteError as error:
+        say(config, f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        if not trainer.interrupted:  # the second one, which did not wait for the step to be saved
+            newest = checkpoints.latest(output_dir)
+            saved = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            say(config, f"stopped at once, {saved}; go on with --resume_from_checkpoint")
+            return 128 + signal.SIGINT
+    if trainer.interrupted:
+        say(config, f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint")
+        return 128 + (trainer.stopped_by or signal.SIGTERM)
+    trainer.save_model()
+    if held_out:
+        last = trainer.state.global_step
+        names = list(held_out) if isinstance(held_out, dict) else [""]
+        keys = {name: f"eval_{name}_logps/accuracies" if name else "eval_logps/accuracies" for name in names}
+        if not any(e["step"] == last and keys[names[-1]] in e for e in trainer.state.log_history):
+            trainer.evaluate()
+        for name, key in keys.items():
+            evaluated = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+            before = f"{evaluated[0]:.3f} before, " if 0 in evaluated else ""
+            of = f" of {name}" if name else ""
+            say(config, f"held-out preference accuracy{of}: {before}{evaluated[last]:.3f} after")
+    what = "adapter" if is_adapted(trainer.model) else "model"
+    if adapter.merge_adapter:
+        trainer.save_merged(output_dir / "merged")
+        what += " (merged: the whole model)"
+    say(config, f"saved: {what}, tokenizer, log.jsonl, curves.png and lengths.png in {output_dir}")
+    return 0
+
+
+def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
+    """The checkpoint asked for; refuses to start afresh, or from another run's, over the results of a run.
+
+    Raises:
+        ValueError: the checkpoint does not exist or is damaged, or output_dir holds a run that this one would replace.
+    """
+    wanted = config.resume_from_checkpoint
+    with config.main_process_first(local=False, desc="looking for checkpoints"):
+        if config.process_index == 0:
+            checkpoints.clean(output_dir)  # what a killed run left may be a checkpoint
+        found = checkpoints.latest(output_dir)
+        has_model = any(output_dir.glob("*.safetensors*")) or any(output_dir.glob("*.bin*"))
+        if wanted in (None, "False", "false"):
+            if found is not None or has_model:
+                raise ValueError(
+                    f"output_dir {output_dir} holds the results of a run already; go on with it with "
+                    "--resume_from_checkpoint, or give another --output_dir"
+                )
+            return None
+        if wanted in ("latest", "True", "true"):
+            if found is None and has_model:
+                raise ValueError(
+                    f"output_dir {output_dir} holds a model, and no checkpoint to go on from: starting from the "
+                    "beginning would replace it; give another --output_dir"
+                )
+            if found is None:
+                say(config, f"no checkpoint in {output_dir} yet: starting from the beginning")
+            newest = resume.newest_whole(output_dir)
+            return None if newest is None else str(newest)
+        resume.check_folder(wanted)
+        if (found is not None or has_model) and Path(wanted).resolve().parent != output_dir.resolve():
+            raise ValueError(
+                f"output_dir {output_dir} holds the results of a run already, and {wanted} is a checkpoint of another; "
+                "give another --output_dir"
+            )
+    return wanted
+
+
+def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, example: Any) -> tuple[Any, Any]:
+    """Policy and reference; the example's small ones where no weights are named. The reference is None where the loss
+    has none, and where the policy has an adapter and starts from it: then it is its own."""
+    name = script.start
+    base = base_of(name) if name else None
+    of_itself = adapter.use_peft or base is not None
+    if base is not None and _same(script.ref_weight, base):
+        config.adapter_reference = "base"
+    elif script.ref_weight is not None and not _same(script.ref_weight, name):
+        of_itself = False
+    second = config.loss_options.needs_reference and not of_itself
+    if name is None:
+        return example, copy.deepcopy(example) if second else None
+    policy = _load(script, adapter, name, is_trainable=True)
+    return policy, _load(script, adapter, script.ref_weight or name) if second else None
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    """Whether two names are of the same folder, or the same on the hub."""
+    return one == other or (None not in (one, other) and Path(str(one)).resolve() == Path(str(other)).resolve())
+
+
+def tell(
+    script: ScriptArguments, train: DPODataset, held_out: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> None:
+    """What will be trained on: figures, a picture, and pairs as the model sees them."""
+    print(f"training: {train.report}", flush=True)
+    for name, part in (held_out if isinstance(held_out, dict) else {"": held_out} if held_out else {}).items():
+        print(f"held out{' as ' + name if name else ''}: {part.report}", flush=True)
+    save_lengths(lengths(train.rows), train.max_length, output_dir)
+    count = int(sys.stdout.isatty()) if script.show_pairs is None else script.show_pairs
+    if count:
+        show_pairs(train, tokenizer, count)
+
+
+def say(config: DPOConfig, text: str) -> None:
+    if config.process_index == 0:
+        print(text, flush=True)
+
+
+def _load(script: ScriptArguments, adapter: AdapterOptions, path: str, is_trainable: bool = False) -> Any:
+    dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
+    options: dict[str, Any] = adapter.quantization(dtype)
+    if script.attn_implementation:
+        options["attn_implementation"] = script.attn_implementation
+    return load_model(
+        path, trust_remote_code=script.trust_remote_code, dtype=dtype, is_trainable=is_trainable, **options
+    )
