@@ -62,3 +62,57 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def prompts_of(dataset: Any, count: int, longest: int = 1024) -> list[list[int]]:
+    """Token ids of the first `count` prompts of a `DPODataset`, each another, up to where the last reply begins; those
+    of more than `longest` tokens are passed over."""
+    found: list[list[int]] = []
+    for i in range(len(dataset)):
+        row = dataset.rows[i]
+        prompt = row["chosen_ids"][: last_reply(row["chosen_mask"])]
+        if 0 < len(prompt) <= longest and prompt not in found:
+            found.append(prompt)
+        if len(found) == count:
+            break
+    return found
+
+
+def last_question(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """What a user says last in a prompt, as the chat template writes it; the whole text of other prompts."""
+    text = str(tokenizer.decode(list(prompt), skip_special_tokens=False))
+    if around := _around_a_question(tokenizer):
+        before, behind = around
+        start = text.rfind(before)
+        if start >= 0 and text.endswith(behind):
+            return text[start + len(before) : len(text) - len(behind)].strip()
+    return str(tokenizer.decode(list(prompt), skip_special_tokens=True)).strip()
+
+
+def _around_a_question(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """What the chat template writes before and behind a user's last words; None: there is none, or it refuses."""
+    if not tokenizer.chat_template:
+        return None
+    first, reply, second = "QUESTION-1", "REPLY-1", "QUESTION-2"
+    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": reply},
+                {"role": "user", "content": second}]  # fmt: skip
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception:  # a template may raise what it likes
+        return None
+    if not text.find(first) < text.find(reply) < text.find(second) or first not in text:
+        return None
+    opening, (between, behind) = text.split(first)[0], text.split(reply)[1].split(second)
+    same = next((i for i, (a, b) in enumerate(zip(opening[::-1], between[::-1], strict=False)) if a != b),
+                min(len(opening), len(between)))  # fmt: skip
+    return (between[len(between) - same :], behind) if same and behind else None
+
+
+def last_reply(mask: Sequence[int] | Sequence[bool]) -> int:
+    """Where the last stretch of tokens that count begins."""
+    end = len(mask)
+    while end and not mask[end - 1]:
+        end -= 1
+    while end and mask[end - 1]:
+        end -= 1
+    return end

@@ -41,8 +41,14 @@ def loss_without_learning(loss_type: Sequence[str]) -> float | None:
 
 
 def points(log: Log, key: str) -> list[tuple[int, float]]:
-    """(step, value) of the entries that have the key, the last of a step, in order; what is no number is left out."""
-    found = {int(entry.get("step", 0)): float(entry[key]) for entry in log if _is_number(entry.get(key))}
+    """(step, value) of the entries that have the key, the last of a step, in order; what is no number is left out, and
+    so is a reward accuracy of pairs that are all even: policy and reference are the same, so it says nothing."""
+    margin = key.replace("rewards/accuracies", "rewards/margins") if key.endswith("rewards/accuracies") else None
+    found = {
+        int(entry.get("step", 0)): float(entry[key])
+        for entry in log
+        if _is_number(entry.get(key)) and (margin is None or entry.get(margin) != 0)
+    }
     return sorted(found.items())
 
 

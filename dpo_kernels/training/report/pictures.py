@@ -54,7 +54,9 @@ def _draw(axis: Any, panel: Panel) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if panel.curves:  # below the axes: never over the data
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=min(3, len(panel.curves)), frameon=False,
+        columns = max(1, sum(not curve.held_out for curve in panel.curves))
+        columns = len(panel.curves) if len(panel.curves) <= 3 else columns
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, frameon=False,
                     fontsize=9)  # fmt: skip
 
 

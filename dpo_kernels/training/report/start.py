@@ -21,6 +21,8 @@ from dpo_kernels.training.output_head import find_head
 from dpo_kernels.training.reference import FrozenModel, OwnStart
 from dpo_kernels.training.trainer import DPOTrainer
 
+SMALL = "the example's small model"
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -36,8 +38,13 @@ class RunFacts:
     rows: Sequence[tuple[str, str]]
 
     @property
+    def base(self) -> str:
+        """What the policy starts from; "" where it was made for an example."""
+        return self.start or self.model
+
+    @property
     def title(self) -> str:
-        return f"{short(self.start or self.model)} aligned with {', '.join(map(short, self.data))}"
+        return f"{short(self.base) or SMALL} aligned with {', '.join(map(short, self.data))}"
 
 
 def run_facts(trainer: DPOTrainer, data: Sequence[str], model: str, start: str | None, held_out: str = "") -> RunFacts:
@@ -45,15 +52,15 @@ def run_facts(trainer: DPOTrainer, data: Sequence[str], model: str, start: str |
 
     Args:
         data: names of what is trained on.
-        model: name of the reference, or of what both start from.
+        model: name of the reference, or of what both start from; "" of the example's.
         start: name of where the policy starts, if that is not `model`.
         held_out: where the held-out pairs come from, if not from data.
     """
     args, device = trainer.args, trainer.args.device
     rows = [
         ("data", ", ".join(data)), ("pairs", _pairs(trainer, held_out)), ("lengths", _lengths(trainer.train_dataset)),
-        ("model", _model(trainer.model, start or model)), ("trained", _trained(trainer.model)),
-        ("reference", _reference(trainer, model)), ("device", _device(device, args.world_size)),
+        ("model", _model(trainer.model, start or model or SMALL)), ("trained", _trained(trainer.model)),
+        ("reference", _reference(trainer, model or SMALL)), ("device", _device(device, args.world_size)),
         ("head", _head(trainer)), ("layout", trainer.layout.name), ("dtype", _dtype(trainer)),
         ("loss", _loss(args)), ("learning rate", _rate(args)), ("a step", _step(trainer)),
         ("steps", _steps(trainer)), ("output", str(args.output_dir)),
@@ -219,6 +226,10 @@ def _steps(trainer: DPOTrainer) -> str:
     if args.max_steps > 0:
         return f"{args.max_steps:,}"
     if trainer.token_batches is not None:
-        return f"{args.num_train_epochs:g} epochs"
+        return f"those of {args.num_train_epochs:g} {_epochs(args)}"
     each = max(1, -(-len(trainer.train_dataset) // _pairs_a_step(trainer)))
-    return f"{round(each * args.num_train_epochs):,} ({args.num_train_epochs:g} epochs of {each:,})"
+    return f"{round(each * args.num_train_epochs):,} ({args.num_train_epochs:g} {_epochs(args)} of {each:,})"
+
+
+def _epochs(args: Any) -> str:
+    return "epoch" if args.num_train_epochs == 1 else "epochs"
