@@ -10,14 +10,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kernels.training import checkpoints
+from dpo_kernels.training import checkpoints, layout_check
+from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.loading import load_model
 from dpo_kernels.training.model import FusedHead
 
 FOLDER = "before"  # of the taught model, in the output of a run: what it started from
-EPOCHS, PAIRS, LEARNING_RATE, WARMUP = 10, 16, 3e-3, 20
+EPOCHS, PAIRS, LEARNING_RATE, WARMUP = 14, 16, 3e-3, 20
 
 
 def taught_model(
@@ -63,10 +64,12 @@ def teach(model: Any, dataset: DPODataset, epochs: int = EPOCHS, seed: int = 0, 
         for _ in range(epochs):
             for places in torch.randperm(len(items), generator=generator).split(PAIRS):
                 inputs = collate([items[int(i)] for i in places])
-                yield PairBatch({name: tensor.to(device) for name, tensor in inputs.items()})
+                yield PairBatch({name: tensor.to(device) for name, tensor in inputs.items()}, layout)
 
     loss = torch.zeros(())
     with FusedHead(model), tqdm(batches(), total=total, desc="teaching both kinds of answers", disable=not show) as bar:
+        layout = layout_check.choose(model, "auto", dataset, PAIRS).layout
+        use_branches(model, layout.attention == "branches")
         model.train()
         for batch in bar:
             loss = -batch.run(model)["log_probs"][batch.mask].mean()

@@ -31,6 +31,8 @@ MEANINGS = {
     "logps/accuracies": "share of pairs whose chosen answer is the likelier one, a token, without the reference",
     "rewards/margins": "reward of the chosen answer, beta (log pi - log pi_ref), less that of the rejected one",
 }
+# Reward accuracy of those evaluated pairs whose chosen answer is the longer one, and the shorter one.
+LONGER, SHORTER = "rewards/accuracies_longer", "rewards/accuracies_shorter"
 # Losses of which a pair costs log 2 where policy and reference agree.
 START_AT_LOG_2 = {"sigmoid", "sigmoid_norm"}
 

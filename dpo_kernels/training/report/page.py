@@ -82,7 +82,7 @@ def tiles_of(log: Log) -> list[tuple[str, str, str]]:
         for where, own in (sets or {"training": key}).items():
             if not (line := points(log, own)):
                 continue
-            first, last = (figure(key, value) for _, value in (line[0], line[-1]))
+            first, last = (f"{value:.3f}" if key == "loss" else figure(key, value) for _, value in (line[0], line[-1]))
             changes = len(line) > 1 and key in ("logps/accuracies", "loss")
             found.append((f"{name}, {where}", f"{first} → {last}" if changes else last, _meaning(key, changes)))
     return found

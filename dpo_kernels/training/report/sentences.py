@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dpo_kernels.training.report.metrics import CHANCE, Log, figure, held_out, points
+from dpo_kernels.training.report.metrics import CHANCE, LONGER, SHORTER, Log, figure, held_out, points
 
 # What counts as something that happened; each is explained where it is used.
 UNMOVED = 0.1  # nats that an answer's log-prob has moved by
@@ -56,7 +56,10 @@ def findings(log: Log, options: Options | None = None) -> list[Finding]:
         return []
     if (broken := _not_finite(log)) is not None:
         return [broken]
-    found = [finding for rule in RULES if (finding := rule(log, options)) is not None]
+    unmoved = _unmoved(log, options)  # then nothing else has happened
+    rules = () if unmoved is not None else RULES
+    found = [finding for rule in rules if (finding := rule(log, options)) is not None]
+    found += [unmoved] if unmoved is not None else []
     if not any(finding.kind == "bad" for finding in found):
         found.insert(0, _good(log))
     return [*found, *_notes(log)]
@@ -271,7 +274,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-LONGER, SHORTER = "rewards/accuracies_longer", "rewards/accuracies_shorter"
 RULES: tuple[Callable[[Log, Options], Finding | None], ...] = (
-    _unmoved, _diverged, _overfitted, _not_carried_over, _displaced, _by_length,
+    _diverged, _overfitted, _not_carried_over, _displaced, _by_length,
 )  # fmt: skip
