@@ -19,8 +19,8 @@ DESCRIPTION = """Aligns a Hugging Face causal language model with preference pai
 # What the example sets where the command line does not: every one of them is an ordinary option.
 EXAMPLE_DEFAULTS = {
     "--max_length": "192", "--eval_size": "0.15", "--per_device_train_batch_size": "16", "--num_train_epochs": "2",
-    "--learning_rate": "2e-4", "--beta": "0.3", "--lr_scheduler_type": "cosine", "--warmup_steps": "5", "--eval_strategy": "epoch",
-    "--save_strategy": "epoch", "--save_total_limit": "1", "--use_cpu": "True",
+    "--learning_rate": "2e-4", "--beta": "0.3", "--lr_scheduler_type": "cosine", "--warmup_steps": "5",
+    "--eval_strategy": "epoch", "--save_strategy": "epoch", "--save_total_limit": "1", "--use_cpu": "True",
 }  # fmt: skip
 
 
