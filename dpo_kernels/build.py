@@ -158,7 +158,7 @@ def _sources(pattern: str) -> list[Path]:
     return found
 
 
-def _compiler() -> tuple[str, str]:
+def compiler() -> tuple[str, str]:
     """The compiler's command and version."""
     command = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if command is None:
@@ -188,7 +188,7 @@ def _ninja() -> str:
 
 def _facts() -> list[str]:
     """What a build depends on beside its sources."""
-    return [torch.__version__, *_compiler(), *compile_flags(), sys.platform, platform.machine()]
+    return [torch.__version__, *compiler(), *compile_flags(), sys.platform, platform.machine()]
 
 
 @contextlib.contextmanager
@@ -225,7 +225,7 @@ def _build(target: Path, ninja: str) -> None:
             print(" failed", file=sys.stderr)
             log.write_text(said)
             raise BuildError(
-                f"the C++ compiler {_compiler()[0]!r} failed; {log} has all that it said. It takes one of C++20: "
+                f"the C++ compiler {compiler()[0]!r} failed; {log} has all that it said. It takes one of C++20: "
                 f"install a newer one, or set CXX.\n{_first_error(said)}"
             )
         log.unlink(missing_ok=True)
@@ -245,7 +245,7 @@ def _remove_leftovers(key: str) -> None:
 
 def _first_error(said: str) -> str:
     """A few lines around the first error, without ninja's own and the commands."""
-    noise = ("[", "FAILED", "ninja:", _compiler()[0])
+    noise = ("[", "FAILED", "ninja:", compiler()[0])
     lines = [line for line in said.splitlines() if not line.startswith(noise)]
     first = next((i for i, line in enumerate(lines) if "error" in line), 0)
     return "\n".join(lines[max(0, first - 2) : first + 8])
@@ -261,7 +261,7 @@ def _ninja_file(name: str) -> str:
     sources, libraries = _sources("*.cpp"), str(TORCH / "lib")
     link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-ltorch", "-lc10"]
     lines = [
-        f"cxx = {_compiler()[0].replace('$', '$$')}",
+        f"cxx = {compiler()[0].replace('$', '$$')}",
         "rule compile",
         f"  command = $cxx {command(compile_flags())} -c $in -o $out",
         "rule link",

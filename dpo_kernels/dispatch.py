@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from dpo_kernels.backends.pytorch import PyTorchBackend
 from dpo_kernels.backends.triton import TritonBackend
 from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens
 from dpo_kernels.planner import Capabilities, Workload, plan
+from dpo_kernels.warn import warn
 
 FALLBACK = "torch"
 # Fastest first. A new back end is a file in backends/ and a name here.
@@ -173,4 +173,4 @@ def _as_decided(tensor: Tensor) -> Iterator[None]:
 
 @functools.cache  # once a reason
 def _warn(reason: str) -> None:
-    warnings.warn(f"dpo_kernels falls back to PyTorch operations, which are slower: {reason}", stacklevel=3)
+    warn(f"dpo_kernels falls back to PyTorch operations, which are slower: {reason}")

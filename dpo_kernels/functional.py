@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,14 +201,39 @@ def plan(
             least that works).
         RuntimeError: `impl` cannot run here.
     """
+    workload = _workload(
+        tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,
+        compute_dtype=compute_dtype, device=device, impl=impl, labels=labels,
+    )  # fmt: skip
+    return planner.plan(workload, checks.memory_budget(memory_budget))
+
+
+def least_budget(tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, **options: Any) -> int:
+    """The smallest memory budget, in bytes, that a call works with; arguments and errors as of `plan`."""
+    return planner.least_budget(_workload(tokens, hidden_size, vocab_size, dtype, **options))
+
+
+def _workload(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    grads: Sequence[str] = ("hidden", "weight"),
+    outputs: Sequence[str] = (),
+    softcap: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    impl: str | None = None,
+    labels: int | None = None,
+) -> planner.Workload:
     device, compute = torch.device(device), dtype if compute_dtype is None else compute_dtype
     checks.dtypes(dtype=dtype, compute_dtype=compute)
     tokens, hidden_size, vocab_size, labels = checks.sizes(tokens, hidden_size, vocab_size, labels)
     backend = dispatch.choose(impl, device, dtype, vocab_size)
     configuration = backend.configure(device, hidden_size, compute, False)
-    workload = planner.Workload(
+    return planner.Workload(
         tokens, hidden_size, vocab_size, dtype, compute, checks.grads(grads),
         entropy="entropy" in checks.outputs(outputs), softcap=softcap is not None, labels=labels,
         capabilities=dispatch.capabilities(backend, device, configuration),
     )  # fmt: skip
-    return planner.plan(workload, checks.memory_budget(memory_budget))

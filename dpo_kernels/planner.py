@@ -281,33 +281,46 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
     """
     given = s.default_budget() if budget is None else budget
     budget = given - held
+    for tile, sweeps in _candidates(s, _tile_of_a_full_step(s, budget)):
+        memory = _memory(s, tile, sweeps)
+        if sum(memory.values()) <= budget:
+            return _spend(s, budget, tile, sweeps, memory)
+    least = least_budget(s) + held
+    raise ValueError(
+        f"memory_budget is {given:,} bytes ({_mib(given)}), but {s.tokens:,} tokens x {s.hidden_size:,} features x "
+        f"{s.vocab_size:,} vocabulary in {s.dtype} need at least {least:,} ({_mib(least)})"
+    )
+
+
+def least_budget(s: Workload) -> int:
+    """The smallest budget in bytes that a call has a plan for."""
+    return min(sum(_memory(s, tile, sweeps).values()) for tile, sweeps in _candidates(s))
+
+
+def _candidates(s: Workload, first: tuple[int, int] | None = None) -> list[tuple[tuple[int, int], tuple[Sweep, ...]]]:
+    """Tiles and orders of the sweeps, best first; `first` is a tile that comes before all others."""
     sizes = s.tile_sizes()
     # Full GEMM efficiency needs a tile of some size, so small tiles come after the order that needs no accumulator.
     half = -(-len(sizes) // 2)
     choices = s.sweep_choices()
     candidates = [(t, c) for group in (sizes[:half], sizes[half:]) for c in choices for t in group]
-    if (shared := _tile_of_a_full_step(s, budget)) is not None:
-        candidates = [(shared, c) for c in choices] + candidates
-    jacobian = s.wide * s.tokens * s.hidden_size * s.frozen
-    least = 0
+    if first is not None:
+        candidates = [(first, c) for c in choices] + candidates
     if s.frozen:  # the Jacobian may not fit: then the logits come again in backward, three GEMMs instead of two
         candidates += [(t, (Sweep("tokens", True, False),)) for t in sizes]
-    for (n, v), sweeps in candidates:
-        memory = {
-            "libraries and threads": s.capabilities.scratch,
-            "vectors, one number a token": s.vectors(),
-            "tile and operands": s.tile(n, v),
-            "gradient accumulators": s.accumulators(n, v, sweeps),
-            "d log_prob / d hidden": jacobian if not sweeps else 0,
-        }
-        needed = sum(memory.values())
-        least = min(least, needed) if least else needed
-        if needed <= budget:
-            return _spend(s, budget, (n, v), sweeps, memory)
-    raise ValueError(
-        f"memory_budget is {given:,} bytes ({_mib(given)}), but {s.tokens:,} tokens x {s.hidden_size:,} features x "
-        f"{s.vocab_size:,} vocabulary in {s.dtype} need at least {least + held:,} ({_mib(least + held)})"
-    )
+    return candidates
+
+
+def _memory(s: Workload, tile: tuple[int, int], sweeps: tuple[Sweep, ...]) -> dict[str, int]:
+    """What a plan holds at the least, in bytes."""
+    n, v = tile
+    return {
+        "libraries and threads": s.capabilities.scratch,
+        "vectors, one number a token": s.vectors(),
+        "tile and operands": s.tile(n, v),
+        "gradient accumulators": s.accumulators(n, v, sweeps),
+        "d log_prob / d hidden": s.wide * s.tokens * s.hidden_size * s.frozen if not sweeps else 0,
+    }
 
 
 def _tile_of_a_full_step(s: Workload, budget: int) -> tuple[int, int] | None:

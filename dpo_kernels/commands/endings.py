@@ -8,11 +8,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 STARTED = os.getpid()
+# Package that may be missing -> the extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(("transformers", "accelerate", "datasets", "safetensors", "tokenizers", "pyarrow", "rich", "tqdm",
+                     "matplotlib", "jinja2", "numpy", "yaml", "huggingface_hub"), "train"),
+    "peft": "peft", "bitsandbytes": "quant", "ninja": "cpp",
+}  # fmt: skip
 GO_ON = "; go on with --resume_from_checkpoint"
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or a value that it cannot have."""
 
 
 def listen(program: str, go_on: str = "") -> None:
@@ -39,9 +51,24 @@ def ended(program: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except ModuleNotFoundError as error:
-        extra = "peft" if error.name == "peft" else "train"
-        text = f"needs the package {error.name}: pip install 'dpo-kernels[{extra}]'"
-        print(f"{program}: {text}", file=sys.stderr)
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"{program}: needs the package {package}: pip install 'dpo-kernels[{EXTRAS[package]}]'", file=sys.stderr)
+    except OptionError as error:
+        print(f"{program}: {error}", file=sys.stderr)
     except (ValueError, OSError) as error:  # what we and transformers raise for what a user can mend
         print(f"{program}: {type(error).__name__}: {error}", file=sys.stderr)
     return 1
+
+
+def as_sentence(program: str) -> Callable[..., str]:
+    """For `warnings.formatwarning`: what the user is told, without the line of code that tells it."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> str:
+        if category is not UserWarning:
+            return usual(message, category, *args, **kwargs)
+        return f"{program}: warning: {message}\n"
+
+    return formatted

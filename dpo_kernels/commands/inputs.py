@@ -8,15 +8,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels.commands.options import ScriptArguments
-from dpo_kernels.training import DPOConfig, DPODataset, ReadOptions
-from dpo_kernels.training.loading import check_positions, load_config, load_tokenizer, max_positions
+from dpo_kernels.training import DPOConfig, DPODataset, ReadOptions, sources
+from dpo_kernels.training.adapters import AdapterOptions
+from dpo_kernels.training.loading import check_positions, load_config, load_model, load_tokenizer, max_positions
 
 INSTALLED, CHECKOUT = Path(__file__).parents[1] / "examples", Path(__file__).parents[2] / "examples"
 EXAMPLE = (INSTALLED if INSTALLED.is_dir() else CHECKOUT) / "dpo.jsonl"
 DEFAULT_MAX_LENGTH = 2048
+
+
+def quiet() -> None:
+    """For commands whose output is read: no word of the libraries, and no bars while they load."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def prepare_tokenizer(script: ScriptArguments, example: Any, with_reference: bool) -> PreTrainedTokenizerBase:
@@ -55,31 +66,90 @@ def load_pairs(
     script: ScriptArguments, config: DPOConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[DPODataset, DPODataset | dict[str, DPODataset] | None]:
     """Pairs to train on, and held-out ones if asked for: one dataset, or several by their names."""
-    tools = Path(script.tools).read_text(encoding="utf-8") if script.tools else None
-    read = ReadOptions(
-        _columns(script.columns or []), script.string_format, script.pairs, _json("tools", tools, list) or [],
-        _json("chat_template_kwargs", script.chat_template_kwargs, dict) or {},
-    )  # fmt: skip
+    folder = Path(str(config.output_dir))
 
-    def load(path: str | Path, skipped: str) -> DPODataset:
-        return DPODataset(
-            path, tokenizer, max_length, assistant_turns=script.assistant_turns, truncation_mode=script.truncation_mode,
-            read=read, on_bad_line=script.on_bad_line, skipped_path=Path(str(config.output_dir)) / f"{skipped}.jsonl",
-            num_proc=script.dataset_num_proc,
-        )  # fmt: skip
+    def load(path: str, skipped: str, i: int) -> DPODataset:
+        return read_pairs(script, path, tokenizer, max_length, folder / f"{skipped}{f'.{i}' if i else ''}.jsonl")
 
-    def number(i: int) -> str:
-        return f".{i}" if i else ""
-
-    parts = [load(path, f"skipped{number(i)}") for i, path in enumerate(script.data_path or [str(EXAMPLE)])]
+    parts = [load(path, "skipped", i) for i, path in enumerate(script.data_path or [str(EXAMPLE)])]
     held_out: Any = None
     if script.eval_data_path:
-        loaded = [load(path, f"skipped.eval{number(i)}") for i, path in enumerate(script.eval_data_path)]
+        loaded = [load(path, "skipped.eval", i) for i, path in enumerate(script.eval_data_path)]
         held_out = loaded[0] if len(loaded) == 1 else dict(zip(_names(script.eval_data_path), loaded, strict=True))
     elif script.eval_size:  # before pairs are drawn more than once: none is on both sides
         shares = DPODataset.split_all(parts, script.eval_size, config.seed)
         parts, held_out = [train for train, _ in shares], DPODataset.mix([kept for _, kept in shares])
     return DPODataset.mix(parts, script.data_weights, config.seed), held_out
+
+
+def read_pairs(
+    script: ScriptArguments, path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, skipped: Path | None = None
+) -> DPODataset:
+    """The pairs of one source, read as the options say.
+
+    Args:
+        skipped: where bad lines go with --on_bad_line skip; default: beside the file.
+    """
+    tools = Path(script.tools).read_text(encoding="utf-8") if script.tools else None
+    read = ReadOptions(
+        _columns(script.columns or []), script.string_format, script.pairs, _json("tools", tools, list) or [],
+        _json("chat_template_kwargs", script.chat_template_kwargs, dict) or {},
+    )  # fmt: skip
+    return DPODataset(
+        path, tokenizer, max_length, assistant_turns=script.assistant_turns, truncation_mode=script.truncation_mode,
+        read=read, on_bad_line=script.on_bad_line, skipped_path=skipped, num_proc=script.dataset_num_proc,
+    )  # fmt: skip
+
+
+def check_sources(script: ScriptArguments) -> None:
+    """
+    Raises:
+        FileNotFoundError: a file of pairs or options is not there; what only the hub can tell is left to it.
+    """
+    for path in (*(script.data_path or ()), *(script.eval_data_path or ())):
+        sources.check_exists(path)
+    for name in filter(None, (script.tools, script.chat_template)):
+        Path(name).stat()
+
+
+def find_models(script: ScriptArguments) -> None:
+    """Puts folders in the place of hub names where a revision is asked for, so that all that is loaded is of it.
+
+    Raises:
+        ValueError: a revision of a folder, which has none.
+        OSError: the hub has no such model or revision, or cannot be asked.
+    """
+    revision = model_options(script).pop("revision", None) or script.model_revision
+    if revision in (None, "main"):
+        return
+    from huggingface_hub import snapshot_download
+
+    for option in ("ref_weight", "from_weight"):
+        if (name := getattr(script, option)) is None:
+            continue
+        if Path(name).exists():
+            raise ValueError(f"--model_revision is {revision!r}, and {name} is a folder, which has no revisions")
+        setattr(script, option, snapshot_download(name, revision=revision))
+
+
+def load(script: ScriptArguments, adapter: AdapterOptions, path: str, is_trainable: bool = False) -> Any:
+    """A model as the options say; see `loading.load_model`."""
+    more = model_options(script)
+    more.pop("revision", None)
+    dtype = more.pop("dtype", more.pop("torch_dtype", script.dtype))
+    dtype = dtype if dtype == "auto" else getattr(torch, str(dtype), None)
+    if dtype is None:
+        raise ValueError(f"model_init_kwargs asks for the dtype {more!r}; expected one as in float32, bfloat16")
+    trust = more.pop("trust_remote_code", script.trust_remote_code)
+    options: dict[str, Any] = adapter.quantization(dtype)
+    if script.attn_implementation:
+        options["attn_implementation"] = script.attn_implementation
+    return load_model(path, trust_remote_code=trust, dtype=dtype, is_trainable=is_trainable, **options | more)
+
+
+def model_options(script: ScriptArguments) -> dict[str, Any]:
+    """What --model_init_kwargs holds."""
+    return dict(_json("model_init_kwargs", script.model_init_kwargs, dict) or {})
 
 
 def _json(option: str, text: str | None, kind: type) -> Any:

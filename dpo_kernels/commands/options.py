@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from transformers import HfArgumentParser
+import torch
 
+from dpo_kernels import available_impls
+from dpo_kernels.commands import trl_options
+from dpo_kernels.commands.arguments import Arguments, Given, as_given, from_values, read_options
+from dpo_kernels.commands.endings import OptionError
 from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.adapters import AdapterOptions, base_of
 from dpo_kernels.training.lesson import EPOCHS
 
-DESCRIPTION = """Aligns a Hugging Face causal language model with preference pairs (DPO)."""
 # What the example sets where the command line does not: every one of them is an ordinary option.
 EXAMPLE_DEFAULTS = {
-    "--max_length": "192", "--eval_size": "0.15", "--per_device_train_batch_size": "16", "--num_train_epochs": "2",
-    "--learning_rate": "2e-4", "--beta": "0.3", "--lr_scheduler_type": "cosine", "--warmup_steps": "5",
-    "--eval_strategy": "epoch", "--save_strategy": "epoch", "--save_total_limit": "1", "--use_cpu": "True",
+    "max_length": "192", "eval_size": "0.15", "per_device_train_batch_size": "16", "num_train_epochs": "2",
+    "learning_rate": "2e-4", "beta": "0.3", "lr_scheduler_type": "cosine", "warmup_steps": "5",
+    "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": "1", "use_cpu": "True",
 }  # fmt: skip
 
 
@@ -75,6 +77,12 @@ class ScriptArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Of both models' weights; with --bf16 the products are bfloat16 anyway."}
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the models on the hub."}
+    )
+    model_init_kwargs: str | None = field(
+        default=None, metadata={"help": "JSON of options for from_pretrained, of both models."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Let code run that a model or tokenizer brings; read it first."}
     )
@@ -103,34 +111,79 @@ class ScriptArguments:
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, AdapterOptions, DPOConfig]:
-    """Options from the command line or from one .json or .yaml file; the example's defaults where nothing is given."""
-    types: Any = (ScriptArguments, AdapterOptions, DPOConfig)
-    parser = HfArgumentParser(types, description=DESCRIPTION, allow_abbrev=False)
-    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        argv = _from_file(Path(argv[0]))
-    given = {part.split("=")[0].replace("-", "_").replace("__", "--", 1) for part in argv if part.startswith("--")}
-    weights = given & {"--ref_weight", "--from_weight"}
-    if ("--data_path" in given) != bool(weights):
+    """Options from the command line or from a .json or .yaml file, ours or TRL's; the example's defaults where no
+    weights are given.
+
+    Raises:
+        OptionError: an option that does not exist, a value of another kind.
+        FileNotFoundError: there is no such file of options.
+        ValueError: a value out of range, or options that do not go together.
+    """
+    parser = make_parser()
+    given = _given(argv)
+    weights = given.keys() & {"ref_weight", "from_weight"}
+    for name in given:
+        parser.check_name(name)
+    if ("data_path" in given) != bool(weights):
         raise ValueError(
-            f"give --data_path and --ref_weight together, or neither for the example; found {sorted(given)}"
+            "give --data_path and --ref_weight together, or neither for the example; found "
+            f"{', '.join(f'--{name}' for name in sorted(given.keys() & {'data_path', *weights}))}"
         )
     if not weights:
-        if "--tokens_per_batch" in given:
-            given.add("--per_device_train_batch_size")  # which it takes the place of
-        argv = [part for pair in EXAMPLE_DEFAULTS.items() if pair[0] not in given for part in pair] + argv
-    if "--output_dir" not in given:
+        taken = given.keys() | ({"per_device_train_batch_size"} if "tokens_per_batch" in given else set())
+        given = {name: [value] for name, value in EXAMPLE_DEFAULTS.items() if name not in taken} | given
+    if "output_dir" not in given:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("give --output_dir: with several processes they have to agree on one")
-        argv = ["--output_dir", f"output/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}", *argv]
-    script, adapter, config = parser.parse_args_into_dataclasses(args=argv)
+        given["output_dir"] = [f"output/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"]
+    script, adapter, config = parser.dataclasses(given)
+    _check_together(script, adapter, config, set(given))
+    return script, adapter, config
+
+
+def make_parser() -> Arguments:
+    """Of all options of `train`."""
+    return Arguments((ScriptArguments, AdapterOptions, DPOConfig))
+
+
+def _given(argv: list[str]) -> Given:
+    """What the command line says, over what the file says that it names."""
+    file: Given = {}
+    datasets = None
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = ["--config", *argv]
+    line = as_given(argv)
+    if "config" in line:
+        names = line.pop("config")
+        if len(names) != 1:
+            raise OptionError(f"--config is {' '.join(names)!r}; expected one .yaml or .json file")
+        values = read_options(Path(names[0]))
+        trl_options.set_environment(values.pop("env", None) or {})
+        datasets = values.pop("datasets", None)
+        file = from_values(values)
+    return trl_options.translated({**file, **line}, datasets)
+
+
+def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, given: set[str]) -> None:
+    """
+    Raises:
+        ValueError: options that do not go together.
+    """
     if script.data_weights and len(script.data_weights) != len(script.data_path or []):
         raise ValueError(
             f"data_weights has {len(script.data_weights)} numbers for {len(script.data_path or [])} data_path"
         )
     if script.eval_size and script.eval_data_path:
         raise ValueError("give held-out pairs either by --eval_size or by --eval_data_path")
+    if config.eval_strategy != "no" and not (script.eval_size or script.eval_data_path):
+        when = getattr(config.eval_strategy, "value", config.eval_strategy)
+        raise ValueError(
+            f"--eval_strategy is {when!r}, and there are no held-out pairs to evaluate; give --eval_size 0.1, or "
+            "--eval_data_path FILE"
+        )
+    check_impl(config.impl, config.device)
     base = base_of(script.from_weight) if script.from_weight else None
-    if weights == {"--from_weight"} and base is None:
+    if script.from_weight and not script.ref_weight and base is None:
         raise ValueError(f"give --ref_weight too: {script.from_weight} is no adapter, which would be its own reference")
     if adapter.merge_adapter and (adapter.load_in_4bit or adapter.load_in_8bit):
         raise ValueError("merge_adapter does not go with quantised weights, which would round the adapter away")
@@ -140,26 +193,16 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, AdapterOptions, DPOConfig]:
         raise ValueError(
             "the example's model is made on the spot, and not quantised; give --data_path and --ref_weight"
         )
-    if {"--tokens_per_batch", "--per_device_train_batch_size"} <= given and script.start is not None:
+    if {"tokens_per_batch", "per_device_train_batch_size"} <= given and script.start is not None:
         raise ValueError("give one of --tokens_per_batch and --per_device_train_batch_size")
     if adapter.use_peft and base is not None:
         raise ValueError(f"use_peft puts a new adapter into a model, and {script.from_weight} is one; leave one out")
-    return script, adapter, config
 
 
-def _from_file(path: Path) -> list[str]:
-    """The options of a .json or .yaml file as a command line; null leaves an option at its default."""
-    if path.suffix == ".json":
-        values = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        import yaml
-
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}; expected options as names and values")
-    argv: list[str] = []
-    for name, value in values.items():
-        if value is not None:
-            parts = value if isinstance(value, list) else [value]
-            argv += [f"--{name}", *(json.dumps(part) if isinstance(part, dict) else str(part) for part in parts)]
-    return argv
+def check_impl(impl: str | None, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: the implementation cannot run on the device; says why.
+    """
+    if impl is not None and (reason := available_impls(device).get(impl)):
+        raise ValueError(f"--impl {impl} cannot run on {device}: {reason}; leave it out for the fastest that can")

@@ -13,13 +13,21 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kernels.commands.inputs import EXAMPLE, choose_max_length, load_pairs, prepare_tokenizer
-from dpo_kernels.commands.options import ScriptArguments, parse
+from dpo_kernels.commands import help
+from dpo_kernels.commands.inputs import (
+    EXAMPLE,
+    check_sources,
+    choose_max_length,
+    find_models,
+    load,
+    load_pairs,
+    prepare_tokenizer,
+)
+from dpo_kernels.commands.options import ScriptArguments, make_parser, parse
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, checkpoints, resume
 from dpo_kernels.training.adapters import AdapterOptions, base_of, is_adapted
 from dpo_kernels.training.data_report import lengths
 from dpo_kernels.training.lesson import taught_model
-from dpo_kernels.training.loading import load_model
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.report import save_lengths
 from dpo_kernels.training.report.ending import evaluate_last, show_end
@@ -29,10 +37,14 @@ from dpo_kernels.training.show import show_pairs
 from dpo_kernels.training.small_model import make_small_model
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "train.py") -> int:
     """Trains; returns the exit status. What a user can mend is a ValueError or an OSError of one sentence."""
     transformers.utils.logging.set_verbosity_warning()
-    script, adapter, config = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if wanted := {"-h", "--help", "--help-all", "--help_all"} & set(argv):
+        print((help.short if wanted <= {"-h", "--help"} else help.full)(make_parser(), program))
+        return 0
+    script, adapter, config = parse(argv)
     output_dir = Path(str(config.output_dir))
     with owned(output_dir) if config.process_index == 0 else nullcontext():
         return train_in(output_dir, script, adapter, config)
@@ -42,6 +54,9 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
     """`main` in a folder that no other run writes into."""
     resume_from = checkpoint_to_resume(config, output_dir)
     peft_config = adapter.peft_config()
+    adapter.quantization(torch.float32)  # whether its package is there
+    check_sources(script)
+    find_models(script)
     # Before the weights are loaded: what is wrong with the data or its tokenizer is known in seconds.
     example = make_small_model(EXAMPLE) if script.start is None else None
     tokenizer = prepare_tokenizer(script, example[1] if example else None, config.loss_options.needs_reference)
@@ -158,8 +173,8 @@ def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOCon
     second = config.loss_options.needs_reference and not of_itself
     if name is None:
         return example, copy.deepcopy(example) if second else None
-    policy = _load(script, adapter, name, is_trainable=True)
-    return policy, _load(script, adapter, script.ref_weight or name) if second else None
+    policy = load(script, adapter, name, is_trainable=True)
+    return policy, load(script, adapter, script.ref_weight or name) if second else None
 
 
 def _same(one: str | None, other: str | None) -> bool:
@@ -183,13 +198,3 @@ def tell(
 def say(config: DPOConfig, text: str) -> None:
     if config.process_index == 0:
         print(text, flush=True)
-
-
-def _load(script: ScriptArguments, adapter: AdapterOptions, path: str, is_trainable: bool = False) -> Any:
-    dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
-    options: dict[str, Any] = adapter.quantization(dtype)
-    if script.attn_implementation:
-        options["attn_implementation"] = script.attn_implementation
-    return load_model(
-        path, trust_remote_code=script.trust_remote_code, dtype=dtype, is_trainable=is_trainable, **options
-    )

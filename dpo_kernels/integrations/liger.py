@@ -9,7 +9,6 @@ batch raises instead of broadcasting.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from dpo_kernels.call import accumulate_dtype
 from dpo_kernels.functional import hidden_to_log_probs
 from dpo_kernels.losses import LOSSES, LossOptions, Sides, check_options, make_pairs, pair_losses
+from dpo_kernels.warn import warn
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -70,10 +70,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         self.chunk_size, self.loss_type, self.label_smoothing = chunk_size, loss_type, label_smoothing
         self.discopop_tau, self.memory_budget, self.impl = discopop_tau, memory_budget, impl
         if self.options.label_smoothing != label_smoothing:
-            warnings.warn(
-                f"label_smoothing is {label_smoothing}, which loss_type {loss_type!r} does not have: it is ignored",
-                stacklevel=2,
-            )
+            warn(f"label_smoothing is {label_smoothing}, which loss_type {loss_type!r} does not have: it is ignored")
 
     @property
     def options(self) -> LossOptions:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dpo_kernels.functional import token_stats
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
+from dpo_kernels.warn import warn
 
 KNOWN = "1.16"
 NAME = "_ChunkedLogProbFunction"
@@ -60,7 +60,7 @@ class FusedLogProbs:
         """
         if any(hasattr(parameter, "ds_id") for parameter in (weight, bias)):
             # Its pieces are gathered around TRL's forward, and around its backward by TRL's function alone.
-            warnings.warn("the head is partitioned by DeepSpeed ZeRO-3: TRL's own log-probs are used", stacklevel=2)
+            warn("the head is partitioned by DeepSpeed ZeRO-3: TRL's own log-probs are used")
             return self.own.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )

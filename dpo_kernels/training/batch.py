@@ -16,18 +16,26 @@ from dpo_kernels.training.layouts import PADDED, Arranged, Layout, PairTokens, S
 
 IGNORE_INDEX = -100
 PER_TOKEN = {"log_probs", "log_sum_sq_probs"}  # of what a fused model gives
+PADDING = {"y_": IGNORE_INDEX}  # what tensors of a name are padded with, others with 0: it counts nowhere
 UNCOUNTED = "uncounted"  # in a batch: its pair is there for a process that has nothing left to do
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Stacks items and cuts what no sequence of the batch needs: everything after the last token that counts."""
+    """Stacks items and cuts what no sequence of the batch needs: everything after the last token that counts.
+
+    multiple_of: sequences are padded to a multiple of it, beyond the items' own length too. None: to the longest.
+    """
+
+    multiple_of: int | None = None
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         counted = batch["mask_chosen"] | batch["mask_rejected"]
         length = int(counted.any(0).nonzero().max()) + 1 if counted.any() else 1
-        return {name: tensor[:, :length].contiguous() for name, tensor in batch.items()}
+        if self.multiple_of is not None:
+            length = -(-length // self.multiple_of) * self.multiple_of
+        return {name: _of_length(tensor, length, PADDING.get(name[:2], 0)) for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,11 @@ class PairBatch:
 
     def _of_both(self, name: str) -> Tensor:
         return torch.cat([self.inputs[f"{name}_{side}"] for side in SIDES])
+
+
+def _of_length(tensor: Tensor, length: int, fill: int) -> Tensor:
+    more = length - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (0, more), value=fill) if more > 0 else tensor[:, :length].contiguous()
 
 
 def pair_tokens(item: Mapping[str, Tensor]) -> PairTokens:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from dpo_kernels.training.data import write_whole
 from dpo_kernels.training.processes import anywhere
 from dpo_kernels.training.report import LOG_NAME, save_curves
 from dpo_kernels.training.report.metrics import shown
+from dpo_kernels.warn import warn
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 
@@ -91,7 +91,7 @@ class RunLog(TrainerCallback):
 
     def _tell(self, error: OSError) -> None:
         if not self._behind:
-            warnings.warn(f"log and curves cannot be written ({error}); training goes on without", stacklevel=2)
+            warn(f"log and curves cannot be written ({error}); training goes on without")
 
     def _path(self, args: TrainingArguments) -> Path:
         return Path(str(args.output_dir)) / LOG_NAME

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from dpo_kernels.warn import warn
 
 PREFIX = "checkpoint-"
 STAGING = ".incomplete"
@@ -112,7 +113,7 @@ def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | No
         for path in spare[: max(0, len(found) - limit)]:
             _discard(path, staging(output_dir))
     except OSError as error:
-        warnings.warn(f"{path} is beyond save_total_limit, and cannot be deleted ({error})", stacklevel=2)
+        warn(f"{path} is beyond save_total_limit, and cannot be deleted ({error})")
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -341,3 +342,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# IMPORT

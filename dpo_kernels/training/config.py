@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from dpo_kernels.losses import LossOptions, check_options
+from dpo_kernels.units import parse_bytes
+from dpo_kernels.warn import warn
 
-# Options of TrainingArguments that would be ignored or misunderstood, and the values that they may have.
-RESTRICTED: dict[str, tuple[Any, ...]] = {
-    "label_smoothing_factor": (0.0,),
-    "batch_eval_metrics": (False,),
-    "train_sampling_strategy": ("random", "sequential"),
-    "use_liger_kernel": (False,),
-    "remove_unused_columns": (False,),
-    "neftune_noise_alpha": (None,),
-}
+# Options of TrainingArguments that would be ignored or misunderstood: the values that they may have, and why.
+RESTRICTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0.0,), "it smooths labels over a vocabulary; the share of flipped preferences is "
+                               "--label_smoothing"),
+    "batch_eval_metrics": ((False,), "the figures of an evaluation are means over all its pairs"),
+    "train_sampling_strategy": (("random", "sequential"), "pairs have no one length to group by; --tokens_per_batch "
+                                "fills batches by tokens"),
+    "use_liger_kernel": ((False,), "the head is fused here already"),
+    "remove_unused_columns": ((False,), "the columns are the pairs"),
+    "neftune_noise_alpha": ((None,), "noise in the policy alone would change what it is compared with"),
+}  # fmt: skip
 # What tokens_per_batch takes the place of, or cannot go with, and the values that are no wish.
 WITH_TOKENS_PER_BATCH: dict[str, tuple[Any, ...]] = {
     "per_device_train_batch_size": (8,), "dataloader_drop_last": (False,), "auto_find_batch_size": (False,),
@@ -82,6 +84,9 @@ class DPOConfig(TrainingArguments):
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "One pass of the reference before training, cached on disk; then it is freed."}
     )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs at once in that pass; default: per_device_eval_batch_size."}
+    )
     adapter_reference: Literal["start", "base"] = field(
         default="start",
         metadata={"help": "An adapter's reference, where none is given: what it starts as, or the model without it."},
@@ -97,6 +102,9 @@ class DPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "How pairs lie in rows: auto takes the fewest tokens that the model passes a check with."},
     )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Rows of so many tokens or a multiple; rows are padded then."}
+    )
     tokens_per_batch: int | None = field(
         default=None,
         metadata={"help": "Instead of per_device_train_batch_size: as many pairs as fill so many tokens, padding too."},
@@ -110,21 +118,36 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         names = {f.name: "dpo_aggregate" if f.name == "aggregate" else f.name for f in fields(LossOptions)}
         self.loss_options = check_options(LossOptions(**{to: getattr(self, own) for to, own in names.items()}))
-        for name, allowed in RESTRICTED.items():
+        for name, (allowed, reason) in RESTRICTED.items():
             if (value := getattr(self, name, allowed[0])) not in allowed:
-                raise ValueError(f"{name} is {value!r}; with DPO it can be {' or '.join(map(repr, allowed))} only")
+                known = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name} is {value!r}; with DPO it can be {known} only: {reason}")
         self._check_sync()
+        self._check_padding()
         if self.tokens_per_batch is not None:
             self._check_tokens_per_batch()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if self.n_gpu > 1:
-            warnings.warn(
+            warn(
                 f"{self.n_gpu} GPUs are visible and one is used: to use them all, run "
-                f"torchrun --nproc_per_node {self.n_gpu} train.py ...",
-                stacklevel=2,
+                f"torchrun --nproc_per_node {self.n_gpu} train.py ..."
             )
             self._n_gpu = 1  # nn.DataParallel would share one head among its threads
+
+    def _check_padding(self) -> None:
+        for name in ("pad_to_multiple_of", "precompute_ref_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ValueError("precompute_ref_batch_size does nothing without precompute_ref_log_probs")
+        if self.pad_to_multiple_of is not None:
+            if self.layout not in ("auto", "padded") or self.tokens_per_batch is not None:
+                raise ValueError(
+                    f"pad_to_multiple_of is {self.pad_to_multiple_of}, which is of padded rows, and layout is "
+                    f"{self.layout!r}; leave out layout and tokens_per_batch, or pad_to_multiple_of"
+                )
+            self.layout = "padded"
 
     def _check_sync(self) -> None:
         if not self.sync_ref_model:
@@ -152,18 +175,3 @@ class DPOConfig(TrainingArguments):
                     f"tokens_per_batch does not go with {name}={value!r}: a batch has as many pairs as fill so many "
                     "tokens, each pair is in one of them, and each process reads its own"
                 )
-
-
-def parse_bytes(text: str | int | None) -> int | None:
-    """512MiB, 1.5 GiB, 64MB or a plain number of bytes; None stays None.
-
-    Raises:
-        ValueError: not a size.
-    """
-    if text is None or isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"memory_budget is {text!r}; expected a size such as 512MiB, 2GiB or 500000000")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

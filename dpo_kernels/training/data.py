@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from dpo_kernels.training.data_report import DataReport, column
 from dpo_kernels.training.formats import SIDES, ReadOptions, read_line
 from dpo_kernels.training.messages import DataError
 from dpo_kernels.training.sources import RawLine, Source, open_source
+from dpo_kernels.warn import warn
 
 ON_BAD_LINE = ("raise", "skip")
 REPEATED = 5  # by how much a mixture may be larger than its sources before it is told
@@ -271,10 +271,9 @@ def _draws(sizes: list[int], weights: Sequence[float], seed: int) -> np.ndarray:
         places[where] = starts[i] + np.arange(len(where)) % max(size, 1)
         last = max(last, int(where[size - 1]) + 1 if size else 0)
     if last > REPEATED * sum(sizes):
-        warnings.warn(
+        warn(
             f"data_weights {list(weights)} makes {last:,} pairs of {sum(sizes):,}, so that some are seen many times; "
-            "give weights nearer to the sizes of the sources",
-            stacklevel=3,
+            "give weights nearer to the sizes of the sources"
         )
     return places[:last]
 

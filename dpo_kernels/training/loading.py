@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -33,6 +32,7 @@ from transformers.utils import cached_file
 
 from dpo_kernels.training import adapters
 from dpo_kernels.training.output_head import below_adapters
+from dpo_kernels.warn import warn
 
 # One of these is there wherever a tokenizer is.
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -295,7 +295,7 @@ def _asked(name: str, load: Callable[[], Loaded]) -> Loaded:
 
 
 def _check_exists(name: str) -> None:
-    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise LoadError(f"there is no model folder {name}, and no hub name is like this; give a folder, or owner/name")
 
 
@@ -322,7 +322,4 @@ def _compare(policy: str, own: Any, reference: str, other: Any) -> None:
             f"{name} {own.special_tokens_map[name]!r} / {other.special_tokens_map.get(name)!r}"
             for name in sorted(names)
         )
-        warnings.warn(
-            f"policy and reference have other special tokens ({listed}); both are given text with the policy's",
-            stacklevel=3,
-        )
+        warn(f"policy and reference have other special tokens ({listed}); both are given text with the policy's")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+
+from dpo_kernels.warn import warn
 
 LOCK_NAME = "_lock"  # push_to_hub leaves out what begins with _
 _HELD: dict[Path, int] = {}  # folders of this process, links resolved, and the open file that holds each
@@ -88,7 +89,7 @@ def _lock(path: Path, descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            warnings.warn(f"{path.parent} cannot be locked ({error.strerror}): start no second run there", stacklevel=5)
+            warn(f"{path.parent} cannot be locked ({error.strerror}): start no second run there")
             return
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         raise FolderInUseError(
@@ -104,3 +105,6 @@ def _is_still(path: Path, descriptor: int) -> bool:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: removed by another machine, on NFS
             return False
         raise
+
+
+# IMPORT

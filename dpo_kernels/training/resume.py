@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dpo_kernels.training.checkpoints import CheckpointError
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.data_report import column
+from dpo_kernels.warn import warn
 
 # Options that decide the numbers of a step: a resume with another value warns.
 NUMBERS = (
@@ -54,7 +54,7 @@ def newest_whole(output_dir: str | os.PathLike[str]) -> Path | None:
             "--output_dir"
         )
     if damaged:
-        warnings.warn(f"{damaged}: going on from {whole.name if whole else ''}, the newest that is whole", stacklevel=2)
+        warn(f"{damaged}: going on from {whole.name if whole else ''}, the newest that is whole")
     return whole
 
 
@@ -107,7 +107,7 @@ def check_data(checkpoint: str | os.PathLike[str], dataset: Any, allow_changed: 
     """
     saved, now = checkpoints.read_facts(Path(checkpoint)).get("data"), data_facts(dataset)
     if saved is None:
-        warnings.warn(f"{checkpoint} does not say what data it was trained on: that was not compared", stacklevel=2)
+        warn(f"{checkpoint} does not say what data it was trained on: that was not compared")
         return
     if all(saved[name] == now[name] for name in saved.keys() & now.keys()):
         return
@@ -120,7 +120,7 @@ def check_data(checkpoint: str | os.PathLike[str], dataset: Any, allow_changed: 
             "order that it never began. Give the data, tokenizer, --max_length, --eval_size and --seed that it was "
             "begun with; or go on all the same with --allow_changed_data true"
         )
-    warnings.warn(f"other pairs than {checkpoint} was trained on ({numbers}), as allowed", stacklevel=2)
+    warn(f"other pairs than {checkpoint} was trained on ({numbers}), as allowed")
 
 
 def warn_of_changes(checkpoint: Path, now: dict[str, Any]) -> None:
@@ -129,12 +129,11 @@ def warn_of_changes(checkpoint: Path, now: dict[str, Any]) -> None:
     before, after = ({**found.get("options", {}), "reference": found.get("reference")} for found in (saved, now))
     changed = [f"{name} {before[name]!r} -> {after[name]!r}" for name in before if before[name] != after.get(name)]
     if saved and changed:
-        warnings.warn(f"{checkpoint.name} was trained with other options: {', '.join(changed)}", stacklevel=3)
+        warn(f"{checkpoint.name} was trained with other options: {', '.join(changed)}")
     if not any("optim" in path.name or path.name.startswith("global_step") for path in checkpoint.iterdir()):
-        warnings.warn(
+        warn(
             f"{checkpoint.name} holds no state of the optimizer (save_only_model): optimizer and learning rate start "
-            "anew, and the weights will not be those of a run that was never interrupted",
-            stacklevel=3,
+            "anew, and the weights will not be those of a run that was never interrupted"
         )
 
 
@@ -147,10 +146,9 @@ def set_aside_newer(checkpoint: Path, output_dir: Path) -> None:
     ]
     if newer:
         names = [checkpoints.set_aside(path).name for path in newer]
-        warnings.warn(
+        warn(
             f"kept, and taken up by no run: {', '.join(names)} in {output_dir}; to go on from one, rename it back to "
-            f"{checkpoints.PREFIX}N",
-            stacklevel=3,
+            f"{checkpoints.PREFIX}N"
         )
 
 

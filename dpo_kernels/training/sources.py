@@ -21,6 +21,7 @@ from dpo_kernels.training.messages import DataError
 
 # Files that lie beside data and describe it.
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "metadata.json")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
@@ -98,12 +99,34 @@ def open_source(spec: str | os.PathLike[str] | datasets.Dataset) -> Source:
         return Source(str(path), _content_hash((path,)), (path,))
     if path.is_dir():
         return _saved(path, split) or _folder(path, split)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", str(path)) and not _known(path):
+    if HUB_NAME.fullmatch(str(path)) and not _known(path):
         return _from_hub(str(path), split)
-    raise FileNotFoundError(
-        f"no preference file {text}; give a file ({', '.join(READERS)}), a folder, or a dataset's name on the hub as "
+    raise _not_found(text)
+
+
+def check_exists(spec: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: `open_source` would find nothing here, and no hub has a name like this.
+    """
+    head = spec.rpartition(":")[0] if ":" in spec and not Path(spec).exists() else spec
+    path = Path(head)
+    if not (path.exists() or (HUB_NAME.fullmatch(str(path)) and not _known(path))):
+        raise _not_found(spec)
+
+
+def _not_found(spec: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no preference file {spec}; give a file ({', '.join(READERS)}), a folder, or a dataset's name on the hub as "
         "in org/name:split"
     )
+
+
+def splits_of(folder: Path) -> list[str]:
+    """The splits that a folder tells apart, by the names of its files or as `datasets` saved them."""
+    if (listed := folder / "dataset_dict.json").is_file():
+        return list(json.loads(listed.read_text(encoding="utf-8"))["splits"])
+    return sorted(filter(None, {_split_of(file) for file in folder.rglob("*") if file.is_file() and _known(file)}))
 
 
 def _saved(path: Path, split: str) -> Source | None:

@@ -20,6 +20,7 @@ from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_loss
 from dpo_kernels.training import adapters, aux_loss, checkpoints, layout_check, resume
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
+from dpo_kernels.training.budget import check_budget
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
@@ -88,9 +89,10 @@ class DPOTrainer(Trainer):
         self._silenced = disable_dropout(model) if args.disable_dropout else Silenced()
         for name, dataset in _named(train_dataset=train_dataset, eval_dataset=eval_dataset):
             _check_dataset(name, dataset, model)
+        check_budget(args, model, ref_model, train_dataset, eval_dataset, args.device)
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
         super().__init__(
-            model=model, args=args, data_collator=PairCollator(), train_dataset=train_dataset,
+            model=model, args=args, data_collator=PairCollator(args.pad_to_multiple_of), train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
             compute_metrics=mean_metrics,
         )  # fmt: skip
@@ -418,7 +420,7 @@ class DPOTrainer(Trainer):
         """Puts the reference's log-probs into the datasets and frees it."""
 
         def scored(dataset: DPODataset) -> DPODataset:
-            batch_size = self.args.per_device_eval_batch_size
+            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             return with_ref_log_probs(dataset, self.reference, self.accelerator, batch_size)
 
         self.train_dataset = _each(self.train_dataset, scored)

@@ -26,10 +26,10 @@ from dpo_kernels.training import (
     PairCollator,
     checkpoints,
 )  # fmt: skip
-from dpo_kernels.training.config import parse_bytes
 from dpo_kernels.training.loading import max_positions
 from dpo_kernels.training.small_model import make_small_model
 from dpo_kernels.training.trainer import PAIR_METRICS
+from dpo_kernels.units import parse_bytes
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
 

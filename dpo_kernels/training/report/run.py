@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from dpo_kernels.training.report.svg import histogram_svg
 from dpo_kernels.training.report.tokens import full_colour, shown_pair
 from dpo_kernels.training.scoring import ScoredPair, score_of, score_pairs
 from dpo_kernels.training.trainer import DPOTrainer
+from dpo_kernels.warn import warn
 
 PROMPTS, PAIRS = 3, 6
 BATCH = 2  # pairs that are scored at once
@@ -164,7 +164,7 @@ class RunReport:
             return do()
         except Exception as error:
             told = f"{what} could not be made ({type(error).__name__}: {error}); the model is not touched by it"
-            warnings.warn(told, stacklevel=3)
+            warn(told)
             return otherwise
         finally:
             self.seconds += time.perf_counter() - began

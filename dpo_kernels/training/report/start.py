@@ -16,6 +16,7 @@ from dpo_kernels import plan
 from dpo_kernels.dispatch import choose
 from dpo_kernels.planner import Plan
 from dpo_kernels.training import adapters
+from dpo_kernels.training.budget import longest_batches
 from dpo_kernels.training.data_report import column, lengths
 from dpo_kernels.training.output_head import find_head
 from dpo_kernels.training.reference import FrozenModel, OwnStart
@@ -159,17 +160,13 @@ def head_plan(trainer: DPOTrainer) -> Plan | None:
     weight: Any = find_head(trainer.model).weight
     if weight.ndim != 2 or not weight.numel():  # ZeRO-3 keeps it elsewhere
         return None
-    batch = trainer.args.per_device_train_batch_size
-    counted = np.sort(np.asarray(column(trainer.train_dataset.rows, "counted")))[::-1]
-    labels = int(counted[:batch].sum())
-    if trainer.args.tokens_per_batch is not None:
-        labels = min(int(counted.sum()), max(trainer.args.tokens_per_batch, int(counted[0])))
+    longest = next(longest_batches(trainer.args, trainer.train_dataset, None))
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(trainer.accelerator.mixed_precision))
     wanted = [name for name, on in (("hidden", True), ("weight", weight.requires_grad)) if on]
     return plan(
-        labels, weight.shape[1], weight.shape[0], weight.dtype, grads=wanted, compute_dtype=compute,
+        longest.tokens, weight.shape[1], weight.shape[0], weight.dtype, grads=wanted, compute_dtype=compute,
         softcap=trainer.head.transform.softcap, memory_budget=trainer.args.memory_budget_bytes,
-        device=trainer.args.device, impl=trainer.args.impl,
+        device=trainer.args.device, impl=trainer.args.impl, labels=longest.labels,
     )  # fmt: skip
 
 
