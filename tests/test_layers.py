@@ -26,6 +26,7 @@ LAYERS = (
     ("preference_losses",),
     ("integrations", "training"),
     ("commands",),
+    ("__main__",),
 )
 INSIDE = {"kernels", "losses", "integrations", "training", "commands"}  # folders whose files import each other
 LOSSES = ("pairs", "registry", "options", "formulas", "api")  # their own order, from the bottom

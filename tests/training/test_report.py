@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html.parser
 import re
+from io import StringIO
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from test_sentences import GOOD, evaluated, trained
 
 from dpo_kernels.training.report.card import CardFacts, card, on_the_hub, snippet
@@ -16,6 +18,7 @@ from dpo_kernels.training.report.page import Answer, Page, drawn, render, tiles_
 from dpo_kernels.training.report.panels import MOST_POINTS, panels_of, thinned
 from dpo_kernels.training.report.pictures import save_curves
 from dpo_kernels.training.report.sentences import findings
+from dpo_kernels.training.report.start import RunFacts, show_start
 from dpo_kernels.training.report.svg import histogram_svg, panel_svg, ticks
 from dpo_kernels.training.report.tokens import ShownAnswer, ShownPair, ShownToken
 
@@ -143,13 +146,16 @@ def test_lines_at_log_2_and_at_chance_and_held_out_rewards():
 def test_the_title_is_drawn_and_the_legend_is_below_the_axes(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: seen.append(self) or path.write_bytes(b""))
+    seen, own = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **options: seen.append(self) or own(self, path, **options)
+    )
     log = [*GOOD, {"step": 31, "loss": float("nan"), "logps/chosen": -9.0, "logps/rejected": -8.0}]
-    assert save_curves(log, tmp_path, "run: model, sigmoid") == tmp_path / "curves.png"
+    title = "运行 $\\frac: model, sigmoid"  # no formula, and no warning of letters that the font lacks
+    log.append({"step": 31, "eval_a$b_logps/chosen": -8.0})
+    assert save_curves(log, tmp_path, title) == tmp_path / "curves.png"
     (figure,) = seen
-    figure.canvas.draw()
-    assert figure.get_suptitle() == "run: model, sigmoid"
+    assert figure.get_suptitle() == title
     for axis in figure.axes:
         legend = axis.get_legend().get_window_extent()
         assert legend.y1 < axis.get_window_extent().y0
@@ -199,3 +205,13 @@ def test_the_snippets_are_python():
         for has_chat in (False, True):
             facts = CardFacts("t", "it's", "b", [], [], "", 'a "question"', has_chat, is_adapter, True)
             compile(snippet(facts), "card", "exec")
+
+
+def test_the_start_is_a_table_on_a_terminal_and_lines_in_a_log():
+    facts = RunFacts(["my/pairs.jsonl"], "org/[red]x", None, [("data", "[bold]x[/bold]"), ("model", "y" * 100)])
+    table, lines = StringIO(), StringIO()
+    show_start(facts, Console(file=table, force_terminal=True, width=60, color_system=None, soft_wrap=True))
+    show_start(facts, Console(file=lines, width=60, soft_wrap=True))
+    assert max(map(len, table.getvalue().splitlines())) <= 60
+    assert "org/[red]x aligned with my/pairs.jsonl" in table.getvalue()
+    assert lines.getvalue().splitlines() == ["data:          [bold]x[/bold]", f"model:         {'y' * 100}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def save_curves(log: Log, output_dir: Path, title: str = "", loss_type: Sequence
         return None
     figure, axes = _figure(2, 2, (12, 8.5))
     if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left", parse_math=False)
     for axis, panel in zip(axes.flat, panels_of(log, loss_type), strict=True):
         _draw(axis, panel)
     return _save(figure, output_dir / CURVES_NAME)
@@ -37,12 +38,12 @@ def _draw(axis: Any, panel: Panel) -> None:
         colour, dash = COLOURS[curve.look], DASHES[curve.look]
         if curve.held_out:
             axis.plot(*zip(*curve.raw, strict=True), color=colour, linestyle=dash, marker="o", markersize=5.5,
-                      markerfacecolor="white", linewidth=1.2, label=curve.label, zorder=4)  # fmt: skip
+                      markerfacecolor="white", linewidth=1.2, label=_plain(curve.label), zorder=4)  # fmt: skip
             continue
         if curve.raw != curve.smooth:
             axis.plot(*zip(*curve.raw, strict=True), color=colour, alpha=0.22, linewidth=0.9)
-        axis.plot(*zip(*curve.smooth, strict=True), color=colour, linestyle=dash, linewidth=2.2, label=curve.label,
-                  zorder=3)  # fmt: skip
+        axis.plot(*zip(*curve.smooth, strict=True), color=colour, linestyle=dash, linewidth=2.2,
+                  label=_plain(curve.label), zorder=3)  # fmt: skip
     for value, label in panel.levels:
         axis.axhline(value, color="#444444", linestyle=(0, (1, 2)), linewidth=1.1, zorder=2)
         axis.annotate(label, (1, value), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -97,6 +98,11 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
     return plt.subplots(rows, columns, figsize=size, layout="constrained")
 
 
+def _plain(text: str) -> str:
+    """A name in which dollar signs begin no formula."""
+    return text.replace("$", r"\$")
+
+
 def _save(figure: Any, target: Path) -> Path:
     """Writes the picture so that it appears whole or not at all."""
     from matplotlib import pyplot as plt
@@ -104,7 +110,9 @@ def _save(figure: Any, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}")
     try:
-        figure.savefig(part, dpi=110, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+            figure.savefig(part, dpi=110, format="png")
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(target)) from error

@@ -75,7 +75,7 @@ def show_start(facts: RunFacts, console: Console | None = None) -> None:
     if not console.is_terminal:
         console.print("\n".join(f"{name + ':':<15}{what}" for name, what in facts.rows), markup=False)
         return
-    table = Table(title=facts.title, title_justify="left", title_style="bold", show_header=False, box=None,
+    table = Table(title=Text(facts.title), title_justify="left", title_style="bold", show_header=False, box=None,
                   padding=(0, 2, 0, 0))  # fmt: skip
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
