@@ -20,8 +20,8 @@ from dpo_kernels.training.lesson import EPOCHS
 
 # What the example sets where the command line does not: every one of them is an ordinary option.
 EXAMPLE_DEFAULTS = {
-    "max_length": "192", "eval_size": "0.15", "per_device_train_batch_size": "16", "num_train_epochs": "2",
-    "learning_rate": "2e-4", "beta": "0.3", "lr_scheduler_type": "cosine", "warmup_steps": "5",
+    "max_length": "192", "eval_size": "0.15", "per_device_train_batch_size": "16", "num_train_epochs": "3",
+    "learning_rate": "2e-4", "beta": "0.5", "lr_scheduler_type": "cosine", "warmup_steps": "5",
     "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": "1", "use_cpu": "True",
 }  # fmt: skip
 
