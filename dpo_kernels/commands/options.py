@@ -202,7 +202,13 @@ def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DP
 def check_impl(impl: str | None, device: torch.device) -> None:
     """
     Raises:
-        ValueError: the implementation cannot run on the device; says why.
+        OptionError: there is no such implementation.
+        ValueError: it cannot run on the device; says why.
     """
-    if impl is not None and (reason := available_impls(device).get(impl)):
+    if impl is None:
+        return
+    reasons = available_impls(device)
+    if impl not in reasons:
+        raise OptionError(f"--impl is {impl!r}; expected one of {', '.join(reasons)}")
+    if reason := reasons[impl]:
         raise ValueError(f"--impl {impl} cannot run on {device}: {reason}; leave it out for the fastest that can")

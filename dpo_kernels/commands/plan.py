@@ -26,7 +26,7 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--trust_remote_code", action="store_true", help="let code run that the model brings")
     options = parser.parse_args(argv)
     given = [options.hidden_size, options.vocab_size]
-    if (options.model is None) == (None in given) and (options.model is None or given != [None, None]):
+    if None in given if options.model is None else given != [None, None]:
         raise OptionError("give a model, or --hidden_size and --vocab_size")
     hidden_size, vocab_size, softcap = _sizes(options) if options.model else (*given, None)
     import torch

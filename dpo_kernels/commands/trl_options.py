@@ -7,13 +7,14 @@ own fields and these tables.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_kernels.commands.arguments import Given
 from dpo_kernels.commands.endings import OptionError
 from dpo_kernels.training import sources
+from dpo_kernels.training.config import RESTRICTED
 
 # TRL's name -> what it is here, in words; `translated` does it.
 RENAMED = {
@@ -103,6 +104,31 @@ def translated(given: Given, datasets: Any = None) -> Given:
         defaults = DEFAULTS if (own.get("fp16") or ["false"])[0].lower() != "true" else DEFAULTS | {"bf16": "false"}
         own = {name: [value] for name, value in defaults.items() if name not in own} | own
     return own
+
+
+def table(fields: Mapping[str, Any], ours: Sequence[str]) -> str:
+    """A row of Markdown for each option of TRL's: what it is here.
+
+    Args:
+        fields: TRL's dataclass fields by their names.
+        ours: names of the options that there are here.
+    """
+    rows = ["| option of TRL 1.16 | here |", "|---|---|"]
+    for name in fields:
+        if name in RESTRICTED:
+            allowed, reason = RESTRICTED[name]
+            what = f"refused but for {' and '.join(f'`{value}`' for value in allowed)}: {reason}"
+        elif name in REFUSED:
+            allowed, reason = REFUSED[name]
+            what = f"refused{' but for ' if allowed else ''}{' and '.join(f'`{value}`' for value in allowed)}: {reason}"
+        elif name in RENAMED:
+            what = RENAMED[name]
+        elif name in ours:
+            what = f"the same; with TRL's default, {DEFAULTS[name]}" if name in DEFAULTS else "the same"
+        else:
+            raise KeyError(f"{name} is an option of TRL's that no table has")
+        rows.append(f"| `{name}` | {what} |")
+    return "\n".join(rows)
 
 
 def set_environment(values: Any) -> None:

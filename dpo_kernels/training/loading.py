@@ -68,10 +68,12 @@ def load_tokenizer(
         for name in dict.fromkeys(filter(None, (policy, reference))) if _has_tokenizer(name)
     }  # fmt: skip
     if not found:
+        who = policy if reference in (None, policy) else f"neither {policy} nor the reference {reference}"
+        holds = "holds no tokenizer" if reference in (None, policy) else "holds a tokenizer"
         raise ValueError(
-            f"neither {policy} nor the reference {reference} holds a tokenizer"
-            if reference not in (None, policy) else f"{policy} holds no tokenizer"
-        )  # fmt: skip
+            f"{who} {holds}, none of {', '.join(FILES)}; copy its files there, or save it beside the model with "
+            "tokenizer.save_pretrained(FOLDER)"
+        )
     tokenizer = found.get(policy) or next(iter(found.values()))
     if len(found) == 2:
         assert reference is not None

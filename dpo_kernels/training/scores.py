@@ -85,10 +85,10 @@ def _batches(dataset: DPODataset, size: int, device: torch.device) -> Iterator[P
 
 
 def _of_batch(model: Any, batch: PairBatch) -> dict[str, Tensor]:
-    log_probs = batch.run(model)["log_probs"]
+    log_probs = batch.run(model)["log_probs"].double()  # rewards are small differences of large sums
     sums = batch.sides(aggregate_log_probs(log_probs, batch.mask))
     means = batch.sides(aggregate_log_probs(log_probs, batch.mask, "mean"))
     tokens = batch.sides(batch.mask.sum(1))
-    found = {f"logps/{side}": values.float().cpu() for side, values in zip(SIDES, sums, strict=True)}
+    found = {f"logps/{side}": values.cpu() for side, values in zip(SIDES, sums, strict=True)}
     found |= {f"tokens/{side}": values.cpu() for side, values in zip(SIDES, tokens, strict=True)}
     return found | {"logps/accuracies": (means.chosen > means.rejected).float().cpu()}

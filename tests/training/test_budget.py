@@ -1,0 +1,81 @@
+"""A memory budget is checked for the longest batch of the data, before the first step."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from training_helpers import Pairs, make_trainer
+
+from dpo_kernels.functional import least_budget, plan
+from dpo_kernels.training import PairCollator
+
+
+def refused(tmp_path, **options):
+    with pytest.raises(ValueError, match="memory_budget is") as caught:
+        make_trainer(tmp_path, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"impl": "torch", "layout": "padded"}, id="torch"),
+        pytest.param({"impl": "cpp", "layout": "shared"}, id="cpp"),
+        pytest.param({"impl": "torch", "bf16": True, "layout": "bucketed"}, id="bf16"),
+        pytest.param({"impl": "torch", "use_weighting": True, "layout": "packed"}, id="statistics"),
+        pytest.param({"impl": "cpp", "tokens_per_batch": 60, "per_device_train_batch_size": 8}, id="tokens"),
+    ],
+)
+def test_the_least_that_is_named_works_for_the_longest_batch(tmp_path, options):
+    pairs = Pairs(200)
+    options = {"pairs": pairs, "per_device_train_batch_size": 40} | options
+    told = refused(tmp_path, memory_budget="1KiB", **options)
+    least = int(re.search(r"give --memory_budget (\d+)", told)[1])
+    assert "memory_budget is 1,024 bytes, and the longest batch that training can meet" in told
+    trainer = make_trainer(tmp_path, memory_budget=str(least), **options)
+    if trainer.token_batches is not None:
+        batches = [*trainer.token_batches][:6]
+    else:
+        counted = [int(pairs[i]["mask_chosen"].sum() + pairs[i]["mask_rejected"].sum()) for i in range(len(pairs))]
+        batches = [sorted(range(len(pairs)), key=lambda i: -counted[i])[:40]]
+    for batch in batches:
+        inputs = PairCollator()([pairs[i] for i in batch])
+        with trainer.accelerator.autocast():
+            trainer.compute_loss(trainer.model.train(), inputs).backward()
+    assert f"needs at least {least:,}" in refused(tmp_path, memory_budget=str(least - 1), **options)
+
+
+def test_the_longest_batch_of_an_evaluation_counts_too(tmp_path):
+    options = {"pairs": Pairs(4), "eval_pairs": Pairs(64, length=60), "per_device_eval_batch_size": 64}
+    told = refused(tmp_path, memory_budget="1KiB", impl="torch", **options)
+    assert "the longest batch that evaluation can meet (64 pairs" in told
+    least = int(re.search(r"give --memory_budget (\d+)", told)[1])
+    make_trainer(tmp_path, memory_budget=str(least), impl="torch", **options).evaluate()
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("grads", [(), ("hidden",), ("hidden", "weight", "bias")])
+def test_the_least_budget_is_the_least_there_is_a_plan_for(impl, grads):
+    sizes, last = (64, 3000), 0
+    for tokens in (1, 17, 128, 1000, 3001):
+        least = least_budget(tokens, *sizes, torch.bfloat16, grads=grads, impl=impl)
+        assert plan(tokens, *sizes, torch.bfloat16, grads=grads, impl=impl, memory_budget=least).bytes <= least
+        with pytest.raises(ValueError, match=f"need at least {least:,} "):
+            plan(tokens, *sizes, torch.bfloat16, grads=grads, impl=impl, memory_budget=least - 1)
+        assert least >= last  # a shorter batch never needs more
+        last = least
+
+
+def test_sequences_are_padded_to_a_multiple():
+    items = [Pairs(3)[i] for i in range(3)]
+    plain, padded = PairCollator()(items), PairCollator(32)(items)
+    assert plain["x_chosen"].shape[1] <= 14
+    assert padded["x_chosen"].shape == (3, 32)
+    width = plain["x_chosen"].shape[1]
+    for name, tensor in padded.items():
+        assert tensor[:, :width].equal(plain[name])
+    assert (padded["y_chosen"][:, width:] == -100).all()
+    assert not padded["mask_rejected"][:, width:].any()
+    assert PairCollator(5)(items)["x_chosen"].shape[1] % 5 == 0
