@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import EXAMPLE
 from script_helpers import losses, small_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 import train
 from dpo_kernels.training import DPODataset, FusedHead
 from dpo_kernels.training.answers import chat_prompt, greedy_answers, last_question, last_reply, prompts_of
 from dpo_kernels.training.batch import PairBatch, PairCollator
 from dpo_kernels.training.lesson import taught_model, teach
+from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
+from dpo_kernels.training.report.metrics import LONGER, SHORTER
 from dpo_kernels.training.report.tokens import BROKEN, pieces
 from dpo_kernels.training.scoring import score_pairs
 
@@ -94,6 +97,20 @@ def test_an_adapter_and_its_card(model_dir, tmp_path, capsys):
     assert "library_name: peft" in (output_dir / "README.md").read_text(encoding="utf-8")
     with contextlib.redirect_stdout(None):
         exec(snippet_of(output_dir), {})
+
+
+@pytest.mark.parametrize(("longer", "shorter"), [(12, 10), (30, 9), (0, 0)])
+def test_an_evaluation_tells_accuracies_by_which_answer_is_longer(longer, shorter):
+    """Of ten pairs and more; those of equal lengths are in neither."""
+    rows = [*[(1.0, 3.0)] * longer, *[(0.0, -2.0)] * shorter, (1.0, 0.0)]
+    predictions = np.zeros((len(rows), 2 + len(PAIR_METRICS)))
+    for row, (accuracy, more) in zip(predictions, rows, strict=True):
+        row[1 + PAIR_METRICS.index("rewards/accuracies")], row[-1] = accuracy, more
+    found = mean_metrics(EvalPrediction(predictions, None))
+    assert found["rewards/accuracies"] == pytest.approx((longer + 1) / len(rows))
+    expected = {LONGER: 1.0} if longer >= 10 else {}
+    expected |= {SHORTER: 0.0} if shorter >= 10 else {}
+    assert {name: found[name] for name in (LONGER, SHORTER) if name in found} == expected
 
 
 def test_scores_of_tokens_add_up_to_those_of_the_answers(model_dir, pairs):

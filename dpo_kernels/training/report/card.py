@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 WHOLE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = {folder!r}
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder{code})
 """
@@ -35,16 +36,16 @@ ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-folder = {folder!r}
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoPeftModelForCausalLM.from_pretrained(folder{code})  # the base model with this adapter
 """
 CHAT = """\
-messages = [{{"role": "user", "content": {question!r}}}]
+messages = [{{"role": "user", "content": {question}}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 """
 PLAIN = """\
-inputs = tokenizer({question!r}, return_tensors="pt")
+inputs = tokenizer({question}, return_tensors="pt")
 """
 ANSWER = """\
 output = model.generate(**inputs, max_new_tokens=128)
@@ -109,7 +110,8 @@ def snippet(facts: CardFacts) -> str:
     load = ADAPTER if facts.is_adapter else WHOLE
     ask = CHAT if facts.has_chat else PLAIN
     code = ", trust_remote_code=True" if facts.has_own_code else ""
-    return load.format(folder=facts.folder, code=code) + ask.format(question=facts.question) + ANSWER
+    folder, question = (json.dumps(text, ensure_ascii=False) for text in (facts.folder, facts.question))
+    return load.format(folder=folder, code=code) + ask.format(question=question) + ANSWER
 
 
 def on_the_hub(name: str) -> bool:
