@@ -16,8 +16,8 @@ from typing import Any
 STARTED = os.getpid()
 # Package that may be missing -> the extra that brings it.
 EXTRAS = {
-    **dict.fromkeys(("transformers", "accelerate", "datasets", "safetensors", "tokenizers", "pyarrow", "rich", "tqdm",
-                     "matplotlib", "jinja2", "numpy", "yaml", "huggingface_hub"), "train"),
+    **dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "pyarrow", "rich",
+                     "tqdm", "matplotlib", "jinja2", "numpy", "yaml", "huggingface_hub"), "train"),
     "peft": "peft", "bitsandbytes": "quant", "ninja": "cpp",
 }  # fmt: skip
 GO_ON = "; go on with --resume_from_checkpoint"
@@ -57,6 +57,8 @@ def ended(program: str, command: Callable[[], int]) -> int:
         print(f"{program}: needs the package {package}: pip install 'dpo-kernels[{EXTRAS[package]}]'", file=sys.stderr)
     except OptionError as error:
         print(f"{program}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever reads the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
     except (ValueError, OSError) as error:  # what we and transformers raise for what a user can mend
         print(f"{program}: {type(error).__name__}: {error}", file=sys.stderr)
     return 1

@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command that the command line names; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
-        return 0
+        return endings.ended("dpo-kernels", _print_commands)
     if argv[0] in ("-V", "--version"):
         print(f"dpo_kernels {__version__}")
         return 0
@@ -44,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dpo-kernels: {argv[0]}: no such command; {meant}", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:])
+
+
+def _print_commands() -> int:
+    print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), flush=True)
+    return 0
 
 
 def run(command: str, argv: list[str], program: str | None = None) -> int:

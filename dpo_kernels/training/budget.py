@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_kernels.functional import least_budget
 from dpo_kernels.training.config import DPOConfig
@@ -62,7 +62,9 @@ def check_budget(
 def _needed(args: DPOConfig, model: Any, batch: Longest, trains: bool, device: torch.device) -> int:
     """Bytes of the head for a batch, in forward and backward."""
     head: Any = find_head(model)
-    weight = head.weight
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return 0  # no head to fuse, as whoever fuses it says
     grads = []
     if trains:
         bias = getattr(head, "bias", None)

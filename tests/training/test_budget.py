@@ -21,10 +21,8 @@ def refused(tmp_path, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"impl": "torch", "layout": "padded"}, id="torch"),
         pytest.param({"impl": "cpp", "layout": "shared"}, id="cpp"),
-        pytest.param({"impl": "torch", "bf16": True, "layout": "bucketed"}, id="bf16"),
-        pytest.param({"impl": "torch", "use_weighting": True, "layout": "packed"}, id="statistics"),
+        pytest.param({"impl": "torch", "bf16": True, "layout": "bucketed", "use_weighting": True}, id="bf16"),
         pytest.param({"impl": "cpp", "tokens_per_batch": 60, "per_device_train_batch_size": 8}, id="tokens"),
     ],
 )
