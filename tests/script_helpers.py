@@ -36,7 +36,7 @@ def refusal(*arguments):
 def small_run(model_dir, output_dir, **options):
     options = {"data_path": EXAMPLE, "ref_weight": model_dir, "output_dir": output_dir, "max_length": 160,
                "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "max_steps": 6,
-               "save_steps": 2, "disable_tqdm": True} | options  # fmt: skip
+               "save_steps": 2, "disable_tqdm": True, "report": False} | options  # fmt: skip
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 

@@ -65,12 +65,13 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
         ("merge_adapter", ""),
     ],
     "run": [
-        ("output_dir", "model, tokenizer, log and curves; default: a new folder in output/"),
+        ("output_dir", "model, log, curves, report; default: a new folder in output/"),
         ("learning_rate, num_train_epochs, max_steps", "1e-6; passes over the pairs, 3; or so many steps"),
         ("per_device_train_batch_size, gradient_accumulation_steps", "pairs at once; times so many a step"),
         ("eval_strategy, save_strategy, logging_steps", "no, steps or epoch; log every so many steps"),
         ("resume_from_checkpoint, allow_changed_data", "alone: the newest; with other pairs all the same"),
         ("seed, disable_dropout, use_cpu", "42, true, false"),
+        ("report, lesson_epochs", "answers for report.html, true; of the example, before it is aligned: 14"),
     ],
 }  # fmt: skip
 

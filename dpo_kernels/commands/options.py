@@ -16,12 +16,13 @@ from dpo_kernels.commands.arguments import Arguments, Given, as_given, from_valu
 from dpo_kernels.commands.endings import OptionError
 from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.adapters import AdapterOptions, base_of
+from dpo_kernels.training.lesson import EPOCHS
 
 # What the example sets where the command line does not: every one of them is an ordinary option.
 EXAMPLE_DEFAULTS = {
-    "max_length": "192", "eval_size": "0.15", "per_device_train_batch_size": "16", "num_train_epochs": "4",
-    "learning_rate": "3e-4", "lr_scheduler_type": "cosine", "warmup_steps": "5", "eval_strategy": "epoch",
-    "save_strategy": "epoch", "save_total_limit": "1", "use_cpu": "True",
+    "max_length": "192", "eval_size": "0.15", "per_device_train_batch_size": "16", "num_train_epochs": "3",
+    "learning_rate": "2e-4", "beta": "0.5", "lr_scheduler_type": "cosine", "warmup_steps": "5",
+    "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": "1", "use_cpu": "True",
 }  # fmt: skip
 
 
@@ -93,6 +94,14 @@ class ScriptArguments:
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     show_pairs: int | None = field(
         default=None, metadata={"help": "Print so many pairs as the model sees them; default: 1 on a terminal, else 0."}
+    )
+
+    report: bool = field(
+        default=True, metadata={"help": "Ask the policy before and after training, for report.html; a few seconds."}
+    )
+    lesson_epochs: int = field(
+        default=EPOCHS,
+        metadata={"help": "Of the example: how often its model is taught both kinds of answers before it is aligned."},
     )
 
     @property

@@ -27,8 +27,12 @@ from dpo_kernels.commands.options import ScriptArguments, make_parser, parse
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, checkpoints, resume
 from dpo_kernels.training.adapters import AdapterOptions, base_of, is_adapted
 from dpo_kernels.training.data_report import lengths
+from dpo_kernels.training.lesson import taught_model
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.report import save_lengths
+from dpo_kernels.training.report.ending import evaluate_last, show_end
+from dpo_kernels.training.report.run import RunReport
+from dpo_kernels.training.report.start import run_facts, show_start
 from dpo_kernels.training.show import show_pairs
 from dpo_kernels.training.small_model import make_small_model
 
@@ -65,7 +69,11 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
             resume.check_data(resume_from, train, allow_changed=False)
     if config.process_index == 0:
         tell(script, train, held_out, tokenizer, output_dir)
-    policy, reference = load_models(script, adapter, config, example[0] if example else None)
+    start = None
+    if example:
+        with config.main_process_first(desc="teaching the example's model"):
+            start = taught_model(*example, train, output_dir, script.lesson_epochs)
+    policy, reference = load_models(script, adapter, config, start)
     config.eval_on_start = bool(held_out) and resume_from is None
     trainer = DPOTrainer(policy, reference, config, train, held_out, tokenizer, peft_config=peft_config)
     del reference
@@ -79,6 +87,13 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
         say(config, trainer.layout_told)
     if trainer.token_batches is not None:
         say(config, trainer.token_batches.told)
+    report = None
+    if config.process_index == 0:
+        data = script.data_path or ["examples/dpo.jsonl"]
+        facts = run_facts(trainer, data, script.ref_weight or "", script.from_weight)
+        show_start(facts)
+        report = RunReport(trainer, facts, tokenizer, script.report)
+        report.ask_before()
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except NonFiniteError as error:
@@ -95,21 +110,15 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
         return 128 + (trainer.stopped_by or signal.SIGTERM)
     trainer.save_model()
     if held_out:
-        last = trainer.state.global_step
-        names = list(held_out) if isinstance(held_out, dict) else [""]
-        keys = {name: f"eval_{name}_logps/accuracies" if name else "eval_logps/accuracies" for name in names}
-        if not any(e["step"] == last and keys[names[-1]] in e for e in trainer.state.log_history):
-            trainer.evaluate()
-        for name, key in keys.items():
-            evaluated = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
-            before = f"{evaluated[0]:.3f} before, " if 0 in evaluated else ""
-            of = f" of {name}" if name else ""
-            say(config, f"held-out preference accuracy{of}: {before}{evaluated[last]:.3f} after")
+        evaluate_last(trainer)
+    if report:
+        report.ask_after()
     what = "adapter" if is_adapted(trainer.model) else "model"
     if adapter.merge_adapter:
         trainer.save_merged(output_dir / "merged")
         what += " (merged: the whole model)"
-    say(config, f"saved: {what}, tokenizer, log.jsonl, curves.png and lengths.png in {output_dir}")
+    if report:
+        show_end(report, f"{what}, tokenizer", output_dir)
     return 0
 
 

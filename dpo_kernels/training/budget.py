@@ -47,7 +47,7 @@ def check_budget(
     if budget is None:
         return
     needed: list[tuple[int, Longest]] = []
-    for batch in _longest_batches(args, train, held_out):
+    for batch in longest_batches(args, train, held_out):
         for one, trains in ((model, batch.what == "training"), (ref_model, False)):
             if one is not None:
                 needed.append((_needed(args, one, batch, trains, device), batch))
@@ -83,7 +83,8 @@ def _needed(args: DPOConfig, model: Any, batch: Longest, trains: bool, device: t
     )  # fmt: skip
 
 
-def _longest_batches(args: DPOConfig, train: Any, held_out: Any) -> Iterator[Longest]:
+def longest_batches(args: DPOConfig, train: Any, held_out: Any) -> Iterator[Longest]:
+    """Of training, of each evaluation, and of a pass of the reference; arguments as of `check_budget`."""
     parts = held_out.values() if isinstance(held_out, dict) else [held_out]
     for what, datasets, pairs in (
         ("training", [train], args.per_device_train_batch_size),

@@ -21,9 +21,10 @@ from transformers.trainer_callback import ProgressCallback
 from dpo_kernels.training.data import write_whole
 from dpo_kernels.training.processes import anywhere
 from dpo_kernels.training.report import LOG_NAME, save_curves
+from dpo_kernels.training.report.metrics import shown
 from dpo_kernels.warn import warn
 
-SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "tokens_per_second": "tokens/s"}
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 
 
 class NonFiniteError(RuntimeError):
@@ -37,7 +38,7 @@ class Progress(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if logs and self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix({short: f"{logs[name]:.4g}" for name, short in SHOWN.items() if name in logs})
+            self.training_bar.set_postfix(dict(shown(logs, SHOWN)))
 
 
 class RunLog(TrainerCallback):
@@ -67,7 +68,7 @@ class RunLog(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             try:
-                save_curves(state.log_history, Path(str(args.output_dir)))
+                _draw(args, state, kwargs.get("model"))
             except OSError as error:
                 self._tell(error)
 
@@ -94,6 +95,14 @@ class RunLog(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return Path(str(args.output_dir)) / LOG_NAME
+
+
+def _draw(args: Any, state: TrainerState, model: Any) -> None:
+    """The curves, under a title of folder, model, losses, and the two numbers that are tried first."""
+    name = Path(str(getattr(getattr(model, "config", None), "_name_or_path", ""))).name or type(model).__name__
+    options = f"{' + '.join(args.loss_type)}, beta {args.beta:g}, learning rate {args.learning_rate:g}"
+    folder = Path(str(args.output_dir))
+    save_curves(state.log_history, folder, f"{folder.name}: {name}, {options}", args.loss_type)
 
 
 class StopOnSignal(TrainerCallback):

@@ -28,6 +28,8 @@ FACTS_NAME = "dpo_checkpoint.json"  # the sizes of a checkpoint's files, and wha
 # A model is one by these: where they are last to come, one that came in part is none.
 LAST = ("config.json", "adapter_config.json")
 WEIGHTS = re.compile(r"(\w+)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+# What is written beside and renamed, as long as it is not whole.
+UNFINISHED = re.compile(r"\.(curves\.png|lengths\.png|(log\.jsonl|report\.html|README\.md|skipped.*\.jsonl)\.\d+)")
 # What PyTorch says, as RuntimeError, of files that cannot be written, and of those that cannot be read or do not fit.
 UNWRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|unexpected pos")
 UNREAD = re.compile(r"PytorchStreamReader|inline_container|unexpected pos|size mismatch|loading state_dict")
@@ -138,7 +140,7 @@ def clean(output_dir: str | os.PathLike[str]) -> None:
             old.replace(final)
     shutil.rmtree(staging(target), ignore_errors=True)
     for part in target.glob(".*"):  # of files that are written beside and renamed
-        if re.fullmatch(r"\.(curves\.png|lengths\.png|log\.jsonl\.\d+|skipped.*\.jsonl\.\d+)", part.name):
+        if UNFINISHED.fullmatch(part.name):
             part.unlink(missing_ok=True)
 
 

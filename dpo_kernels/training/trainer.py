@@ -11,10 +11,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
@@ -28,17 +27,13 @@ from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.ownership import owned
+from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
 from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.processes import check_head, from_main
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
-from dpo_kernels.training.report import peak_memory_mib
+from dpo_kernels.training.report.metrics import peak_memory_mib
 from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
-
-PAIR_METRICS = (
-    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected", "logps/accuracies",
-)  # fmt: skip
 
 
 class DPOTrainer(Trainer):
@@ -99,7 +94,7 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=PairCollator(args.pad_to_multiple_of), train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
-            compute_metrics=_mean_metrics,
+            compute_metrics=mean_metrics,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         check_head(self.accelerator, self.head, model, args.disable_dropout)
@@ -279,6 +274,8 @@ class DPOTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
+        longer = inputs["mask_chosen"].sum(1) - inputs["mask_rejected"].sum(1)  # by so many tokens is the chosen answer
+        metrics = torch.cat([metrics, longer.to(metrics)[:, None]], 1)
         return loss.detach(), metrics, metrics.new_zeros(len(metrics))  # no labels, but Trainer wants some
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -491,9 +488,3 @@ def _check_dataset(name: str, dataset: Any, model: nn.Module) -> None:
         )
     if isinstance(dataset, DPODataset) and (config := getattr(model, "config", None)) is not None:
         check_positions(config, dataset.max_length)
-
-
-def _mean_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    means = np.asarray(prediction.predictions).mean(0)
-    # The loss too is averaged here: over the pairs, without those that were repeated to fill the last batch.
-    return {name: float(value) for name, value in zip(("loss", *PAIR_METRICS), means, strict=True)}

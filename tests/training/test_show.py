@@ -101,7 +101,7 @@ def test_curves_of_several_evaluation_sets(tmp_path, monkeypatch):
     )
     log = [{"step": 1, "loss": 0.7, "eval_a_loss": 0.6, "eval_b_loss": 0.8, "eval_a_logps/accuracies": 0.5}]
     save_curves(log, tmp_path)
-    assert drawn == ["train", "held out a", "held out b", "held out a"]
+    assert drawn == ["loss", "loss, held out a", "loss, held out b", "ranking accuracy, held out a"]
     drawn.clear()
     save_curves([{"step": 1, "loss": 0.7, "eval_loss": 0.6, "eval_runtime": 3.0}], tmp_path)
-    assert drawn == ["train", "held out"]
+    assert drawn == ["loss", "loss, held out"]

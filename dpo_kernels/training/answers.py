@@ -1,0 +1,118 @@
+"""What a model answers to prompts: greedy, so that the same model gives the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo_kernels.training.scoring import evaluating
+
+MAX_NEW_TOKENS = 96
+MAX_SECONDS = 20.0  # for all prompts of a call: a large model on a CPU is cut short, not waited for
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_seconds: float | None = MAX_SECONDS,
+) -> list[str]:
+    """The answers to prompts, one after the other: no padding, which some models read.
+
+    Args:
+        model: a causal language model; it is left in the mode that it was in.
+        prompts: token ids; of messages with the chat template applied, and the assistant's turn opened
+            (`chat_prompt`).
+        max_seconds: for all of them together; what is not done by then stays as far as it is. None: no limit.
+
+    Returns: of each prompt the text behind it, up to the end of the turn, without special tokens.
+    """
+    ends = {tokenizer.eos_token_id, *_listed(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    device = next(model.parameters()).device
+    answers = []
+    with evaluating(model):
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=device)
+            limit = {} if max_seconds is None else {"max_time": max_seconds / len(prompts)}
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
+                max_new_tokens=max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id,
+                temperature=None, top_p=None, top_k=None, **limit,
+            )  # fmt: skip
+            answers.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
+    return answers
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] | str) -> list[int]:
+    """Token ids of messages with the chat template applied and the assistant's turn opened; of a string as it is, or as
+    the one message of a user where there is a template."""
+    if isinstance(messages, str):
+        if not tokenizer.chat_template:
+            return list(tokenizer(messages)["input_ids"])
+        messages = [{"role": "user", "content": messages}]
+    text: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def prompts_of(dataset: Any, count: int, longest: int = 1024) -> list[list[int]]:
+    """Token ids of the first `count` prompts of a `DPODataset`, each another, up to where the last reply begins; those
+    of more than `longest` tokens are passed over."""
+    found: list[list[int]] = []
+    for i in range(len(dataset)):
+        row = dataset.rows[i]
+        prompt = row["chosen_ids"][: last_reply(row["chosen_mask"])]
+        if 0 < len(prompt) <= longest and prompt not in found:
+            found.append(prompt)
+        if len(found) == count:
+            break
+    return found
+
+
+def last_question(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """What a user says last in a prompt, as the chat template writes it; the whole text of other prompts."""
+    text = str(tokenizer.decode(list(prompt), skip_special_tokens=False))
+    if around := _around_a_question(tokenizer):
+        before, behind = around
+        start = text.rfind(before)
+        if start >= 0 and text.endswith(behind):
+            return text[start + len(before) : len(text) - len(behind)].strip()
+    return str(tokenizer.decode(list(prompt), skip_special_tokens=True)).strip()
+
+
+def _around_a_question(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """What the chat template writes before and behind a user's last words; None: there is none, or it refuses."""
+    if not tokenizer.chat_template:
+        return None
+    first, reply, second = "QUESTION-1", "REPLY-1", "QUESTION-2"
+    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": reply},
+                {"role": "user", "content": second}]  # fmt: skip
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception:  # a template may raise what it likes
+        return None
+    if not text.find(first) < text.find(reply) < text.find(second) or first not in text:
+        return None
+    opening, (between, behind) = text.split(first)[0], text.split(reply)[1].split(second)
+    same = next((i for i, (a, b) in enumerate(zip(opening[::-1], between[::-1], strict=False)) if a != b),
+                min(len(opening), len(between)))  # fmt: skip
+    return (between[len(between) - same :], behind) if same and behind else None
+
+
+def last_reply(mask: Sequence[int] | Sequence[bool]) -> int:
+    """Where the last stretch of tokens that count begins."""
+    end = len(mask)
+    while end and not mask[end - 1]:
+        end -= 1
+    while end and mask[end - 1]:
+        end -= 1
+    return end
