@@ -150,7 +150,10 @@ def test_it_tells_a_person_what_will_happen():
     [
         ({"hidden_size": 0}, "hidden_size 0"),
         ({"outputs": ("loss",)}, r"outputs has \['loss'\]"),
-        ({"grads": ("labels",)}, r"grads has \['labels'\]; expected names from \('hidden', 'weight', 'bias', 'low_rank'\)"),
+        (
+            {"grads": ("labels",)},
+            r"grads has \['labels'\]; expected names from \('hidden', 'weight', 'bias', 'low_rank'\)",
+        ),
         ({"tokens": -1}, "tokens -1"),
         ({"vocab_size": 0}, "vocab_size 0"),
         ({"memory_budget": 1}, "need at least"),

@@ -59,7 +59,7 @@ def test_what_is_missing_is_found():
 
 def test_every_package_is_listed():
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "dpo_kernels").rglob("__init__.py")}
-    packages = {".".join(folder.parts) for folder in folders} | {"dpo_kernels.csrc"}
+    packages = {".".join(folder.parts) for folder in folders} | {"dpo_kernels.csrc", "dpo_kernels.examples"}
     assert packages == set(PYPROJECT["tool"]["setuptools"]["packages"])
 
 

@@ -126,12 +126,12 @@ TRL_FILE = {
     "learning_rate": 5.0e-7, "per_device_train_batch_size": 2, "loss_type": ["sigmoid", "sft"],
     "loss_weights": [1.0, 0.2], "max_length": None, "pad_to_multiple_of": 8, "precompute_ref_log_probs": True,
     "precompute_ref_batch_size": 4, "use_peft": True, "lora_task_type": "CAUSAL_LM", "use_cpu": True, "bf16": False,
-    "activation_offloading": False, "dataset_streaming": False, "env": {"DPO_KERNELS_TEST": "1"},
+    "activation_offloading": False, "dataset_streaming": False, "env": {"SOMETHING_OF_MINE": "1"},
 }  # fmt: skip
 
 
 def test_a_file_of_trl_goes_through(tmp_path, monkeypatch):
-    monkeypatch.setenv("DPO_KERNELS_TEST", "0")
+    monkeypatch.setenv("SOMETHING_OF_MINE", "0")
     (tmp_path / "trl.yaml").write_text(yaml.safe_dump(TRL_FILE | {"output_dir": str(tmp_path / "out")}))
     script, adapter, config = parse(["--config", str(tmp_path / "trl.yaml"), "--learning_rate", "1e-6"])
     assert script.ref_weight == script.start == "org/model"
@@ -143,7 +143,7 @@ def test_a_file_of_trl_goes_through(tmp_path, monkeypatch):
     assert (config.learning_rate, config.logging_steps, config.gradient_checkpointing) == (1e-6, 10, True)
     assert (config.pad_to_multiple_of, config.layout, config.precompute_ref_batch_size) == (8, "padded", 4)
     assert config.loss_type == ["sigmoid", "sft"]
-    assert os.environ["DPO_KERNELS_TEST"] == "1"
+    assert os.environ["SOMETHING_OF_MINE"] == "1"
 
 
 def test_a_mixture_of_trl_goes_through(tmp_path):

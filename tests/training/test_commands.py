@@ -61,11 +61,11 @@ def test_help_comes_without_torch():
 
 
 def test_env_says_what_a_report_needs(capsys, monkeypatch):
-    monkeypatch.setenv("DPO_KERNELS_SOMETHING", "on")
+    monkeypatch.setenv("DPO_KERNELS_VALIDATE", "on")
     lines = dict(line.split(maxsplit=1) for line in said(capsys, "env").splitlines())
     assert lines["torch"] == torch.__version__
     assert lines["dpo_kernels"].startswith(dpo_kernels.__version__)
-    assert lines["DPO_KERNELS_SOMETHING"] == "on"
+    assert lines["DPO_KERNELS_VALIDATE"] == "on"
     text = said(capsys, "env")
     for name in dpo_kernels.available_impls():
         assert f"impl {name} on cpu" in text
