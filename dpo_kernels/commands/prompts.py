@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_kernels.commands.inputs import EXAMPLE
 from dpo_kernels.commands.simple import Parser
+from dpo_kernels.training.answers import answers_to, chat_prompt
 from dpo_kernels.training.data import parse_json
 from dpo_kernels.training.formats import ChatPair, ReadOptions, read_line
 from dpo_kernels.training.loading import load_model, load_tokenizer
@@ -102,29 +102,11 @@ def answers(name: str, prompts: Sequence[Prompt], options: Any) -> list[str]:
     model = load_model(name, trust_remote_code=options.trust_remote_code, dtype=dtype)
     model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     torch.manual_seed(options.seed)
-    return [answer(model, tokenizer, prompt, options) for prompt in prompts]
-
-
-@torch.no_grad()
-def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: Any) -> str:
-    """What a model says behind a prompt, without special tokens."""
-    ids = torch.tensor([_ids(tokenizer, prompt)], device=next(model.parameters()).device)
-    own = getattr(model, "generation_config", None) or GenerationConfig()
-    sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-    config = GenerationConfig(
-        max_new_tokens=options.max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
-        **(sampling if options.temperature > 0 else {"do_sample": False}),
+    ids = [chat_prompt(tokenizer, prompt) for prompt in prompts]
+    return answers_to(
+        model, tokenizer, ids, max_new_tokens=options.max_new_tokens, max_seconds=None,
+        temperature=options.temperature, top_p=options.top_p,
     )  # fmt: skip
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, list) and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-    return list(tokenizer(prompt if isinstance(prompt, str) else text_of(prompt))["input_ids"])
 
 
 def _prompt_of(value: Any) -> Prompt:

@@ -25,7 +25,7 @@ from dpo_kernels.training import DPODataset
 from dpo_kernels.training.adapters import AdapterOptions
 from dpo_kernels.training.data import write_whole
 from dpo_kernels.training.data_report import column
-from dpo_kernels.training.scores import Scores, score, with_rewards
+from dpo_kernels.training.scoring import Scores, score_dataset, with_rewards
 from dpo_kernels.units import parse_bytes
 
 TEXT = """Log-probs of both answers of each pair, and with --ref their rewards beta (log pi - log pi_ref); no gradients.
@@ -94,7 +94,7 @@ def _scores(
     script: ScriptArguments, options: ScoreOptions, name: str, dataset: DPODataset, device: torch.device
 ) -> Scores:
     model = load(script, AdapterOptions(), name).to(device)
-    return score(
+    return score_dataset(
         model, dataset, batch_size=options.batch_size, layout=options.layout, impl=options.impl, bf16=options.bf16,
         memory_budget=parse_bytes(options.memory_budget),
     )  # fmt: skip

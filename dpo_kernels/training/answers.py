@@ -1,4 +1,4 @@
-"""What a model answers to prompts: greedy, so that the same model gives the same words."""
+"""What a model answers to prompts: by default the likeliest token each time, so that it gives the same words again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ MAX_SECONDS = 20.0  # for all prompts of a call: a large model on a CPU is cut s
 
 
 @torch.no_grad()
-def greedy_answers(
+def answers_to(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_seconds: float | None = MAX_SECONDS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> list[str]:
     """The answers to prompts, one after the other: no padding, which some models read.
 
@@ -29,34 +31,35 @@ def greedy_answers(
         model: a causal language model; it is left in the mode that it was in.
         prompts: token ids; of messages with the chat template applied, and the assistant's turn opened
             (`chat_prompt`).
+        temperature, top_p: 0, the likeliest token; else tokens are drawn, of the likeliest of this share.
         max_seconds: for all of them together; what is not done by then stays as far as it is. None: no limit.
 
     Returns: of each prompt the text behind it, up to the end of the turn, without special tokens.
     """
     ends = {tokenizer.eos_token_id, *_listed(getattr(model.generation_config, "eos_token_id", None))} - {None}
     device = next(model.parameters()).device
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     answers = []
     with evaluating(model):
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=device)
             limit = {} if max_seconds is None else {"max_time": max_seconds / len(prompts)}
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
-                max_new_tokens=max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id,
-                temperature=None, top_p=None, top_k=None, **limit,
+                input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1, max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id, top_k=None, **how, **limit,
             )  # fmt: skip
             answers.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
     return answers
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] | str) -> list[int]:
-    """Token ids of messages with the chat template applied and the assistant's turn opened; of a string as it is, or as
-    the one message of a user where there is a template."""
-    if isinstance(messages, str):
-        if not tokenizer.chat_template:
-            return list(tokenizer(messages)["input_ids"])
-        messages = [{"role": "user", "content": messages}]
-    text: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[dict[str, Any]] | str) -> list[int]:
+    """Token ids of messages with the chat template applied and the assistant's turn opened; without a template of what
+    was said last, and of a string as it is."""
+    if isinstance(prompt, str) or not tokenizer.chat_template:
+        return list(tokenizer(prompt if isinstance(prompt, str) else prompt[-1]["content"])["input_ids"])
+    text: Any = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

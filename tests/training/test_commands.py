@@ -18,7 +18,7 @@ from dpo_kernels.commands import endings, prompts
 from dpo_kernels.commands.main import COMMANDS, main
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer
 from dpo_kernels.training.loading import load_model, load_tokenizer
-from dpo_kernels.training.scores import score, with_rewards
+from dpo_kernels.training.scoring import score_dataset, with_rewards
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +173,7 @@ def test_scores_are_those_of_training(capsys, few, model_dir, tmp_path):
 def test_scoring_leaves_a_model_as_it_was(few, model_dir):
     model = load_model(str(model_dir)).train()
     data = DPODataset(few, load_tokenizer(str(model_dir)), 192)
-    scores = score(model, data, batch_size=4)
+    scores = score_dataset(model, data, batch_size=4)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert model(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, 500)

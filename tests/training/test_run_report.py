@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 import train
 from dpo_kernels.training import DPODataset, FusedHead
-from dpo_kernels.training.answers import chat_prompt, greedy_answers, last_question, last_reply, prompts_of
+from dpo_kernels.training.answers import answers_to, chat_prompt, last_question, last_reply, prompts_of
 from dpo_kernels.training.batch import PairBatch, PairCollator
 from dpo_kernels.training.lesson import taught_model, teach
 from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
@@ -73,7 +73,7 @@ def test_a_run_from_its_first_word_to_its_last_file(model_dir, tmp_path, capsys,
         exec(snippet_of(output_dir), {})
     # The same run in which asking and writing fail: a warning each, the same steps, and a model.
     monkeypatch.setattr("dpo_kernels.training.report.run.write_page", full_disk)
-    monkeypatch.setattr("dpo_kernels.training.report.run.greedy_answers", lambda *_: 1 / 0)
+    monkeypatch.setattr("dpo_kernels.training.report.run.answers_to", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match=r"could not be made \((OSError|ZeroDivisionError)") as caught:
         said = trained(model_dir, tmp_path / "again", capsys)
     assert len([w for w in caught if "could not be made" in str(w.message)]) == 2  # not asked again after training
@@ -154,9 +154,10 @@ def test_questions_and_prompts(tokenizer, pairs):
     prompts = prompts_of(pairs, 3)
     assert len(prompts) == 3
     assert last_question(tokenizer, prompts[0]) == "Please tell me at what temperature water freezes."
-    ids = chat_prompt(tokenizer, "Hi there?")
+    ids = chat_prompt(tokenizer, [{"role": "user", "content": "Hi there?"}])
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     assert last_question(tokenizer, ids) == "Hi there?"
+    assert tokenizer.decode(chat_prompt(tokenizer, "as it is")) == "as it is"
     assert prompts_of(pairs, 3, longest=2) == []
     assert last_question(tokenizer, tokenizer("no template in it")["input_ids"]) == "no template in it"
     assert [last_reply(mask) for mask in ([0, 1, 0, 1, 1, 0], [1, 1], [0, 0], [])] == [3, 0, 0, 0]
@@ -166,12 +167,12 @@ def test_answers_are_greedy_and_leave_the_model_as_it_is(model_dir, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(model_dir).train()
     prompts = [chat_prompt(tokenizer, text) for text in ("Hi?", "Why?")]
     random = torch.get_rng_state()
-    answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=4)
-    assert answers == greedy_answers(model, tokenizer, prompts, max_new_tokens=4, max_seconds=None)
+    answers = answers_to(model, tokenizer, prompts, max_new_tokens=4)
+    assert answers == answers_to(model, tokenizer, prompts, max_new_tokens=4, max_seconds=None)
     assert len(answers) == 2
     assert model.training
     assert torch.equal(random, torch.get_rng_state())
-    assert greedy_answers(model, tokenizer, [], max_new_tokens=4) == []
+    assert answers_to(model, tokenizer, [], max_new_tokens=4) == []
 
 
 def test_the_lesson_is_the_same_each_time_and_taken_up_again(model_dir, tokenizer, pairs, tmp_path):

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels.training import adapters
-from dpo_kernels.training.answers import greedy_answers, last_question, prompts_of
+from dpo_kernels.training.answers import answers_to, last_question, prompts_of
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.data_report import lengths
@@ -108,7 +108,7 @@ class RunReport:
 
     def _answers(self) -> list[str]:
         with self.trainer.accelerator.autocast():
-            return greedy_answers(self.trainer.model, self.tokenizer, self.prompts)
+            return answers_to(self.trainer.model, self.tokenizer, self.prompts)
 
     def _score(self) -> list[ScoredPair]:
         trainer = self.trainer
