@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,12 @@ from dpo_kernels.planner import Plan
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "dpo.jsonl"
+
+
+def slow(*values):
+    """A case for `make thorough`; the suite has others like it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
 
 # Transforms of logits that the tests go through.
 PLAIN: dict = {}

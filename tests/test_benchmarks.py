@@ -185,6 +185,7 @@ def test_what_fails_is_no_loss_to_the_others(monkeypatch):
     assert rows["plain PyTorch"].to_floor is None
 
 
+@pytest.mark.slow
 def test_memory_is_measured_or_a_reason_given():
     case = replace(TINY, vocab_size=20_000, memory_of=None, memory_budget=64 * MIB)
     rows = measured(case, OURS, Peer("unknown", PLAIN.adapters))
@@ -280,6 +281,7 @@ def test_added_peers_from_pytest_to_the_report(tmp_path):
     assert "- a peer's crash: failed: TypeError: an argument too many (1 cases)" in text
 
 
+@pytest.mark.slow
 def test_only_the_peers_asked_for_are_measured(tmp_path):
     written = tmp_path / "results.json"
     subprocess.run(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import slow
 
 import dpo_kernels
 from dpo_kernels import planner
@@ -42,8 +43,8 @@ GRADS = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("budget", [None, 8 * MIB, 40 * MIB, 64 * MIB, 256 * MIB, 4096 * MIB, 2**50])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, slow(torch.float64)], ids=str)
+@pytest.mark.parametrize("budget", [None, 8 * MIB, slow(40 * MIB), 64 * MIB, slow(256 * MIB), slow(4096 * MIB), 2**50])
 def test_every_plan_keeps_its_budget_or_says_the_least(name, dtype, budget):
     capabilities = CAPABILITIES[name]
     for (tokens, features, vocab), grads, outputs, softcap in itertools.product(

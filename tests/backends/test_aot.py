@@ -1,5 +1,5 @@
-"""Ahead-of-time compilation of the Triton kernels for four chips; see aot.py. The default run takes one chip and dtype,
-`pytest -m aot` all of them."""
+"""Ahead-of-time compilation of the Triton kernels for four chips; see aot.py. The default run takes one kernel of
+one chip, `make thorough` all kernels of it, `pytest -m aot` all chips and dtypes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def compile_ahead(tmp_path: Path, *options: str) -> tuple[int, list[dict], str]:
     return made.returncode, json.loads(out.read_text()), made.stdout
 
 
+def test_a_kernel_of_one_chip(tmp_path):
+    options = ("--targets", "sm_90", "--dtypes", "bfloat16", "--kernels", "forward_kernel")
+    code, rows, printed = compile_ahead(tmp_path, *options)
+    assert code == 0, printed
+    assert {row["kernel"] for row in rows} == {"forward_kernel"}
+    assert min(row["products"] for row in rows) > 0
+
+
+@pytest.mark.slow
 def test_every_kernel_of_one_chip(tmp_path):
     code, rows, printed = compile_ahead(tmp_path, "--targets", "sm_90", "--dtypes", "bfloat16")
     assert code == 0, printed
@@ -36,6 +45,7 @@ def test_every_kernel_of_one_chip(tmp_path):
     assert min(products) > 0
 
 
+@pytest.mark.slow
 def test_a_block_that_is_too_large_is_found(tmp_path):
     """The planted regression: blocks of 256 x 256 do not fit the registers."""
     options = ("--targets", "sm_90", "--dtypes", "bfloat16", "--kernels", "recompute_kernel")

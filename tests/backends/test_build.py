@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, slow
 
 from dpo_kernels import available_impls, build, dispatch, hidden_to_log_probs
 from dpo_kernels.backends import cpp
@@ -254,7 +254,7 @@ print(build.library())
 """
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["with-its-children", "alone"])
+@pytest.mark.parametrize("whole_group", [True, slow(False)], ids=["with-its-children", "alone"])
 def test_a_killed_build_leaves_no_shut_lock_and_no_half_library(whole_group, csrc, monkeypatch):
     """One builds and is killed in the compiler while two wait; one of them builds, and both are served."""
     started, hang = csrc.parent / "started", csrc.parent / "hang"
@@ -306,6 +306,7 @@ assert (got - exact).abs().max() < 1e-5
 """
 
 
+@pytest.mark.slow
 def test_four_processes_at_first_use(tmp_path):
     """The kernels themselves, in a hurry: one of four builds them, and all four compute with them."""
     cache = tmp_path / "cache"
@@ -354,7 +355,8 @@ def test_the_wheel_ships_every_module_and_the_sources(tmp_path):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dpo_kernels").rglob("*.py")}
     sources = {f"dpo_kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     pairs = {"dpo_kernels/examples/dpo.jsonl", "dpo_kernels/examples/make_dpo.py"}
-    assert names == modules | sources | pairs | {"dpo_kernels/py.typed"}
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "dpo_kernels").rglob("*.j2")}
+    assert names == modules | sources | pairs | templates | {"dpo_kernels/py.typed"}
     code = "from dpo_kernels import build; print(build.INSTALLED.is_dir(), build.cached_library())"
     installed = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path / "site",

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import ROOT, assert_close, check_against_reference, detached, make_head, run
+from helpers import ROOT, assert_close, check_against_reference, detached, make_head, run, slow
 
 import dpo_kernels
 from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
@@ -396,7 +396,7 @@ print(json.dumps({"library": build.cached_library().name}))
 """
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", slow("default")])
 def test_builds_for_lesser_cpus(capability):
     """The same sources for AVX2 and for no vector instructions at all; a name of its own for each in the cache."""
     done = subprocess.run(

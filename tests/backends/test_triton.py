@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import assert_close, check_against_reference, loss_of, make_head
+from helpers import assert_close, check_against_reference, loss_of, make_head, slow
 
 from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
 from dpo_kernels.backends import triton as triton_backend
@@ -19,10 +19,8 @@ from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRANSFORMS = [
-    pytest.param({}, id="plain"),
-    pytest.param({"softcap": 6.0, "temperature": 1.5, "logit_scale": 0.7}, id="capped"),
-]
+CAPPED = {"softcap": 6.0, "temperature": 1.5, "logit_scale": 0.7}
+TRANSFORMS = [pytest.param({}, id="plain"), pytest.param(CAPPED, id="capped")]
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="these look at what the interpreter is given")
 pytestmark = needs_interpreter
@@ -41,8 +39,9 @@ def small_tiles(override):
     return lambda *tiles: override(capabilities={"tiles": tiles, "scratch": 0})
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.bfloat16, CAPPED), slow(torch.bfloat16, {}), slow(torch.float32, CAPPED)], ids=str
+)
 def test_shorter_splits_at_the_end_change_no_bit(strategy, small_tiles, override, options, dtype):
     """Also in part kept, in tiles wider than what a program folds at once, which end in shorter ones."""
     small_tiles((128, 256))

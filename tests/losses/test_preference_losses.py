@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, slow
 from loss_oracles import CASES, differences, make_batch, trl_dpo
 
 from dpo_kernels import FusedLinearDPOLoss, dpo_loss, reference, token_stats
@@ -161,7 +161,13 @@ def test_gradients_are_those_of_finite_differences(options):
     assert torch.autograd.gradcheck(lambda p: dpo_loss(ref, p, mask, 0.7, **options).loss, policy)
 
 
-@pytest.mark.parametrize("options", [*EVERY, {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.2)}], ids=label)
+SUM = {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.2)}
+COMPILED = ("sigmoid", "aot", "discopop", "orpo")
+
+
+@pytest.mark.parametrize(
+    "options", [SUM, *(one if one.get("loss_type") in COMPILED else slow(one) for one in EVERY)], ids=label
+)
 def test_every_loss_compiles_whole(options):
     torch.compiler.reset()  # else the cases count as recompilations of one function
     ref, policy, mask, _ = make_batch(9, torch.float32)

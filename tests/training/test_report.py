@@ -9,8 +9,8 @@ from io import StringIO
 import numpy as np
 import pytest
 import yaml
+from log_cases import GOOD, evaluated, trained
 from rich.console import Console
-from test_sentences import GOOD, evaluated, trained
 
 from dpo_kernels.training.report.card import CardFacts, card, on_the_hub, snippet
 from dpo_kernels.training.report.metrics import LOG_2
