@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, slow
 
 from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, reference, token_stats
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
@@ -129,7 +129,7 @@ def test_rows_of_the_most_negative_numbers_are_uniform(target, dtype):
     ("dtype", "vocab"),
     [
         (torch.uint8, 120), (torch.uint8, 256), (torch.uint8, 3000), (torch.int8, 120), (torch.int8, 256),
-        (torch.int8, 3000), (torch.int16, 256), (torch.int16, "largest"), (torch.int32, 3000),
+        (torch.int8, 3000), (torch.int16, 256), slow(torch.int16, "largest"), (torch.int32, 3000),
     ],
 )  # fmt: skip
 def test_labels_of_narrow_dtypes(target, dtype, vocab):

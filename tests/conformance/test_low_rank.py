@@ -20,7 +20,8 @@ BOTH = "hidden,low_rank"
 
 def make(target, dtype=torch.float32, grads=BOTH, size=None, ignored=0.3):
     """Leaves (hidden, weight, a, b) and labels; an adapter is float32 beside a narrower head."""
-    tokens, features, vocab = size or target.size
+    small = target.impl == "triton" and target.device.type == "cpu"  # interpreted: slow
+    tokens, features, vocab = size or ((70, 32, 140) if small else target.size)
     head = make_head(tokens, features, vocab, dtype, grads="none", ignored=ignored)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     a = torch.randn(RANK, features, dtype=wide) / features**0.5
@@ -56,7 +57,7 @@ def check(leaves, labels, budget=None, impl=None, **options):
 
 
 def budgets(target, dtype, grads):
-    """Every kind of plan that budgets lead to: (mode, outer loops) -> the bytes of one."""
+    """The bytes of a plan of each mode that budgets lead to; in both orders of the loops."""
     tokens, features, vocab = target.size
     found = {}
 
@@ -73,7 +74,9 @@ def budgets(target, dtype, grads):
     for i in range(81):
         made = of(least + (most - least) * i // 80)
         found.setdefault((made.mode, ",".join(s.outer for s in made.sweeps)), made.bytes)
-    return found
+    assert {mode for mode, _ in found} == {"keep", "mixed", "recompute"}
+    assert {outer for _, outer in found} == {"vocab", "tokens"}
+    return [*{mode: size for (mode, _), size in found.items()}.values()]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +102,9 @@ def test_with_the_entropy(target):
 
 def test_every_budget_gives_the_same(target):
     """Log-probs to the bit where the tiles are the same; gradients to rounding."""
-    leaves, labels = make(target, torch.bfloat16, ignored=0.0)
+    leaves, labels = make(target, torch.bfloat16, size=target.size, ignored=0.0)
     found = budgets(target, torch.bfloat16, BOTH)
-    assert {mode for mode, _ in found} == {"keep", "mixed", "recompute"}
-    assert {outer for _, outer in found} == {"vocab", "tokens"}
-    results = [run(token_stats, leaves, labels, memory_budget=b, impl=target.impl, outputs=()) for b in found.values()]
+    results = [run(token_stats, leaves, labels, memory_budget=b, impl=target.impl, outputs=()) for b in found]
     for stats, grads in results[1:]:
         assert_close(stats.log_probs, results[0][0].log_probs, 1e-4)
         for got, first in zip(grads, results[0][1], strict=True):

@@ -34,16 +34,16 @@ needs_proc = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("impl", "mode", "dtype", "grads", "budget"),
     [
-        pytest.param("torch", "score", "bfloat16", "none", 24, id="torch-score"),
-        pytest.param("torch", "frozen", "bfloat16", "hidden", 32, id="torch-frozen"),
+        pytest.param("torch", "score", "bfloat16", "none", 24, id="torch-score", marks=pytest.mark.slow),
+        pytest.param("torch", "frozen", "bfloat16", "hidden", 32, id="torch-frozen", marks=pytest.mark.slow),
         pytest.param("torch", "recompute", "bfloat16", "hidden,weight", 32, id="torch-recompute"),
-        pytest.param("torch", "mixed", "float32", "hidden,weight", 150, id="torch-mixed"),
-        pytest.param("torch", "keep", "bfloat16", "hidden,weight", 200, id="torch-keep"),
+        pytest.param("torch", "mixed", "float32", "hidden,weight", 150, id="torch-mixed", marks=pytest.mark.slow),
+        pytest.param("torch", "keep", "bfloat16", "hidden,weight", 200, id="torch-keep", marks=pytest.mark.slow),
         pytest.param("cpp", "score", "bfloat16", "none", 20, id="cpp-score"),
-        pytest.param("cpp", "frozen", "bfloat16", "hidden", 36, id="cpp-frozen"),
+        pytest.param("cpp", "frozen", "bfloat16", "hidden", 36, id="cpp-frozen", marks=pytest.mark.slow),
         pytest.param("cpp", "recompute", "bfloat16", "hidden,weight", 36, id="cpp-recompute"),
         pytest.param("cpp", "mixed", "float32", "hidden,weight", 162, id="cpp-mixed"),
-        pytest.param("cpp", "mixed", "float16", "hidden,weight", 92, id="cpp-mixed-float16"),
+        pytest.param("cpp", "mixed", "float16", "hidden,weight", 92, id="cpp-mixed-float16", marks=pytest.mark.slow),
         pytest.param("cpp", "keep", "bfloat16", "hidden,weight", 212, id="cpp-keep"),
     ],
 )

@@ -30,7 +30,7 @@ def test_a_class_is_refused(model_type):
 
 
 def without_bias(own):
-    return lambda self, hidden, weight, labels, bias: own(self, hidden, weight, labels, None)
+    return lambda self, hidden, weight, labels, bias, *more: own(self, hidden, weight, labels, None, *more)
 
 
 def scaled(own):
@@ -42,7 +42,7 @@ def scaled(own):
 
 
 def without_gradient(own):
-    return lambda self, hidden, weight, labels, bias: own(self, hidden, weight.detach(), labels, bias)
+    return lambda self, hidden, weight, labels, *more: own(self, hidden, weight.detach(), labels, *more)
 
 
 @pytest.mark.parametrize("fault", [without_bias, scaled, without_gradient])
