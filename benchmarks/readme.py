@@ -16,6 +16,8 @@ The order is: the first dtype, from few tokens to many, memory before time; then
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -169,7 +171,7 @@ def measure_time(rows: Sequence[Row], case: Case, rounds: int, verified: bool, e
     problem.forget()
     before = busy.read()
     runs = {row.peer: kept(row.peer, steps[row.peer]) for row in tried}
-    times, failures = interleave(runs, Effort(0, max_rounds=rounds, end=end), CPU, rounds)
+    times, failures = interleave(runs, Effort(0, math.inf, rounds, end), CPU, rounds)
     missing = busy.missing(before, busy.read(), torch.get_num_threads())
     ours = losses.get("dpo_kernels", float("nan"))
     for row in tried:
@@ -206,7 +208,7 @@ def draw(run: results.Results, dtype: str, path: Path) -> None:
     with pictures.plt.rc_context({"font.size": 11}):
         figure, (memory, times) = pictures.plt.subplots(1, 2, figsize=(10, 4.6), dpi=160, facecolor="white")
         for axes, value, title in (
-            (memory, lambda r: (held(r) or 0) / MIB, "Memory beyond inputs, gradients; MiB"),
+            (memory, lambda r: (held(r) or 0) / MIB, "Memory beyond inputs and gradients, MiB"),
             (times, lambda r: r.seconds or 0, "Time of a step, s"),
         ):
             ends: list[tuple[tuple[int, float], Line, bool]] = []
@@ -226,7 +228,7 @@ def draw(run: results.Results, dtype: str, path: Path) -> None:
             axes.minorticks_off()
             axes.grid(True, color="0.92")
             axes.set_xlabel("tokens")
-            axes.set_title(title, fontsize=11.5, loc="left")
+            axes.set_title(title, fontsize=10.5, loc="left")
             if ends:
                 label_ends(axes, ends)
         shape = f"{case.vocab_size:,} vocabulary x {case.hidden_size:,} features, {case.dtype}"
@@ -235,21 +237,28 @@ def draw(run: results.Results, dtype: str, path: Path) -> None:
 
 
 def label_ends(axes: Any, ends: list[tuple[tuple[int, float], Line, bool]]) -> None:
-    """Names right of the lines' ends, moved apart where they would overlap, and no higher than the axes."""
+    """Names right of the lines' ends, moved apart where they would overlap."""
     axes.figure.canvas.draw()
     scale = axes.figure.dpi / 72  # pixels of a point
     ends = sorted(ends, key=lambda end: end[0][1])
-    wanted = [axes.transData.transform(point)[1] for point, *_ in ends]
-    placed: list[float] = []
-    for at in wanted:
-        placed.append(max(at, placed[-1] + 15 * scale if placed else at))
-    moved = sum(wanted) / len(wanted) - sum(placed) / len(placed)  # as much up as down
-    moved = min(moved, axes.bbox.ymax - placed[-1])
-    for (point, line, mine), at, to in zip(ends, wanted, placed, strict=True):
+    wanted = [float(axes.transData.transform(point)[1]) for point, *_ in ends]
+    for (point, line, mine), at, to in zip(ends, wanted, apart(wanted, 15 * scale), strict=True):
         axes.annotate(
-            line.label, point, xytext=(9, (to + moved - at) / scale), textcoords="offset points", va="center",
+            line.label, point, xytext=(9, (to - at) / scale), textcoords="offset points", va="center",
             color=line.color, fontweight="bold" if mine else "normal", annotation_clip=False,
         )  # fmt: skip
+
+
+def apart(wanted: Sequence[float], least: float) -> list[float]:
+    """Ascending places, least apart and as near to the wanted ones, ascending too, as that leaves: those that are too
+    close share a middle."""
+    groups: list[list[float]] = []  # of what is wanted, less the places below
+    for i, at in enumerate(wanted):
+        groups.append([at - i * least])
+        while len(groups) > 1 and statistics.fmean(groups[-2]) > statistics.fmean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    middles = [statistics.fmean(group) for group in groups for _ in group]
+    return [middle + i * least for i, middle in enumerate(middles)]
 
 
 if __name__ == "__main__":

@@ -506,3 +506,16 @@ def test_the_picture_leaves_out_what_time_does_and_what_is_wrong(monkeypatch):
     readme.measure_time(rows, cases[1], rounds=1, verified=False, end=math.inf)
     assert [row.status for row in rows] == ["wrong", "timed"]
     assert rows[0].reason.startswith("its loss is")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "placed"),
+    [
+        ([0, 50], [0, 50]),
+        ([10, 10], [5, 15]),
+        ([0, 100, 102, 104], [0, 92, 102, 112]),
+        ([0, 8, 14], [-2.67, 7.33, 17.33]),
+    ],
+)
+def test_names_in_the_picture_are_apart(wanted, placed):
+    assert readme.apart(wanted, 10) == pytest.approx(placed, abs=0.01)
