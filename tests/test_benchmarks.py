@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, report, results
+from benchmarks import growth, readme, report, results
 from benchmarks.cases import CPU, MIB, REAL, SIZES, SMALL, Case
 from benchmarks.floors import make_floor
 from benchmarks.inputs import IGNORE, make_inputs
@@ -474,3 +474,50 @@ def test_growth_writes_points_table_and_picture(tmp_path, monkeypatch):
     assert all(p["ours"] > 0 < p["bare"] and p["rounds"] >= 4 for p in points)
     assert (tmp_path / "growth.md").read_text().count("| full step |") == 8
     assert (tmp_path / "growth.png").exists()
+
+
+def test_the_picture_of_the_readme(tmp_path, monkeypatch):
+    """Without processes: what is measured of them is another test's."""
+    returned = 4 * (16 * 16 + 97 * 16 + 1)  # bytes of both gradients and the loss at 16 tokens
+    marks = [Held(3 * MIB * n + returned, returned) for n in (1, 2)]
+    monkeypatch.setattr(readme, "in_a_process", lambda steps, *_: (marks[:steps], ""))
+    monkeypatch.setattr(readme, "LINES", readme.LINES[:4])
+    path = tmp_path / "readme.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(readme, "draw", lambda *_: None)
+        readme.main(["--output", str(path), "--tokens", "16", "32", "--dtypes", "float32", "--hidden-size", "16",
+                     "--vocab-size", "97"])  # fmt: skip
+    rows = results.load(path).rows
+    assert [(row.case.tokens, row.peer) for row in rows] == [(n, line.name) for n in (16, 32) for line in readme.LINES]
+    assert all(row.status == "timed" and row.seconds for row in rows)
+    assert all(row.errors for row in rows[:4]), "verified at the fewest tokens"
+    assert [readme.held(row) for row in rows[3:5]] == [6 * MIB, 3 * MIB], "of the second step, of the first"
+    readme.main(["--output", str(path), "--draw-only"])
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_picture_leaves_out_what_time_does_and_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(readme, "in_a_process", lambda *_: ([], "not now"))
+    cases = [readme.case_of(replace(readme.BASE, hidden_size=16, vocab_size=97), "float32", n) for n in (16, 32)]
+    monkeypatch.setattr(readme, "LINES", readme.LINES[:2])
+    (rows, _) = readme.measured(cases, end=0.0)
+    assert {(row.status, row.reason, row.bytes_reason) for row in rows} == {("unavailable",) + 2 * (readme.TIME_IS_UP,)}
+    other = replace(PLAIN, adapters={"dpo": lambda i: PLAIN.adapters["dpo"](i) + 1})
+    monkeypatch.setattr(readme, "PEERS", [other, OURS])
+    rows = [Row(cases[1], line.name, "unavailable") for line in readme.LINES]
+    readme.measure_time(rows, cases[1], rounds=1, verified=False, end=math.inf)
+    assert [row.status for row in rows] == ["wrong", "timed"]
+    assert rows[0].reason.startswith("its loss is")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "placed"),
+    [
+        ([0, 50], [0, 50]),
+        ([10, 10], [5, 15]),
+        ([0, 100, 102, 104], [0, 92, 102, 112]),
+        ([0, 8, 14], [-2.67, 7.33, 17.33]),
+    ],
+)
+def test_names_in_the_picture_are_apart(wanted, placed):
+    assert readme.apart(wanted, 10) == pytest.approx(placed, abs=0.01)

@@ -17,7 +17,7 @@ SOURCES = [
     if path.suffix in (".py", ".cpp", ".h", ".sh")
 ]  # fmt: skip
 PAGES = sorted(DOCS.rglob("*.md"))
-PAPERS = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")]
+PAPERS = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "SECURITY.md")]
 
 
 def navigation() -> list[str]:
@@ -59,7 +59,7 @@ def test_every_page_is_in_the_navigation():
 @pytest.mark.parametrize("page", [*PAGES, *PAPERS], ids=lambda path: path.name)
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"(?<!!)\[[^\[\]]*\]\(([^)\s]+)\)", text):
         assert not target.startswith("/"), target
         if "://" not in target and not target.startswith("#"):
             found = (page.parent / target.split("#")[0]).resolve()
@@ -100,3 +100,39 @@ def test_issue_templates_are_forms_and_ask_for_the_environment():
         assert name == "config.yml" or {"name", "description", "body"} <= form.keys()
     labels = [part["attributes"].get("label", "") for part in forms["bug_report.yml"]["body"]]
     assert "Output of `dpo-kernels env`" in labels
+
+
+def readme_parts(name):
+    """What its translation has too, in the same order: code without comments, links and pictures, figures and units."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    code = [(language, re.sub(r" *#.*", "", block)) for language, block in blocks]
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("README")]
+    prose = re.sub(r"\]\([^)\s]+\)", "]", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    names = re.findall(r"`[^`]+`", prose)
+    figures = re.findall(r"\d[\d,.]*(?:e-\d+)?(?<![,.])\s?(?:ms|s|MiB|GiB|%)?(?![a-zA-Z])", prose)
+    shape = re.findall(r"^(#+|\||-) ", text, re.MULTILINE)
+    return code, targets, sorted(names), [" ".join(figure.split()) for figure in figures], shape
+
+
+def test_the_chinese_readme_has_the_same_code_links_and_figures():
+    english, chinese = readme_parts("README.md"), readme_parts("README.zh-CN.md")
+    for here, there in zip(english, chinese, strict=True):
+        assert here == there
+    code, targets, _, figures, _ = english
+    assert len(code) == 9
+    assert len(targets) > 25
+    assert {"151 ms", "3,558 MiB", "13.9 GiB", "90%", "4.6e-7", "117 s"} <= set(figures)
+
+
+@pytest.mark.parametrize(("name", "other"), [("README.md", "README.zh-CN.md"), ("README.zh-CN.md", "README.md")])
+def test_the_readmes_lead_to_each_other(name, other):
+    assert f"({other})" in (ROOT / name).read_text(encoding="utf-8").split("\n\n")[1]
+
+
+def test_the_options_of_the_readme_are_those_of_the_command():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    options = re.findall(r"^\| `--(\w+)` \|", text, re.MULTILINE)
+    assert len(options) == 10
+    help_page = (ROOT / "dpo_kernels" / "commands" / "help.py").read_text(encoding="utf-8")
+    assert [name for name in options if name not in help_page] == []

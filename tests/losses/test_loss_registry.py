@@ -1,4 +1,4 @@
-"""The table of losses: rows are whole, a row alone adds a loss, README and the old module agree with the table."""
+"""The table of losses: rows are whole, a row alone adds a loss, docs/losses.md and the old module agree with it."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def test_ranges_of_smoothing(smoothing, text, inside, outside):
     assert not any(value in smoothing for value in outside)
 
 
-def test_the_readme_names_every_loss_where_it_belongs():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_names_every_loss_where_it_belongs():
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     rows = dict(
         re.findall(r"^\| (pairs with a reference|without a reference|`f_divergence_type`) \| (.*) \|$", text, re.M)
     )

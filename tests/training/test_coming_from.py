@@ -46,12 +46,12 @@ def test_every_section_has_a_before_and_an_after_of_three_lines():
 
 def test_the_imports_of_the_readme_work_and_its_three_lines_run():
     blocks = re.findall(r"```python\n(from dpo_kernels.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
-        names = tensors()
+        names = tensors() | {"A": torch.randn(3, 16), "B": torch.randn(200, 3), "scale": 2.0}
         names["lm_head"] = SimpleNamespace(weight=names["weight"])
         exec(block, names)
-    assert "enable" in names
+        assert {"loss", "enable", "LowRank"} & names.keys()
     for line in re.findall(r"from dpo_kernels[\w.]* import [\w, ]+", README):
         exec(line)
 
