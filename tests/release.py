@@ -76,7 +76,7 @@ def missing_in_wheel(names: Iterable[str]) -> set[str]:
 
 
 def use(wheel: Path) -> None:
-    """Installs a wheel in a new environment and imports it there, from an empty folder."""
+    """Installs a wheel in a new environment, and uses it there from an empty folder: imports it, trains the example."""
     with tempfile.TemporaryDirectory() as folder:
         environment, empty = Path(folder, "environment"), Path(folder, "empty")
         empty.mkdir()
@@ -88,6 +88,10 @@ def use(wheel: Path) -> None:
         (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.run((python, "-c", USE), check=True, cwd=empty, env=variables)
+        command = environment / "bin" / "dpo-kernels"
+        short = ("--lesson_epochs", "1", "--max_steps", "2", "--output_dir", "out")
+        for arguments in (("env",), ("train", *short), ("compare", "--before", "out/before", "--after", "out")):
+            subprocess.run((command, *arguments), check=True, cwd=empty, env=variables)
 
 
 def main(argv: list[str]) -> None:

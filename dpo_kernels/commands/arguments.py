@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,10 +12,18 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from dpo_kernels.commands.endings import OptionError
+from dpo_kernels.commands.simple import EXPECTED, sentence
 from dpo_kernels.losses import LOSSES
 from dpo_kernels.training.config import RESTRICTED
 
-EXPECTED = {"float": "a number", "int": "a whole number", "string_to_bool": "true or false"}
+# What people call options that have other names.
+MEANT = {
+    "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "lr": "learning_rate", "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size", "model": "ref_weight", "ref_model": "ref_weight", "data": "data_path",
+    "dataset": "data_path", "output": "output_dir", "out": "output_dir", "resume": "resume_from_checkpoint",
+    "loss": "loss_type", "lora": "use_peft", "seq_length": "max_length", "max_seq_length": "max_length",
+    "gradient_accumulation": "gradient_accumulation_steps",
+}  # fmt: skip
 Given = dict[str, list[str]]  # an option's name, without dashes -> what stands behind it
 
 
@@ -34,7 +41,14 @@ class Arguments(HfArgumentParser):
         """
         for name in given:
             self.check_name(name)
-        return self.parse_args_into_dataclasses(args=as_argv(given), look_for_args_file=False)
+        *made, rest = self.parse_args_into_dataclasses(
+            args=as_argv(given), look_for_args_file=False, return_remaining_strings=True
+        )
+        if rest:
+            raise OptionError(
+                f"{rest[0]}: not expected here; an option takes one value, and a file of options stands alone"
+            )
+        return tuple(made)
 
     @property
     def names(self) -> list[str]:
@@ -83,12 +97,15 @@ class Arguments(HfArgumentParser):
             raise OptionError(f"{action.option_strings[0]} is {value!r}; expected one of {names}")
 
     def error(self, message: str) -> NoReturn:
-        short = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message)
-        raise OptionError(short.replace("expected one argument", "a value has to follow"))
+        raise OptionError(sentence(message))
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The nearest of the known names as a question; nothing where none is near."""
+    if (meant := MEANT.get(name)) in known:
+        return f"; did you mean --{meant}?"
+    if not name:
+        return "; see --help"
     begin = sorted((other for other in known if other.startswith(name)), key=len)
     near = begin or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     near = near or [other for other in known if len(name) > 3 and name in other]

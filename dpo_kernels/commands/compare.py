@@ -11,6 +11,8 @@ from rich.text import Text
 from dpo_kernels.commands.inputs import quiet
 from dpo_kernels.commands.prompts import Prompt, add_options, answers, prompts_of, text_of
 from dpo_kernels.commands.simple import Parser
+from dpo_kernels.training.adapters import base_of
+from dpo_kernels.training.loading import load_config
 
 
 def main(argv: list[str], program: str) -> int:
@@ -22,6 +24,8 @@ def main(argv: list[str], program: str) -> int:
     add_options(parser)
     options = parser.parse_args(argv)
     prompts = prompts_of(options)
+    for name in (options.before, options.after):  # before either is loaded
+        load_config(base_of(name) or name, options.trust_remote_code)
     before, after = (answers(name, prompts, options) for name in (options.before, options.after))
     console = Console(highlight=False)
     console.print(side_by_side(prompts, before, after))

@@ -136,10 +136,10 @@ def load(script: ScriptArguments, adapter: AdapterOptions, path: str, is_trainab
     """A model as the options say; see `loading.load_model`."""
     more = model_options(script)
     more.pop("revision", None)
-    dtype = more.pop("dtype", more.pop("torch_dtype", script.dtype))
-    dtype = dtype if dtype == "auto" else getattr(torch, str(dtype), None)
-    if dtype is None:
-        raise ValueError(f"model_init_kwargs asks for the dtype {more!r}; expected one as in float32, bfloat16")
+    asked = more.pop("dtype", more.pop("torch_dtype", script.dtype))
+    dtype = asked if asked == "auto" else getattr(torch, str(asked), None)
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"model_init_kwargs asks for the dtype {asked!r}; expected one as in float32, bfloat16")
     trust = more.pop("trust_remote_code", script.trust_remote_code)
     options: dict[str, Any] = adapter.quantization(dtype)
     if script.attn_implementation:

@@ -199,6 +199,23 @@ def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DP
         raise ValueError(f"use_peft puts a new adapter into a model, and {script.from_weight} is one; leave one out")
 
 
+def check_device(name: str | None) -> torch.device:
+    """The device of this name; without one a GPU where there is one.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type != "meta":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = "cpu" + (f" and cuda:0 to cuda:{gpus - 1}" if gpus else "; no GPU was found")
+        raise OptionError(f"--device is {name!r}, which cannot be used here; there is {there}") from error
+    return device
+
+
 def check_impl(impl: str | None, device: torch.device) -> None:
     """
     Raises:

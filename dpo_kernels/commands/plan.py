@@ -18,8 +18,10 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--hidden_size", type=int, help="features of a hidden state, where no model is given")
     parser.add_argument("--vocab_size", type=int, help="rows of the head's weight, where no model is given")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16")
-    parser.add_argument("--grads", nargs="*", choices=("hidden", "weight", "bias"), default=["hidden", "weight"],
+    parser.add_argument("--grads", nargs="*", choices=("hidden", "weight", "bias", "low_rank"),
+                        default=["hidden", "weight"],
                         help="what wants a gradient; none behind it: a reference or an evaluation")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=0, help="of a LoRA on the head; default: none")
     parser.add_argument("--memory_budget", help="such as 512MiB; default: 1GiB or more")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--impl", choices=("triton", "cpp", "torch"), help="default: the fastest that can run")
@@ -32,13 +34,16 @@ def main(argv: list[str], program: str) -> int:
     import torch
 
     from dpo_kernels import available_impls, plan
+    from dpo_kernels.commands.options import check_device
     from dpo_kernels.units import parse_bytes
 
+    check_device(options.device)
     if options.impl is not None and (reason := available_impls(options.device)[options.impl]):
         raise OptionError(f"--impl {options.impl} cannot run on {options.device}: {reason}")
     print(plan(
         options.tokens, hidden_size, vocab_size, getattr(torch, options.dtype), grads=options.grads, softcap=softcap,
         memory_budget=parse_bytes(options.memory_budget), device=options.device, impl=options.impl,
+        rank=options.rank,
     ))  # fmt: skip
     return 0
 

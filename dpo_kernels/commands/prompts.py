@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dpo_kernels.commands.inputs import EXAMPLE
+from dpo_kernels.commands.options import check_device
 from dpo_kernels.commands.simple import Parser
 from dpo_kernels.training.answers import answers_to, chat_prompt
 from dpo_kernels.training.data import parse_json
@@ -46,6 +47,7 @@ def prompts_of(options: Any) -> list[Prompt]:
     for name, least in (("max_new_tokens", 1), ("count", 1), ("temperature", 0), ("top_p", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             raise ValueError(f"--{name} is {value}; expected at least {least}")
+    check_device(options.device)
     if options.prompt and options.prompts:
         raise ValueError("give prompts either by --prompt or by --prompts")
     if options.prompt:
@@ -61,7 +63,7 @@ def read_prompts(path: str, count: int) -> list[Prompt]:
         OSError: it cannot be read.
         DataError: a line holds no prompt, or there is none.
     """
-    if Path(path).suffix in (".txt", ".md", ""):
+    if Path(path).suffix in (".txt", ".md"):
         texts = Path(path).read_text(encoding="utf-8").splitlines()
         found: list[Prompt] = [as_message(text) for text in dict.fromkeys(map(str.strip, texts)) if text]
     else:
@@ -100,7 +102,7 @@ def answers(name: str, prompts: Sequence[Prompt], options: Any) -> list[str]:
     tokenizer = load_tokenizer(name, None, options.trust_remote_code)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = load_model(name, trust_remote_code=options.trust_remote_code, dtype=dtype)
-    model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = model.to(check_device(options.device)).eval()
     torch.manual_seed(options.seed)
     ids = [chat_prompt(tokenizer, prompt) for prompt in prompts]
     return answers_to(

@@ -20,7 +20,7 @@ from dpo_kernels.commands.inputs import (
     quiet,
     read_pairs,
 )
-from dpo_kernels.commands.options import ScriptArguments, check_impl
+from dpo_kernels.commands.options import ScriptArguments, check_device, check_impl
 from dpo_kernels.training import DPODataset
 from dpo_kernels.training.adapters import AdapterOptions
 from dpo_kernels.training.data import write_whole
@@ -57,7 +57,7 @@ def main(argv: list[str], program: str) -> int:
     if (parsed := on_pairs.parse(argv, program, TEXT, ScoreOptions)) is None:
         return 0
     script, options = parsed
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(options.device)
     check_impl(options.impl, device)
     _check_output(options)
     script.from_weight, script.ref_weight = script.ref_weight, options.ref  # their tokenizers and lengths are compared
@@ -106,6 +106,7 @@ def _check_output(options: ScoreOptions) -> None:
         ValueError: a number that is out of range.
         OSError: the output cannot be written, which is better known before the models are run.
     """
+    parse_bytes(options.memory_budget)
     if options.batch_size < 1:
         raise ValueError(f"--batch_size is {options.batch_size}; expected at least 1")
     if options.output is not None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from dpo_kernels.commands.endings import OptionError
 
-EXPECTED = {"int": "a whole number", "float": "a number"}
+EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,11 +56,14 @@ class Parser(argparse.ArgumentParser):
             raise OptionError(f"{_name_of(action)} is {value!r}; expected one of {', '.join(map(str, action.choices))}")
 
     def error(self, message: str) -> NoReturn:
-        short = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message)
-        short = short.replace("expected one argument", "a value has to follow")
-        raise OptionError(
-            short.replace("the following arguments are required: ", "give ") + f"; see {self.prog} --help"
-        )
+        short = sentence(message).replace("the following arguments are required: ", "give ")
+        raise OptionError(f"{short}; see {self.prog} --help")
+
+
+def sentence(message: str) -> str:
+    """What argparse says, in our words."""
+    short = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message)
+    return short.replace("expected one argument", "a value has to follow")
 
 
 def _name_of(action: argparse.Action) -> str:

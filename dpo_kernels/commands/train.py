@@ -94,6 +94,7 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
         show_start(facts)
         report = RunReport(trainer, facts, tokenizer, script.report)
         report.ask_before()
+    go_on = f"go on with --resume_from_checkpoint --output_dir {output_dir}"
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except NonFiniteError as error:
@@ -103,10 +104,10 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
         if not trainer.interrupted:  # the second one, which did not wait for the step to be saved
             newest = checkpoints.latest(output_dir)
             saved = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
-            say(config, f"stopped at once, {saved}; go on with --resume_from_checkpoint")
+            say(config, f"stopped at once, {saved}; {go_on}")
             return 128 + signal.SIGINT
     if trainer.interrupted:
-        say(config, f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint")
+        say(config, f"stopped after step {trainer.state.global_step}; {go_on}")
         return 128 + (trainer.stopped_by or signal.SIGTERM)
     trainer.save_model()
     if held_out:

@@ -96,12 +96,17 @@ def translated(given: Given, datasets: Any = None) -> Given:
         own["data_path"] = [_source(name, config, splits[0])]
         if evaluates and not own.keys() & {"eval_data_path", "eval_size"}:
             own["eval_data_path"] = [_source(name, config, splits[1])]
-    if (given.get("padding_free") or ["false"])[0].lower() in ("true", "1", "yes"):
+    if _is_on(given, "padding_free"):
         own["layout"] = ["packed"]
+    if own.get("truncation_mode") == ["keep_end"]:
+        raise OptionError(
+            "--truncation_mode keep_end is refused: it cuts the beginning of prompt and answer together; keep_answer "
+            "cuts the prompt's beginning alone, keep_start the answer's end"
+        )
     if own.get("pad_to_multiple_of") == ["auto"]:
         del own["pad_to_multiple_of"]  # of a kind of device that nothing here has run on
     if is_theirs:
-        defaults = DEFAULTS if (own.get("fp16") or ["false"])[0].lower() != "true" else DEFAULTS | {"bf16": "false"}
+        defaults = DEFAULTS | {"bf16": "false"} if _is_on(own, "fp16") else DEFAULTS
         own = {name: [value] for name, value in defaults.items() if name not in own} | own
     return own
 
@@ -140,6 +145,11 @@ def set_environment(values: Any) -> None:
     if not isinstance(values, dict):
         raise OptionError(f"env is {values!r}; expected names and values")
     os.environ.update({str(name): str(value) for name, value in values.items()})
+
+
+def _is_on(given: Given, name: str) -> bool:
+    """Whether a switch is on; a bare one is."""
+    return name in given and (given[name] or ["true"])[0].lower() in ("true", "1", "yes")
 
 
 def _free(own: Given, ours: str, theirs: str) -> None:

@@ -105,6 +105,3 @@ def _is_still(path: Path, descriptor: int) -> bool:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: removed by another machine, on NFS
             return False
         raise
-
-
-# IMPORT
