@@ -135,7 +135,7 @@ def test_the_check_passes_in_every_dtype(name, dtype):
 def test_a_head_that_lost_its_bias_is_refused():
     model = make_model("Phi")
     head = FusedHead(model)
-    head.token_stats = lambda hidden, weight, labels, bias: FusedHead.token_stats(head, hidden, weight, labels, None)
+    head.token_stats = lambda hidden, weight, labels, *_: FusedHead.token_stats(head, hidden, weight, labels, None)
     with pytest.raises(HeadError, match=r"would train PhiForCausalLM wrong: on 8 tokens its log-probs differ"):
         head.check(model)
 
