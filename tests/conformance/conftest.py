@@ -113,6 +113,11 @@ def targets() -> list[Any]:
 TARGETS = targets()
 
 
+def is_of(label: str, parts: set[str]) -> bool:
+    """Whether a case's label has one of these parts, such as a target's name or a dtype."""
+    return any(f"-{part}-" in f"-{label}-" for part in parts)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
@@ -129,7 +134,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             ([*values, value], f"{label}-{key}", marks)
             for values, label, marks in rows for key, value in of_target[name](values[0]).items()
         ]  # fmt: skip
-    made = [pytest.param(*values, id=label, marks=marks) for values, label, marks in rows]
+    slow = {part for marker in metafunc.definition.iter_markers("slow_on") for part in marker.args}
+    made = [
+        pytest.param(*values, id=label, marks=[*marks, pytest.mark.slow] if is_of(label, slow) else marks)
+        for values, label, marks in rows
+    ]
     metafunc.parametrize(["target", *names], made, indirect=["target"])
 
 

@@ -132,6 +132,7 @@ def test_rows_of_the_most_negative_numbers_are_uniform(target, dtype):
         (torch.int8, 3000), (torch.int16, 256), slow(torch.int16, "largest"), (torch.int32, 3000),
     ],
 )  # fmt: skip
+@pytest.mark.slow_on("triton-tiles")
 def test_labels_of_narrow_dtypes(target, dtype, vocab):
     """Compared in a dtype that holds the vocabulary and ignore_index: 156 is not -100, 3 is below 70,000."""
     vocab = target.largest if vocab == "largest" else vocab
@@ -264,6 +265,7 @@ def test_tied_embeddings_are_never_written(target):
     assert_close(weight.grad, exact.grad, 1e-4)
 
 
+@pytest.mark.slow_on("triton-tiles")
 def test_int64_addressing(target):
     """Rows that start beyond 2^31 elements; the pages before them are never touched."""
     rows, vocab = 66_000, 33_000

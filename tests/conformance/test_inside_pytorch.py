@@ -25,6 +25,7 @@ WITHOUT_COMPILING = ("test_schema", "test_faketensor")
 
 @pytest.mark.parametrize("grads", ["hidden,weight,bias", "hidden", "weight", "none"])
 @pytest.mark.parametrize("outputs", ["", "entropy,is_top1"])
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_opcheck_hidden(target, grads, outputs):
     head = target.head(20, 16, 50, bias=True, grads=grads)
     options = Options(
@@ -34,11 +35,13 @@ def test_opcheck_hidden(target, grads, outputs):
     torch.library.opcheck(ops.token_stats_op, (*head[:2], head.bias, None, None, head.labels, *options.encode()))
 
 
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_opcheck_logits(target):
     logits, labels = target.randn(5, 30, grad=True), target.labels(30, (5,))
     torch.library.opcheck(ops.logits_log_probs_op, (logits, labels, *Options(transform=Transform(0.9, 1.1)).encode()))
 
 
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_opcheck_backwards(target):
     head = target.head(6, 16, 30, grads="none")
     options = Options(grads=Grads(True, True)).encode()
@@ -56,6 +59,7 @@ def test_opcheck_backwards(target):
 
 
 @pytest.mark.parametrize("grads", ["hidden,weight", "hidden"])
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_compile_fullgraph_hidden(target, grads):
     head = target.head((4, 5), 16, 130, grads=grads)
     head.labels[0, 0] = 1
@@ -79,6 +83,7 @@ def test_compile_fullgraph_hidden(target, grads):
             assert_close(compiled, eager, 1e-5 * max(1.0, eager.abs().max().item() / 10))
 
 
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_compile_fullgraph_follows_the_labels(target):
     """One compiled function, called with other labels: how many tokens count is no constant of the graph."""
     head = target.head(30, 16, 60)
@@ -95,6 +100,7 @@ def test_compile_fullgraph_follows_the_labels(target):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_compile_fullgraph_logits(target, inplace):
     leaf, labels = target.randn(5, 300, grad=True), target.labels(300, (5,))
 
@@ -105,6 +111,7 @@ def test_compile_fullgraph_logits(target, inplace):
     assert_close(compiled, eager, 1e-6)
 
 
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_compile_under_autocast(target):
     head = target.head(12, 16, 60)
 
@@ -127,6 +134,7 @@ def test_compile_under_autocast(target):
         pytest.param((torch.float32, torch.float16), "hidden,weight", "recompute", id="half-weight"),
     ],
 )
+@pytest.mark.slow_on("triton-tiles")
 def test_autocast_computes_in_its_dtype_and_returns_the_inputs(target, dtypes, grads, mode):
     head = target.head(*target.size, torch.float32, grads=grads)
     budget = planned(head, mode).bytes * 2
@@ -185,6 +193,7 @@ def test_no_grad_takes_one_gemm_and_saves_nothing(target, monkeypatch):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.slow_on("triton-tiles")
 def test_gradient_checkpointing(target, use_reentrant):
     head = target.head(40, 16, 300)
     _, straight = run(token_stats, detached(head), outputs=())
@@ -201,6 +210,7 @@ def test_gradient_checkpointing(target, use_reentrant):
 @pytest.mark.parametrize("grads", ["hidden", "hidden,weight"])
 @pytest.mark.parametrize("weight_in_rows", [True, False])
 @pytest.mark.parametrize("unpack", ["moved", "transposed"])
+@pytest.mark.slow_on("triton-tiles")
 def test_hooks_may_lay_saved_tensors_out_anew(target, grads, weight_in_rows, unpack):
     """Hooks that offload them do: forward's choices must not be made again from what backward sees."""
     head = target.head(65, 32, 130, ignored=0, grads=grads)

@@ -84,12 +84,14 @@ def budgets(target, dtype, grads):
     [("none", ALL), ("low_rank", PLAIN), ("hidden", PLAIN), (BOTH, ALL), ("hidden,weight,low_rank", PLAIN)],
     ids=["none", "low_rank", "hidden", "both", "all"],
 )
+@pytest.mark.slow_on("triton-tiles")
 def test_as_if_the_sum_had_been_made(target, grads, options):
     leaves, labels = make(target, grads=grads)
     check(leaves, labels, impl=target.impl, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.slow_on("triton-tiles")
 def test_every_dtype(target, dtype):
     leaves, labels = make(target, dtype)
     check(leaves, labels, impl=target.impl)
@@ -100,6 +102,7 @@ def test_with_the_entropy(target):
     check(leaves, labels, impl=target.impl, outputs=("entropy", "log_sum_sq_probs"))
 
 
+@pytest.mark.slow_on("triton-tiles")
 def test_every_budget_gives_the_same(target):
     """Log-probs to the bit where the tiles are the same; gradients to rounding."""
     leaves, labels = make(target, torch.bfloat16, size=target.size, ignored=0.0)
@@ -141,6 +144,7 @@ def test_few_tokens(target):
     assert all(g.eq(0).all() for g in grads if g is not None)
 
 
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_strides_and_compile(target):
     (hidden, weight, a, b), labels = make(target, size=(30, 16, 130))
     low_rank = LowRank(a.T.contiguous().T, b.T.contiguous().T, 0.5)
@@ -160,6 +164,7 @@ def test_strides_and_compile(target):
             assert_close(value, truth, 1e-5 * truth.abs().max().item())
 
 
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_opcheck(target):
     (hidden, weight, a, b), labels = make(target, size=(6, 16, 30))
     options = dpo_kernels.call.Options(grads=dpo_kernels.call.Grads.of(("hidden", "low_rank"))).encode()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, planned
+from helpers import ROOT, planned, slow
 
 from dpo_kernels import driver, hidden_to_log_probs, logits_to_log_probs
 from dpo_kernels.ops import EXECUTION_BYTES
@@ -39,12 +39,12 @@ needs_proc = pytest.mark.skipif(
         pytest.param("torch", "recompute", "bfloat16", "hidden,weight", 32, id="torch-recompute"),
         pytest.param("torch", "mixed", "float32", "hidden,weight", 150, id="torch-mixed", marks=pytest.mark.slow),
         pytest.param("torch", "keep", "bfloat16", "hidden,weight", 200, id="torch-keep", marks=pytest.mark.slow),
-        pytest.param("cpp", "score", "bfloat16", "none", 20, id="cpp-score"),
+        pytest.param("cpp", "score", "bfloat16", "none", 20, id="cpp-score", marks=pytest.mark.slow),
         pytest.param("cpp", "frozen", "bfloat16", "hidden", 36, id="cpp-frozen", marks=pytest.mark.slow),
         pytest.param("cpp", "recompute", "bfloat16", "hidden,weight", 36, id="cpp-recompute"),
         pytest.param("cpp", "mixed", "float32", "hidden,weight", 162, id="cpp-mixed"),
         pytest.param("cpp", "mixed", "float16", "hidden,weight", 92, id="cpp-mixed-float16", marks=pytest.mark.slow),
-        pytest.param("cpp", "keep", "bfloat16", "hidden,weight", 212, id="cpp-keep"),
+        pytest.param("cpp", "keep", "bfloat16", "hidden,weight", 212, id="cpp-keep", marks=pytest.mark.slow),
     ],
 )
 def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
@@ -59,7 +59,7 @@ def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
 
 
 @needs_proc
-@pytest.mark.parametrize("impl", ["cpp", "torch"])
+@pytest.mark.parametrize("impl", ["cpp", slow("torch")])
 def test_a_low_rank_adapter_holds_no_more_than_its_budget(impl):
     """W + B A and its gradient would be 49 MiB each in float32."""
     result = probe(impl, 1200, 256, 50_000, "bfloat16", 60 * MIB, "hidden,low_rank", 1200, 8)
@@ -69,7 +69,7 @@ def test_a_low_rank_adapter_holds_no_more_than_its_budget(impl):
 
 
 @needs_proc
-@pytest.mark.parametrize("impl", ["cpp", "torch"])
+@pytest.mark.parametrize("impl", ["cpp", slow("torch")])
 def test_a_budget_holds_where_most_labels_are_ignored(impl):
     """Vectors are of the tokens that count; of the others a few bytes a label."""
     result = probe(impl, 6_000_000, 1, 3000, "bfloat16", 44 * MIB, "hidden,weight", 100)

@@ -35,7 +35,7 @@ EVERY = [  # the target's size, gradients, mode, outer loops of backward
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        pytest.param(torch.bfloat16, PLAIN, id="bfloat16-plain"),
+        pytest.param(torch.bfloat16, PLAIN, id="bfloat16-plain", marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, ALL, id="bfloat16-all"),
         pytest.param(torch.float32, ALL, id="float32-all"),
     ],
@@ -127,6 +127,7 @@ def test_the_frozen_heads_sum_follows_the_maximum(target, order, spread):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow_on("torch", "triton-tiles")
 def test_a_label_out_of_range_is_nan_in_its_row_alone(target, unchecked_labels, mode):
     tokens, features, vocab = target.size
     bad = [3, tokens // 2]

@@ -38,6 +38,7 @@ def test_shapes(target, shape, dtype):
 @pytest.mark.parametrize("grads", GRADS)
 @pytest.mark.parametrize("options", TRANSFORMS)
 @pytest.mark.parametrize("outputs", [(), OPTIONAL_OUTPUTS], ids=["log_probs", "all"])
+@pytest.mark.slow_on("float16", "triton-tiles")
 def test_wanted_gradients(target, options, grads, outputs):
     head = target.head(70, 48, target.wide // 2, bias=True, grads=grads)
     check_against_reference(head, outputs=outputs, **options)
@@ -45,12 +46,14 @@ def test_wanted_gradients(target, options, grads, outputs):
 
 @pytest.mark.parametrize("options", EACH_TRANSFORM)
 @pytest.mark.parametrize("outputs", [("entropy",), OPTIONAL_OUTPUTS], ids=["entropy", "all"])
+@pytest.mark.slow_on("triton-tiles")
 def test_transforms(target, dtype, options, outputs):
     check_against_reference(target.head(70, 48, target.wide // 2, dtype, bias=True), outputs=outputs, **options)
 
 
 @pytest.mark.parametrize("grads", ["none", "hidden", "hidden,weight"])
 @pytest.mark.parametrize("options", TRANSFORMS)
+@pytest.mark.slow_on("float16", "triton-tiles")
 def test_without_a_bias(target, dtype, options, grads):
     check_against_reference(target.head(100, 48, target.wide // 2, dtype, grads=grads), outputs=(), **options)
 

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import EXAMPLE, ROOT
+from helpers import EXAMPLE, ROOT, slow
 from safetensors.torch import load_file
 from script_helpers import PAIR, command, losses, refusal, run, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -101,7 +101,7 @@ def test_two_processes_train_like_one(tmp_path, model_dir, environment):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5 if "loss" in key else 2e-4), key
 
 
-@pytest.mark.parametrize("count", [5, 7])
+@pytest.mark.parametrize("count", [5, slow(7)])
 def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, environment, count):
     """Of 5 pairs in steps of 4, one of two processes is left with a pair and filling, the other with filling alone."""
     data = tmp_path / "pairs.jsonl"
@@ -132,7 +132,13 @@ def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, enviro
         pytest.param(7, {"per_device_train_batch_size": 2, "max_steps": 2}, 1, id="pairs"),
         # Within the second epoch, whose batches are others.
         pytest.param(14, {"tokens_per_batch": 400, "max_steps": 7}, 5, id="tokens"),
-        pytest.param(7, {"use_peft": True, "per_device_train_batch_size": 2, "max_steps": 2}, 1, id="adapter"),
+        pytest.param(
+            7,
+            {"use_peft": True, "per_device_train_batch_size": 2, "max_steps": 2},
+            1,
+            id="adapter",
+            marks=pytest.mark.slow,
+        ),  # fmt: skip
     ],
 )
 def test_a_resume_inside_an_epoch_of_two_processes_gives_the_same_weights(
