@@ -132,13 +132,7 @@ def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, enviro
         pytest.param(7, {"per_device_train_batch_size": 2, "max_steps": 2}, 1, id="pairs"),
         # Within the second epoch, whose batches are others.
         pytest.param(14, {"tokens_per_batch": 400, "max_steps": 7}, 5, id="tokens"),
-        pytest.param(
-            7,
-            {"use_peft": True, "per_device_train_batch_size": 2, "max_steps": 2},
-            1,
-            id="adapter",
-            marks=pytest.mark.slow,
-        ),  # fmt: skip
+        slow(7, {"use_peft": True, "per_device_train_batch_size": 2, "max_steps": 2}, 1),
     ],
 )
 def test_a_resume_inside_an_epoch_of_two_processes_gives_the_same_weights(
