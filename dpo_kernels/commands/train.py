@@ -32,7 +32,7 @@ from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.report import save_lengths
 from dpo_kernels.training.report.ending import evaluate_last, show_end
 from dpo_kernels.training.report.run import RunReport
-from dpo_kernels.training.report.start import run_facts, show_start
+from dpo_kernels.training.report.start import run_facts, same_place, show_start
 from dpo_kernels.training.show import show_pairs
 from dpo_kernels.training.small_model import make_small_model
 
@@ -167,20 +167,15 @@ def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOCon
     name = script.start
     base = base_of(name) if name else None
     of_itself = adapter.use_peft or base is not None
-    if base is not None and _same(script.ref_weight, base):
+    if base is not None and same_place(script.ref_weight, base):
         config.adapter_reference = "base"
-    elif script.ref_weight is not None and not _same(script.ref_weight, name):
+    elif script.ref_weight is not None and not same_place(script.ref_weight, name):
         of_itself = False
     second = config.loss_options.needs_reference and not of_itself
     if name is None:
         return example, copy.deepcopy(example) if second else None
     policy = load(script, adapter, name, is_trainable=True)
     return policy, load(script, adapter, script.ref_weight or name) if second else None
-
-
-def _same(one: str | None, other: str | None) -> bool:
-    """Whether two names are of the same folder, or the same on the hub."""
-    return one == other or (None not in (one, other) and Path(str(one)).resolve() == Path(str(other)).resolve())
 
 
 def tell(

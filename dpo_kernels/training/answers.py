@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_kernels.training.loading import max_positions
 from dpo_kernels.training.scoring import evaluating
 
 MAX_NEW_TOKENS = 96
+LONGEST_PROMPT = 1024  # tokens
 MAX_SECONDS = 20.0  # for all prompts of a call: a large model on a CPU is cut short, not waited for
 
 
@@ -31,11 +33,22 @@ def answers_to(
         model: a causal language model; it is left in the mode that it was in.
         prompts: token ids; of messages with the chat template applied, and the assistant's turn opened
             (`chat_prompt`).
+        max_new_tokens: of an answer; fewer where the model has no positions left behind the prompt.
         temperature, top_p: 0, the likeliest token; else tokens are drawn, of the likeliest of this share.
         max_seconds: for all of them together; what is not done by then stays as far as it is. None: no limit.
 
     Returns: of each prompt the text behind it, up to the end of the turn, without special tokens.
+
+    Raises:
+        ValueError: a prompt fills the model's positions; none is answered then.
     """
+    positions = max_positions(getattr(model, "config", None))
+    longest = max(map(len, prompts), default=0)
+    if positions is not None and longest >= positions:
+        raise ValueError(
+            f"a prompt has {longest:,} tokens, and the model {positions:,} positions, which leaves none for an answer; "
+            "give a shorter prompt, or a model for longer sequences"
+        )
     ends = {tokenizer.eos_token_id, *_listed(getattr(model.generation_config, "eos_token_id", None))} - {None}
     device = next(model.parameters()).device
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
@@ -45,9 +58,10 @@ def answers_to(
     with evaluating(model):
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=device)
+            room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompt))
             limit = {} if max_seconds is None else {"max_time": max_seconds / len(prompts)}
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1, max_new_tokens=max_new_tokens,
+                input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1, max_new_tokens=room,
                 eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id, top_k=None, **how, **limit,
             )  # fmt: skip
             answers.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
@@ -67,7 +81,7 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def prompts_of(dataset: Any, count: int, longest: int = 1024) -> list[list[int]]:
+def prompts_of(dataset: Any, count: int, longest: int = LONGEST_PROMPT) -> list[list[int]]:
     """Token ids of the first `count` prompts of a `DPODataset`, each another, up to where the last reply begins; those
     of more than `longest` tokens are passed over."""
     found: list[list[int]] = []

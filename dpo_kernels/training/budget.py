@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.functional import least_budget
+from dpo_kernels.training import adapters
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.data_report import column
 from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.head_adapter import rank_of
-from dpo_kernels.training.output_head import find_head
+from dpo_kernels.training.output_head import OutputHead, find_head
 
 PROBED = 128  # tokens that the checks at start give a model at most
+OF_REFERENCE = "the reference's pass"
+COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # a run's mixed precision -> dtype of its products
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,14 @@ def check_budget(
     budget = args.memory_budget_bytes
     if budget is None:
         return
+    reference = reference_of(args, model, ref_model)
+    beforehand = args.precompute_ref_log_probs and reference is not None
     needed: list[tuple[int, Longest]] = []
-    for batch in longest_batches(args, train, held_out):
-        for one, trains in ((model, batch.what == "training"), (ref_model, False)):
-            if one is not None:
-                needed.append((_needed(args, one, batch, trains, device), batch))
+    for batch in longest_batches(args, train, held_out, beforehand):
+        policies = [] if batch.what == OF_REFERENCE else [(model, batch.what == "training")]
+        runs = (batch.what == OF_REFERENCE) == beforehand
+        references = [(reference, False)] if reference is not None and runs else []
+        needed += [(_needed(args, one, batch, trains, device), batch) for one, trains in (*policies, *references)]
     if needed and budget < (most := max(needed, key=lambda pair: pair[0]))[0]:
         least, batch = most
         raise ValueError(
@@ -60,42 +66,75 @@ def check_budget(
         )
 
 
-def _needed(args: DPOConfig, model: Any, batch: Longest, trains: bool, device: torch.device) -> int:
-    """Bytes of the head for a batch, in forward and backward."""
+def reference_of(args: DPOConfig, model: Any, ref_model: Any) -> Any:
+    """The model that the reference's log-probs are computed with: a second one, or the policy where its adapter makes
+    it its own reference; None: there is none, and none is computed."""
+    if ref_model is not None:
+        return ref_model
+    return model if args.loss_options.needs_reference and adapters.is_adapted(model) else None
+
+
+def head_call(args: DPOConfig, model: Any, batch: Longest, trains: bool, device: torch.device) -> dict[str, Any] | None:
+    """The arguments of `plan` and `least_budget` for a model's head and a batch, fused or not; without the budget.
+
+    Args:
+        trains: whether there is a backward, into what is trained.
+
+    Returns: None where there is no whole head to fuse, as whoever fuses it says (or ZeRO-3 keeps it elsewhere).
+    """
     head: Any = find_head(model)
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return 0  # no head to fuse, as whoever fuses it says
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2 or not weight.numel():
+        return None
     grads = []
     if trains:
-        bias = getattr(head, "bias", None)
-        of_head = (("weight", weight), ("bias", bias))
+        of_head = (("weight", weight), ("bias", getattr(head, "bias", None)))
         grads = ["hidden", *(name for name, p in of_head if p is not None and p.requires_grad)]
         grads += ["low_rank"] if rank_of(head) else []
+    return {
+        "tokens": batch.tokens, "hidden_size": weight.shape[1], "vocab_size": weight.shape[0], "dtype": weight.dtype,
+        "grads": grads, "outputs": ("log_sum_sq_probs",) if args.use_weighting else (),
+        "softcap": _softcap(model, head),
+        "compute_dtype": COMPUTE.get(str(args.mixed_precision), weight.dtype), "device": device, "impl": args.impl,
+        "labels": batch.labels, "rank": rank_of(head),
+    }  # fmt: skip
+
+
+def _softcap(model: Any, head: Any) -> float | None:
+    """As it was measured, of a fused head; else as the model's config has it."""
+    if isinstance(head, OutputHead):
+        return head.fused.transform.softcap
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weight.dtype
-    return least_budget(
-        max(batch.tokens, PROBED), weight.shape[1], weight.shape[0], weight.dtype, grads=grads,
-        outputs=("log_sum_sq_probs",) if args.use_weighting else (),
-        softcap=getattr(text, "final_logit_softcapping", None), compute_dtype=mixed, device=device, impl=args.impl,
-        labels=max(batch.labels, PROBED), rank=rank_of(head),
-    )  # fmt: skip
+    return getattr(text, "final_logit_softcapping", None)
 
 
-def longest_batches(args: DPOConfig, train: Any, held_out: Any) -> Iterator[Longest]:
-    """Of training, of each evaluation, and of a pass of the reference; arguments as of `check_budget`."""
-    parts = held_out.values() if isinstance(held_out, dict) else [held_out]
-    for what, datasets, pairs in (
+def _needed(args: DPOConfig, model: Any, batch: Longest, trains: bool, device: torch.device) -> int:
+    """Bytes of the head for a batch, in forward and backward; of the checks at start too."""
+    probed = replace(batch, tokens=max(batch.tokens, PROBED), labels=max(batch.labels, PROBED))
+    call = head_call(args, model, probed, trains, device)
+    return 0 if call is None else least_budget(**call)
+
+
+def longest_batches(args: DPOConfig, train: Any, held_out: Any, beforehand: bool = False) -> Iterator[Longest]:
+    """Of training, and of each evaluation; arguments as of `check_budget`.
+
+    Args:
+        beforehand: whether the reference's log-probs are computed before training: then of that pass too.
+    """
+    parts = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
+    passes = [
         ("training", [train], args.per_device_train_batch_size),
         ("evaluation", parts, args.per_device_eval_batch_size),
-        ("the reference's pass", [train, *parts], args.precompute_ref_batch_size or 0),
-    ):
+    ]
+    if beforehand:
+        passes.append((OF_REFERENCE, [train, *parts], reference_batch_size(args)))
+    for what, datasets, pairs in passes:
         for dataset in datasets:
-            if not hasattr(dataset, "__len__") or not len(dataset) or not pairs:
+            if not hasattr(dataset, "__len__") or not len(dataset):
                 continue
             counted, longest = _sizes(dataset)
-            if args.pad_to_multiple_of is not None:
+            if args.pad_to_multiple_of is not None and what != OF_REFERENCE:
                 longest = -(-longest // args.pad_to_multiple_of) * args.pad_to_multiple_of
             most = np.sort(counted)[::-1]
             if what == "training" and args.tokens_per_batch is not None:
@@ -104,6 +143,11 @@ def longest_batches(args: DPOConfig, train: Any, held_out: Any) -> Iterator[Long
                 yield Longest(what, min(len(most), args.tokens_per_batch), tokens, tokens)
             else:
                 yield Longest(what, min(pairs, len(most)), int(most[:pairs].sum()), 2 * pairs * longest)
+
+
+def reference_batch_size(args: DPOConfig) -> int:
+    """Pairs that the reference is given at once where its log-probs are computed before training."""
+    return args.precompute_ref_batch_size or args.per_device_eval_batch_size
 
 
 def _sizes(dataset: Any) -> tuple[np.ndarray, int]:

@@ -20,7 +20,7 @@ from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_loss
 from dpo_kernels.training import adapters, aux_loss, checkpoints, layout_check, resume
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
-from dpo_kernels.training.budget import check_budget
+from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
@@ -68,6 +68,7 @@ class DPOTrainer(Trainer):
     _staged_in: str | None = None
     _facts: dict[str, Any] | None = None  # of the training that is running, for its checkpoints
     _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
+    has_own_card = False  # a report of the run writes it
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
     def __init__(
@@ -308,8 +309,8 @@ class DPOTrainer(Trainer):
         return self._signal.number
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Model and tokenizer to output_dir, each file whole or not at all."""
-        if _internal_call:
+        """Model and tokenizer to output_dir, each file whole or not at all; a README.md that is there is left."""
+        if _internal_call and output_dir is not None:
             with self._silenced.as_they_were():
                 return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or str(self.args.output_dir))
@@ -320,11 +321,17 @@ class DPOTrainer(Trainer):
             self.save_model(str(staged), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self.has_own_card or (target / "README.md").exists():
+                    (staged / "README.md").unlink(missing_ok=True)  # PEFT writes one
                 checkpoints.publish_files(staged, target)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if not self.has_own_card:
+            super().create_model_card(*args, **kwargs)
 
     def save_merged(self, folder: Path) -> None:
         """The model with its adapter in its weights, and the tokenizer; nothing can be trained after it."""
@@ -420,8 +427,7 @@ class DPOTrainer(Trainer):
         """Puts the reference's log-probs into the datasets and frees it."""
 
         def scored(dataset: DPODataset) -> DPODataset:
-            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-            return with_ref_log_probs(dataset, self.reference, self.accelerator, batch_size)
+            return with_ref_log_probs(dataset, self.reference, self.accelerator, reference_batch_size(self.args))
 
         self.train_dataset = _each(self.train_dataset, scored)
         self.eval_dataset = _each(self.eval_dataset, scored)

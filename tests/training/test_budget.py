@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
-from training_helpers import Pairs, make_trainer
+from training_helpers import Pairs, make_model, make_trainer
 
 from dpo_kernels.functional import least_budget, plan
-from dpo_kernels.training import PairCollator
+from dpo_kernels.training import DPOConfig, FusedHead, PairCollator, adapters
+from dpo_kernels.training.budget import Longest, check_budget, head_call
+from dpo_kernels.training.report.start import run_facts
 
 
 def refused(tmp_path, **options):
@@ -51,6 +53,58 @@ def test_the_longest_batch_of_an_evaluation_counts_too(tmp_path):
     assert "the longest batch that evaluation can meet (64 pairs" in told
     least = int(re.search(r"give --memory_budget (\d+)", told)[1])
     make_trainer(tmp_path, memory_budget=str(least), impl="torch", **options).evaluate()
+
+
+def least_of(args, model, ref_model, train, held_out=None):
+    with pytest.raises(ValueError, match="memory_budget is") as caught:
+        check_budget(args, model, ref_model, train, held_out, torch.device("cpu"))
+    return str(caught.value)
+
+
+def test_the_references_pass_has_the_size_that_runs(tmp_path):
+    """By default that of evaluation, over the pairs that are trained on; in no other pass is the reference asked."""
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "memory_budget": "1KiB", "impl": "torch",
+             "per_device_train_batch_size": 1, "per_device_eval_batch_size": 32}  # fmt: skip
+    pairs, model = Pairs(64, length=60), make_model("Llama")
+    before = {"precompute_ref_log_probs": True} | given
+    told = least_of(DPOConfig(**before), model, model, pairs)
+    assert "that the reference's pass can meet (32 pairs" in told
+    least = int(re.search(r"give --memory_budget (\d+)", told)[1])
+    check_budget(DPOConfig(**before | {"memory_budget": str(least)}), model, model, pairs, None, torch.device("cpu"))
+    assert "(48 pairs" in least_of(DPOConfig(**before, precompute_ref_batch_size=48), model, model, pairs)
+    for args, ref_model in ((DPOConfig(**given), model), (DPOConfig(**before), None)):
+        assert "that training can meet (1 pairs" in least_of(args, model, ref_model, pairs)
+    peft = pytest.importorskip("peft")
+    adapted = adapters.adapted(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4), False)
+    assert "that the reference's pass can meet (32 pairs" in least_of(DPOConfig(**before), adapted, None, pairs)
+    without = DPOConfig(**before, loss_type="simpo")
+    assert "that training can meet (1 pairs" in least_of(without, adapted, None, pairs)
+
+
+def test_the_heads_call_has_all_that_is_trained_in_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, use_weighting=True, bf16=True)
+    batch, cpu = Longest("training", 2, 20, 40), torch.device("cpu")
+    model = make_model("Phi")  # its head has a bias
+    call = head_call(args, model, batch, True, cpu)
+    assert call["grads"] == ["hidden", "weight", "bias"]
+    assert (call["outputs"], call["compute_dtype"], call["rank"]) == (("log_sum_sq_probs",), torch.bfloat16, 0)
+    assert head_call(args, model, batch, False, cpu)["grads"] == []
+    adapted = adapters.adapted(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"]), False)
+    before = head_call(args, adapted, batch, True, cpu)
+    assert (before["grads"], before["rank"]) == (["hidden", "low_rank"], 4)
+    with FusedHead(adapted):
+        assert head_call(args, adapted, batch, True, cpu) == before
+    gemma = make_model("Gemma2", {"final_logit_softcapping": 30.0})
+    assert head_call(args, gemma, batch, True, cpu)["softcap"] == 30.0
+
+
+def test_the_start_tells_as_many_steps_as_are_taken(tmp_path):
+    trainer = make_trainer(tmp_path, pairs=Pairs(6), max_steps=-1, num_train_epochs=1.1, logging_steps=10)
+    rows = dict(run_facts(trainer, ["pairs"], "", None).rows)
+    trainer.train()
+    assert rows["steps"].startswith(f"{trainer.state.global_step} (1.1 epochs of 3)")
+    assert trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])

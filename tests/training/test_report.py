@@ -12,15 +12,17 @@ import yaml
 from log_cases import GOOD, evaluated, trained
 from rich.console import Console
 
-from dpo_kernels.training.report.card import CardFacts, card, on_the_hub, snippet
+from dpo_kernels.training.report.card import CardFacts, card, card_name, on_the_hub, snippet, write_card
 from dpo_kernels.training.report.metrics import LOG_2
 from dpo_kernels.training.report.page import Answer, Page, drawn, render, tiles_of, write_page
 from dpo_kernels.training.report.panels import MOST_POINTS, panels_of, thinned
 from dpo_kernels.training.report.pictures import save_curves
+from dpo_kernels.training.report.run import steps_told
 from dpo_kernels.training.report.sentences import findings
 from dpo_kernels.training.report.start import RunFacts, show_start
 from dpo_kernels.training.report.svg import histogram_svg, panel_svg, ticks
-from dpo_kernels.training.report.tokens import ShownAnswer, ShownPair, ShownToken
+from dpo_kernels.training.report.tokens import ShownAnswer, ShownPair, ShownToken, reward_told, shown_pair
+from dpo_kernels.training.scoring import ScoredAnswer, ScoredPair
 
 EVIL = '</script></style><script>alert("1")</script>\'"<b>&amp;{{ 7 * 7 }}'
 VOID = {"meta", "br", "img", "link", "hr"}
@@ -62,6 +64,7 @@ def page_of(text, log=GOOD, **changes):
     values = {
         "title": text, "subtitle": text, "tiles": tiles_of(log), "findings": findings(log),
         "answers": [Answer(text, text, text)], "where_from": "", "pairs": [pair], "pairs_from": "", "full": "0.1",
+        "reward_told": "",
         "panels": drawn(log, ["sigmoid"]), "lengths": histogram_svg(np.array([[3, 9, 5], [40, 2, 1]]), 30),
         "settings": [("data", text)], "versions": text,
     }  # fmt: skip
@@ -189,8 +192,8 @@ def test_the_card_has_the_hubs_form(tmp_path, monkeypatch):
     text = card(FACTS, GOOD, findings(GOOD))
     assert yaml.safe_load(text.split("---")[1]) == {
         "base_model": "org/base", "base_model_relation": "finetune", "datasets": ["org/pairs"],
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dpo", "preference-alignment"],
-        "model_name": FACTS.title,
+        "library_name": "transformers", "pipeline_tag": "text-generation", "model_name": FACTS.title,
+        "tags": ["dpo", "dpo_kernels", "preference-alignment"],
     }  # fmt: skip
     assert "| loss | a \\| b |" in text
     assert "| ranking accuracy, held out | 0.50 | 0.95 |" in text
@@ -198,6 +201,67 @@ def test_the_card_has_the_hubs_form(tmp_path, monkeypatch):
     assert on_the_hub("org/base")
     assert not on_the_hub("my/own.jsonl")
     assert not on_the_hub("/a/b")
+    for file in ("examples/dpo.jsonl", "examples/dpo.csv.gz"):  # it lies elsewhere, or is gone
+        assert not on_the_hub(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("# My own\n- dpo_kernels\n", "model_card.md"),
+        ("---\ntags:\n- dpo\n---\n# My own\n---\n- dpo_kernels\n", "model_card.md"),
+        ("", "model_card.md"),
+        (None, "README.md"),
+        (card(FACTS, GOOD, []), "README.md"),
+    ],
+    ids=["plain", "with front matter", "empty", "none", "a run's"],
+)
+def test_somebodys_own_readme_is_left(tmp_path, text, name):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert card_name(tmp_path) == name
+    write_card(FACTS, GOOD, [], tmp_path / name)
+    assert name == "README.md" or (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    assert FACTS.title in (tmp_path / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("start", "model", "same"), [(None, "a", True), ("a", "", True), ("a", "b/../a", True), ("b", "a", False)]
+)
+def test_whether_a_policy_starts_at_its_reference(start, model, same):
+    assert RunFacts([], model, start, []).starts_at_reference == same
+
+
+def answer_of(ids, counted):
+    return ScoredAnswer(ids, counted, [-1.0 * c for c in counted], [-2.0 * c for c in counted])
+
+
+@pytest.mark.parametrize(("aggregate", "reward"), [("sum", "+0.300"), ("mean", "+0.100")])
+def test_an_answers_reward_is_what_the_page_says(aggregate, reward):
+    class Letters:
+        chat_template = None
+
+        def decode(self, ids, skip_special_tokens=False):
+            return "".join(chr(97 + i) for i in ids)
+
+    chat = answer_of([0, 1, 2, 3, 4], [False, True, False, True, True])
+    shown = shown_pair(ScoredPair(chat, chat), Letters(), 0.1, 1.0, aggregate)
+    assert [side.reward for side in shown.sides] == [reward] * 2
+    assert [token.text for token in shown.sides[0].tokens] == ["d", "e"]
+    told = f"An answer's reward is the {aggregate} of its tokens'"
+    earlier = ", those of earlier replies too, which are not shown."
+    assert reward_told([ScoredPair(chat, chat)], aggregate) == told + earlier
+    plain = answer_of([0, 1], [False, True])
+    assert reward_told([ScoredPair(plain, plain)], aggregate) == told + "."
+    assert (told + earlier).replace("'", "&#39;") in render(page_of("x", reward_told=told + earlier))
+
+
+@pytest.mark.parametrize(
+    ("last", "first", "said"),
+    [(30, 0, "30 steps in 12 seconds"), (30, 20, "30 steps, the last 10 in 12 seconds"), (30, 30, "30 steps")],
+)
+def test_seconds_are_those_of_the_steps_that_took_them(last, first, said):
+    assert steps_told(last, first, 12.0) == said
 
 
 def test_the_snippets_are_python():

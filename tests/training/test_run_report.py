@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from helpers import EXAMPLE
 from script_helpers import losses, small_run
+from training_helpers import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 import train
@@ -99,6 +102,43 @@ def test_an_adapter_and_its_card(model_dir, tmp_path, capsys):
         exec(snippet_of(output_dir), {})
 
 
+class Hub:
+    """Takes what is uploaded, as it is at that time."""
+
+    def __init__(self, **_):
+        pass
+
+    uploads: ClassVar[list] = []
+
+    def upload_folder(self, *, folder_path, commit_message, allow_patterns=None, **_):
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
+        self.uploads.append((commit_message, allow_patterns, files))
+
+
+def test_what_is_uploaded_has_the_runs_own_card_and_a_readme_that_is_there_is_left(
+    model_dir, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(Hub, "uploads", [])
+    monkeypatch.setattr("dpo_kernels.training.report.run.HfApi", Hub)
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/it"))
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+    (output_dir / "README.md").write_text("# Mine\n")
+    with pytest.warns(UserWarning, match=r"README.md was not written by a run: it is left as it is, and the card is"):
+        said = trained(model_dir, output_dir, capsys, use_peft=True, max_steps=1, eval_size=0, push_to_hub=True)
+    assert "model_card.md and report.html in" in said
+    assert (output_dir / "README.md").read_text() == "# Mine\n"
+    assert "library_name: peft" in (output_dir / "model_card.md").read_text(encoding="utf-8")
+    (_, _, model), (told, wanted, last) = Hub.uploads
+    assert "adapter_model.safetensors" in model
+    assert told == "Card and report"
+    assert wanted == ["model_card.md", "report.html", "log.jsonl", "curves.png"]
+    assert model["README.md"] == last["README.md"] == b"# Mine\n"
+    assert {"model_card.md", "report.html"} <= last.keys()
+
+
 @pytest.mark.parametrize(("longer", "shorter"), [(12, 10), (30, 9), (0, 0)])
 def test_an_evaluation_tells_accuracies_by_which_answer_is_longer(longer, shorter):
     """Of ten pairs and more; those of equal lengths are in neither."""
@@ -173,6 +213,26 @@ def test_answers_are_greedy_and_leave_the_model_as_it_is(model_dir, tokenizer):
     assert model.training
     assert torch.equal(random, torch.get_rng_state())
     assert answers_to(model, tokenizer, [], max_new_tokens=4) == []
+
+
+def test_an_answer_ends_where_the_models_positions_do(tokenizer):
+    model = make_model("Llama", {"max_position_embeddings": 12})
+    lengths = []
+    model.register_forward_pre_hook(lambda _, args, given: lengths.append(given["input_ids"].shape), with_kwargs=True)
+    model.generation_config.eos_token_id = None
+    for length in (4, 11):
+        lengths.clear()
+        answers_to(model, Endless(tokenizer), [[3] * length], max_new_tokens=96, max_seconds=None)
+        assert len(lengths) == 12 - length
+    with pytest.raises(ValueError, match=r"a prompt has 12 tokens, and the model 12 positions.*give a shorter prompt"):
+        answers_to(model, tokenizer, [[3] * 4, [3] * 12])
+
+
+class Endless:
+    """A tokenizer without an end of a turn."""
+
+    def __init__(self, tokenizer):
+        self.decode, self.eos_token_id, self.pad_token_id = tokenizer.decode, None, 0
 
 
 def test_the_lesson_is_the_same_each_time_and_taken_up_again(model_dir, tokenizer, pairs, tmp_path):

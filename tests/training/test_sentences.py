@@ -28,6 +28,12 @@ KINDS = {
         [evaluated(0, LOG_2), *trained(FALLING), evaluated(10, 0.5), evaluated(20, 0.6), evaluated(30, 0.8)],
         Options(), ["bad"], "lowest at step 10 (0.500) and rose to 0.800 at step 30",
     ),
+    "overfitted from the start": (
+        [evaluated(0, LOG_2), *trained(FALLING), evaluated(30, 0.9)], Options(learning_rate=3e-5), ["bad"],
+        "was lowest before the first step (0.693) and rose to 0.900 at step 30, while the training loss fell: nothing "
+        "that was learned here helps on other pairs. Look whether the held-out pairs are of the same kind, and try "
+        "--learning_rate 1e-05",
+    ),
     "overfitted in one of two sets": (
         [evaluated(10, 0.5, name="a_"), evaluated(10, 0.5, name="b_"), *trained(FALLING),
          evaluated(30, 0.4, name="a_"), evaluated(30, 0.9, name="b_")],
@@ -61,6 +67,15 @@ KINDS = {
         [evaluated(0, 0.9, **{"logps/chosen": -20.0, "logps/rejected": -20.0}), *trained(FALLING),
          evaluated(30, 0.2, **{"logps/chosen": -25.0, "logps/rejected": -60.0})],
         Options(has_reference=False), ["bad"], "by 5.0 nats, and the rejected ones by 40.0",
+    ),
+    "another start than the reference: rewards are no gain": (
+        [*trained(FALLING), evaluated(30, 0.2, chosen=-9.0, rejected=-12.0)], Options(starts_at_reference=False),
+        ["good"], "margin",
+    ),
+    "another start than the reference, displaced": (
+        [evaluated(0, 0.9, **{"logps/chosen": -20.0, "logps/rejected": -20.0}), *trained(FALLING),
+         evaluated(30, 0.2, **{"logps/chosen": -25.0, "logps/rejected": -60.0})],
+        Options(starts_at_reference=False), ["bad"], "by 5.0 nats, and the rejected ones by 40.0",
     ),
     "by length": (
         [*trained(FALLING), evaluated(30, 0.2, 0.6, **{"rewards/accuracies_longer": 0.98,

@@ -19,8 +19,11 @@ from dpo_kernels.training.data import write_whole
 from dpo_kernels.training.report.metrics import MEANINGS, NAMES, Log, figure, held_out, points
 from dpo_kernels.training.report.page import environment
 from dpo_kernels.training.report.sentences import Finding
+from dpo_kernels.training.sources import READERS
 
 CARD_NAME = "README.md"
+CARD_BESIDE = "model_card.md"  # where README.md is somebody's own
+MARK = "dpo_kernels"  # the tag by which a card of ours is known
 SHOWN = ("loss", "logps/accuracies", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
          "logps/chosen", "logps/rejected")  # fmt: skip
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -73,13 +76,22 @@ class CardFacts:
     has_own_code: bool = False
 
 
-def write_card(facts: CardFacts, log: Log, findings: Sequence[Finding], output_dir: Path) -> Path:
-    """Writes output_dir/README.md, whole or not at all.
+def card_name(output_dir: Path) -> str:
+    """README.md; model_card.md where there is a README.md that is none of ours.
+
+    Raises:
+        OSError: the one that is there cannot be read.
+    """
+    path = output_dir / CARD_NAME
+    return CARD_NAME if not path.exists() or _is_ours(path) else CARD_BESIDE
+
+
+def write_card(facts: CardFacts, log: Log, findings: Sequence[Finding], path: Path) -> Path:
+    """Writes the card, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    path = output_dir / CARD_NAME
     write_whole(path, card(facts, log, findings))
     return path
 
@@ -89,7 +101,7 @@ def card(facts: CardFacts, log: Log, findings: Sequence[Finding]) -> str:
     hub_data = [name.split(":")[0] for name in facts.data]
     front = ModelCardData(
         base_model=base, base_model_relation=("adapter" if facts.is_adapter else "finetune") if base else None,
-        datasets=[name for name in hub_data if on_the_hub(name)] or None, tags=["dpo", "preference-alignment"],
+        datasets=[name for name in hub_data if on_the_hub(name)] or None, tags=["dpo", MARK, "preference-alignment"],
         library_name="peft" if facts.is_adapter else "transformers", pipeline_tag="text-generation",
         model_name=facts.title,
     )  # fmt: skip
@@ -115,8 +127,9 @@ def snippet(facts: CardFacts) -> str:
 
 
 def on_the_hub(name: str) -> bool:
-    """Whether a name is one of the hub's, and of no folder or file here."""
-    return bool(ON_THE_HUB.fullmatch(name)) and not Path(name).exists()
+    """Whether a name is one of the hub's, and of no folder or file, here or where the example lies."""
+    path = Path(name)
+    return bool(ON_THE_HUB.fullmatch(name)) and not READERS.keys() & {*path.suffixes} and not path.exists()
 
 
 def versions() -> str:
@@ -124,6 +137,12 @@ def versions() -> str:
     names = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft")
     installed = [f"{name} {metadata.version(name)}" for name in names if find_spec(name) is not None]
     return ", ".join([f"dpo_kernels {__version__}", *installed, f"Python {platform.python_version()}"])
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the front matter of a card has our tag."""
+    before, *front = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    return not before and len(front) == 2 and f"- {MARK}" in map(str.strip, front[0].splitlines())
 
 
 def _results(log: Log) -> list[tuple[str, str, str]]:

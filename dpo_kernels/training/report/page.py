@@ -36,6 +36,7 @@ class Page:
     """Everything on the page. Texts are plain; what in them looks like HTML is shown as it is.
 
     tiles: (name, figure, what it is) at the top. full: the reward at which a token's colour is full.
+    reward_told: how an answer's reward comes from those of its tokens.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Page:
     pairs: Sequence[ShownPair]
     pairs_from: str
     full: str
+    reward_told: str
     panels: Sequence[tuple[Panel, Markup]]
     lengths: Markup
     settings: Sequence[tuple[str, str]]

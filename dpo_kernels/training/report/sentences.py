@@ -19,7 +19,10 @@ WINDOW = 0.1  # share of the steps whose mean is taken for the start, and for th
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run, what its sentences need; see `DPOConfig`. beta and learning_rate as numbers, the losses by name."""
+    """Of a run, what its sentences need; see `DPOConfig`. beta and learning_rate as numbers, the losses by name.
+
+    starts_at_reference: the policy begins as its reference, which stays: then rewards are what training has changed.
+    """
 
     beta: float = 0.1
     learning_rate: float = 1e-6
@@ -27,6 +30,7 @@ class Options:
     aggregate: str = "sum"
     has_reference: bool = True
     is_adapted: bool = False
+    starts_at_reference: bool = True
 
     @property
     def reward_of(self) -> float:
@@ -123,6 +127,14 @@ def _overfitted(log: Log, options: Options) -> Finding | None:
         if not after or last - best < max(RISEN, 0.05 * abs(best)) or not _end(after) < _end(before):
             continue
         where = f"that of {name} " if name else ""
+        if best_step == 0:
+            return Finding(
+                "bad", f"The held-out loss {where}was lowest before the first step ({best:.3f}) and rose to "
+                f"{last:.3f} at step {last_step:,}, while the training loss fell: nothing that was learned here helps "
+                "on other pairs.",
+                f"Look whether the held-out pairs are of the same kind, and try --learning_rate "
+                f"{options.learning_rate / 3:.1g}, a larger beta, or more pairs.",
+            )  # fmt: skip
         return Finding(
             "bad", f"The held-out loss {where}was lowest at step {best_step:,} ({best:.3f}) and rose to {last:.3f} at "
             f"step {last_step:,}, while the training loss went on falling: the policy learned these pairs by heart.",
@@ -243,10 +255,10 @@ def _spacing(log: Log) -> int:
 
 def _losses_of_log_prob(log: Log, options: Options) -> Iterator[tuple[str, float, float]]:
     """What is told of, and by how many nats the chosen and the rejected answers became less likely: held-out ones if
-    there are any, else those of the last steps. With a frozen reference that is -reward / beta; without one it is known
-    of what was evaluated twice."""
+    there are any, else those of the last steps. Where the policy starts at a reference that stays, that is -reward /
+    beta; elsewhere it is known of what was evaluated twice."""
     both = ("chosen", "rejected")
-    if not options.has_reference:
+    if not (options.has_reference and options.starts_at_reference):
         for name, key in held_out(log, "logps/chosen").items():
             kept = [points(log, key.removesuffix("chosen") + side) for side in both]
             if all(kept):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from dpo_kernels import plan
 from dpo_kernels.dispatch import choose
 from dpo_kernels.planner import Plan
 from dpo_kernels.training import adapters
-from dpo_kernels.training.budget import longest_batches
+from dpo_kernels.training.budget import COMPUTE, head_call, longest_batches
 from dpo_kernels.training.data_report import column, lengths
 from dpo_kernels.training.output_head import find_head
 from dpo_kernels.training.reference import FrozenModel, OwnStart
@@ -42,6 +44,11 @@ class RunFacts:
     def base(self) -> str:
         """What the policy starts from; "" where it was made for an example."""
         return self.start or self.model
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy begins as its reference, as far as names say."""
+        return not (self.start and self.model) or same_place(self.start, self.model)
 
     @property
     def title(self) -> str:
@@ -82,6 +89,11 @@ def show_start(facts: RunFacts, console: Console | None = None) -> None:
     for name, what in facts.rows:
         table.add_row(name, Text(what))
     console.print(table, soft_wrap=False)
+
+
+def same_place(one: str | None, other: str | None) -> bool:
+    """Whether two names are of the same folder, or the same on the hub."""
+    return one == other or (None not in (one, other) and Path(str(one)).resolve() == Path(str(other)).resolve())
 
 
 def short(name: str) -> str:
@@ -157,17 +169,9 @@ def head_plan(trainer: DPOTrainer) -> Plan | None:
     """
     if not hasattr(trainer.train_dataset, "rows") or trainer.is_fsdp_enabled:
         return None
-    weight: Any = find_head(trainer.model).weight
-    if weight.ndim != 2 or not weight.numel():  # ZeRO-3 keeps it elsewhere
-        return None
     longest = next(longest_batches(trainer.args, trainer.train_dataset, None))
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(trainer.accelerator.mixed_precision))
-    wanted = [name for name, on in (("hidden", True), ("weight", weight.requires_grad)) if on]
-    return plan(
-        longest.tokens, weight.shape[1], weight.shape[0], weight.dtype, grads=wanted, compute_dtype=compute,
-        softcap=trainer.head.transform.softcap, memory_budget=trainer.args.memory_budget_bytes,
-        device=trainer.args.device, impl=trainer.args.impl, labels=longest.labels,
-    )  # fmt: skip
+    call = head_call(trainer.args, trainer.model, longest, True, trainer.args.device)
+    return None if call is None else plan(**call, memory_budget=trainer.args.memory_budget_bytes)
 
 
 def _head(trainer: DPOTrainer) -> str:
@@ -184,8 +188,8 @@ def _head(trainer: DPOTrainer) -> str:
 
 def _dtype(trainer: DPOTrainer) -> str:
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()})
-    mixed = str(trainer.accelerator.mixed_precision)
-    products = {"bf16": "; products in bfloat16", "fp16": "; products in float16"}.get(mixed, "")
+    mixed = COMPUTE.get(str(trainer.accelerator.mixed_precision))
+    products = "" if mixed is None else f"; products in {str(mixed).removeprefix('torch.')}"
     return f"{', '.join(kinds)} weights{products}; log-probs and loss in float32"
 
 
@@ -225,7 +229,7 @@ def _steps(trainer: DPOTrainer) -> str:
     if trainer.token_batches is not None:
         return f"those of {args.num_train_epochs:g} {_epochs(args)}"
     each = max(1, -(-len(trainer.train_dataset) // _pairs_a_step(trainer)))
-    return f"{round(each * args.num_train_epochs):,} ({args.num_train_epochs:g} {_epochs(args)} of {each:,})"
+    return f"{math.ceil(each * args.num_train_epochs):,} ({args.num_train_epochs:g} {_epochs(args)} of {each:,})"
 
 
 def _epochs(args: Any) -> str:

@@ -52,11 +52,27 @@ def full_colour(pairs: Sequence[ScoredPair], beta: float) -> float:
     return max(float(np.quantile(found, 0.9)), 1e-9) if found else 1.0
 
 
-def shown_pair(pair: ScoredPair, tokenizer: PreTrainedTokenizerBase, beta: float, full: float) -> ShownPair:
-    """A pair whose reference is known."""
+def reward_told(pairs: Sequence[ScoredPair], aggregate: str) -> str:
+    """How the reward that stands beside an answer comes from those of its tokens.
+
+    Args:
+        aggregate: "sum" or "mean", as `DPOConfig.dpo_aggregate`.
+    """
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    earlier = any(any(side.counted[: last_reply(side.counted)]) for side in sides)
+    more = ", those of earlier replies too, which are not shown" if earlier else ""
+    return f"An answer's reward is the {aggregate} of its tokens'{more}."
+
+
+def shown_pair(
+    pair: ScoredPair, tokenizer: PreTrainedTokenizerBase, beta: float, full: float, aggregate: str = "sum"
+) -> ShownPair:
+    """A pair whose reference is known; aggregate as in `reward_told`."""
     answers = (pair.chosen, pair.rejected)
     first = last_reply(pair.chosen.counted)
-    sides = [_shown_answer(name, side, tokenizer, beta, full) for name, side in zip(SIDES, answers, strict=True)]
+    sides = [
+        _shown_answer(name, side, tokenizer, beta, full, aggregate) for name, side in zip(SIDES, answers, strict=True)
+    ]
     return ShownPair(last_question(tokenizer, pair.chosen.ids[:first]), sides)
 
 
@@ -76,7 +92,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], first: int) -
 
 
 def _shown_answer(
-    name: str, side: ScoredAnswer, tokenizer: PreTrainedTokenizerBase, beta: float, full: float
+    name: str, side: ScoredAnswer, tokenizer: PreTrainedTokenizerBase, beta: float, full: float, aggregate: str
 ) -> ShownAnswer:
     rewards, first = side.rewards(beta), last_reply(side.counted)
     assert rewards is not None
@@ -89,4 +105,5 @@ def _shown_answer(
         hover = f"{text!r}{several}: reward {reward:+.4f}; log π {own:.3f}, log π_ref {ref:.3f}"
         depth = round(min(1.0, abs(reward) / full), 3)
         tokens.append(ShownToken(text, "up" if reward >= 0 else "down", depth, hover))
-    return ShownAnswer(name, f"{sum(rewards):+.3f}", tokens, len(side.ids) - last)
+    total = sum(rewards) / (max(1, sum(side.counted)) if aggregate == "mean" else 1)
+    return ShownAnswer(name, f"{total:+.3f}", tokens, len(side.ids) - last)
