@@ -15,7 +15,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -314,7 +314,7 @@ def failure(spec: CallSpec, impl: str) -> tuple[str, str] | None:
     return None if said is None else ("number", said)
 
 
-def fuzz(impl: str, numbers: range, sizes: tuple[int, int, int]) -> tuple[int, CallSpec, str] | None:
+def fuzz(impl: str, numbers: Iterable[int], sizes: tuple[int, int, int]) -> tuple[int, CallSpec, str] | None:
     """The first call that fails: its number, shrunk, and what is wrong with it."""
     for number in numbers:
         spec = draw(number, sizes)

@@ -29,7 +29,9 @@ FACTS_NAME = "dpo_checkpoint.json"  # the sizes of a checkpoint's files, and wha
 LAST = ("config.json", "adapter_config.json")
 WEIGHTS = re.compile(r"(\w+)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 # What is written beside and renamed, as long as it is not whole.
-UNFINISHED = re.compile(r"\.(curves\.png|lengths\.png|(log\.jsonl|report\.html|README\.md|skipped.*\.jsonl)\.\d+)")
+UNFINISHED = re.compile(
+    r"\.(curves\.png|lengths\.png|(log\.jsonl|report\.html|README\.md|model_card\.md|skipped.*\.jsonl)\.\d+)"
+)
 # What PyTorch says, as RuntimeError, of files that cannot be written, and of those that cannot be read or do not fit.
 UNWRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|unexpected pos")
 UNREAD = re.compile(r"PytorchStreamReader|inline_container|unexpected pos|size mismatch|loading state_dict")

@@ -46,6 +46,7 @@ def test_every_mode_is_right(target, size, grads, mode, outer, options, dtype):
 
 
 @pytest.mark.parametrize("options", [pytest.param(PLAIN, id="plain"), pytest.param(ALL, id="all")])
+@pytest.mark.slow_on("triton-tiles")
 def test_two_sweeps_in_part_kept(target, options):
     """In float32 a gradient is its own accumulator, so that one sweep fits wherever tokens are kept."""
     head = target.head(*target.deep, torch.bfloat16, grads="hidden,weight", ignored=0.2)
@@ -54,6 +55,7 @@ def test_two_sweeps_in_part_kept(target, options):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow_on("triton-tiles")
 def test_every_mode_is_right_in_float16(target, mode):
     head = target.head(*target.size, torch.float16, grads=MODES[mode])
     check_against_reference(head, outputs=(), memory_budget=planned(head, mode).bytes, **ALL)
@@ -70,6 +72,7 @@ def test_every_mode_is_right_in_float16(target, mode):
         pytest.param("recompute", torch.float32, PLAIN, id="recompute-float32-plain"),
     ],
 )
+@pytest.mark.slow_on("triton-tiles")
 def test_policy_and_reference_get_the_same_log_probs_to_the_last_bit(target, dtype, options, mode):
     """A frozen reference (score) and a policy that start equal, under one budget: the first loss is exactly log 2."""
     budget = planned(target.head(*target.size, dtype, grads="hidden,weight"), mode).bytes
