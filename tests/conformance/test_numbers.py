@@ -31,6 +31,7 @@ EACH_TRANSFORM = [
 GRADS = ["hidden,weight,bias", "hidden,weight", "hidden", "weight", "bias", "hidden,bias", "none"]
 
 
+@pytest.mark.slow_on("triton-tiles")
 def test_shapes(target, shape, dtype):
     check_against_reference(target.head(*shape, dtype, bias=True), outputs=())
 

@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from helpers import slow
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from training_helpers import LOG2, Trees, logs, make_model, make_trainer
@@ -55,7 +56,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear"}], ids=str
+    "options", [{}, slow({"use_rslora": True}), {"use_dora": True}, slow({"target_modules": "all-linear"})], ids=str
 )
 def test_the_reference_is_the_model_without_its_adapter(tmp_path, options):
     own = adapter_trainer(tmp_path / "own", peft_config=lora(lora_dropout=0.1, **options))
@@ -284,7 +285,7 @@ def test_mistakes_are_told(tmp_path):
         adapter_trainer(tmp_path, model=frozen)
 
 
-@pytest.mark.parametrize("name", ["default", "mine"])
+@pytest.mark.parametrize("name", [slow("default"), "mine"])
 def test_a_run_goes_on_and_is_saved_twice(tmp_path, name):
     def start():
         torch.manual_seed(2)
@@ -344,7 +345,7 @@ def test_bfloat16_base_with_a_float32_adapter(tmp_path):
     assert logs(tmp_path)[0]["loss"] == pytest.approx(LOG2, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter", "trained"])
+@pytest.mark.parametrize("kind", ["full", slow("adapter"), "trained"])
 def test_a_reference_that_moves(tmp_path, kind):
     """TR-DPO: theta_ref <- alpha theta + (1 - alpha) theta_ref, and a resumed run has the same one."""
     options = {
