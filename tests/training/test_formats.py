@@ -11,7 +11,7 @@ import templates as t
 import trl
 from datasets import Dataset
 from format_cases import CASES
-from helpers import EXAMPLE
+from helpers import EXAMPLE, slow
 from templates import make_tokenizer, say
 
 from dpo_kernels.training import DataError, DPOConfig, DPODataset, DPOTrainer, ReadOptions
@@ -28,7 +28,16 @@ def small():
     return policy, make_small_model(EXAMPLE, seed=2, **SMALL)[0], tokenizer
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# A trainer of TRL's takes four seconds a case: here one of each kind, the others by `make thorough`.
+SOME = (
+    "whole conversations", "prompt and replies as messages", "strings", "instruction", "a function call, ShareGPT's",
+    "ranked completions",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [case if case.name in SOME else slow(case) for case in CASES], ids=lambda case: case.name
+)
 def test_trl_counts_the_same_tokens_and_gets_the_same_loss(case, small, tmp_path):
     policy, ref, tokenizer = small
     tokenizer.chat_template = case.template

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import slow
 from tiny_models import build
 from torch.nn.attention.flex_attention import flex_attention
 from training_helpers import SIZES, Trees, logs, make_model, make_trainer, weights
@@ -389,7 +390,7 @@ def test_a_gpu_computes_branches_in_one_call(monkeypatch, model_type):
     assert found.longest == (5, 7)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", slow("gemma3_text")])
 def test_flex_attention_is_given_blocks(monkeypatch, model_type):
     """Forward only: flex attention has no backward on a CPU, and the check at start says so. Not compiled: PyTorch's
     kernels for the CPU do not compile for a second length (torch 2.13)."""
