@@ -10,7 +10,7 @@ SANITIZED ?= $(wildcard tests/backends/test_cpp*.py) tests/test_fuzz.py \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test thorough lint fuzz breadth faults sanitize bench lowest docs wheel clean
+.PHONY: install train test coverage thorough lint fuzz breadth faults sanitize bench lowest docs wheel clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ train: $(STAMP)
 	$(BIN)/python train.py $(ARGS)
 
 test: lint
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+# The same with the lines that no test runs.
+coverage: lint
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-report=term
 
 # What the suite leaves out because it has cases like it, and what takes long: a quarter of an hour on 2 cores.

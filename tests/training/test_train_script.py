@@ -129,7 +129,7 @@ def test_pairs_that_fill_the_last_batch_do_not_count(tmp_path, model_dir, enviro
     ("pairs", "options", "step"),
     [
         # Of 7 pairs in steps of 4 the second step fills one process' batch up; the resumed run knows that too.
-        pytest.param(7, {"per_device_train_batch_size": 2, "max_steps": 2}, 1, id="pairs"),
+        slow(7, {"per_device_train_batch_size": 2, "max_steps": 2}, 1),
         # Within the second epoch, whose batches are others.
         pytest.param(14, {"tokens_per_batch": 400, "max_steps": 7}, 5, id="tokens"),
         slow(7, {"use_peft": True, "per_device_train_batch_size": 2, "max_steps": 2}, 1),
@@ -209,6 +209,7 @@ def test_data_of_several_kinds_shown_and_evaluated(tmp_path, model_dir, environm
     assert (tmp_path / "out" / "lengths.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_prompt_in_messages_trains_as_the_whole_conversations_do(tmp_path, model_dir, environment):
     """TRL's recommended format: once read without its prompt."""
     texts = [{"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", "content": "4"}],
@@ -296,6 +297,7 @@ def test_abbreviated_options_are_refused(tmp_path, environment, model_dir):
     assert "--data_p" in done.stderr
 
 
+@pytest.mark.slow
 def test_everything_from_a_file_with_every_option_at_once(tmp_path, model_dir, environment):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(PAIR) + "\n" for _ in range(6)) + "broken\n")
