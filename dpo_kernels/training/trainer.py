@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
@@ -33,10 +32,11 @@ from dpo_kernels.training.processes import check_head, from_main
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
 from dpo_kernels.training.report.metrics import peak_memory_mib
+from dpo_kernels.training.saving import SavingTrainer
 from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(SavingTrainer):
     """Trains a causal language model on preference pairs.
 
     Each step: x = cat(x_chosen, x_rejected) through policy and reference, `dpo_loss` of their log-probs, plus the
@@ -65,10 +65,7 @@ class DPOTrainer(Trainer):
     model: nn.Module
     train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
-    _staged_in: str | None = None
-    _facts: dict[str, Any] | None = None  # of the training that is running, for its checkpoints
     _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
-    has_own_card = False  # a report of the run writes it
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
     def __init__(
@@ -307,87 +304,6 @@ class DPOTrainer(Trainer):
     def stopped_by(self) -> int | None:
         """The number of the signal that came to this process."""
         return self._signal.number
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Model and tokenizer to output_dir, each file whole or not at all; a README.md that is there is left."""
-        if _internal_call and output_dir is not None:
-            with self._silenced.as_they_were():
-                return super().save_model(output_dir, _internal_call=True)
-        target = Path(output_dir or str(self.args.output_dir))
-        staged = checkpoints.staging(target) / "model"
-        with self._writing("the model", staged, target):
-            if self.args.should_save:
-                shutil.rmtree(staged, ignore_errors=True)
-            self.save_model(str(staged), _internal_call=True)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                if self.has_own_card or (target / "README.md").exists():
-                    (staged / "README.md").unlink(missing_ok=True)  # PEFT writes one
-                checkpoints.publish_files(staged, target)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        return None
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        if not self.has_own_card:
-            super().create_model_card(*args, **kwargs)
-
-    def save_merged(self, folder: Path) -> None:
-        """The model with its adapter in its weights, and the tokenizer; nothing can be trained after it."""
-        staged = checkpoints.staging(folder) / "model"
-        with self._writing("the merged model", staged, folder):
-            if self.args.should_save:
-                self.head.unfuse(self.model)
-                with self._silenced.as_they_were():
-                    adapters.save_merged(self.model, staged)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(staged)
-                checkpoints.publish_files(staged, folder)
-        self.accelerator.wait_for_everyone()
-
-    def save_checkpoint(self) -> Path:
-        """Saves a checkpoint of the last finished step, now, unless there is one; returns its folder."""
-        folder = Path(str(self.args.output_dir)) / f"{checkpoints.PREFIX}{self.state.global_step}"
-        if not folder.exists():
-            self._save_checkpoint(self.model, None)
-        return folder
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staged_in or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        target, limit = Path(super()._get_output_dir(trial)), self.args.save_total_limit
-        staged = checkpoints.staging(target)
-        name = f"{checkpoints.PREFIX}{self.state.global_step}"
-        self._staged_in, self.args.save_total_limit = str(staged), None
-        with self._writing(f"the checkpoint of step {self.state.global_step}", staged / name, target):
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staged_in, self.args.save_total_limit = None, limit
-            if self.state.best_model_checkpoint is not None:
-                self.state.best_model_checkpoint = str(target / Path(self.state.best_model_checkpoint).name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / name / checkpoints.STATE_NAME))
-                if self.args.sync_ref_model:
-                    checkpoints.write_tensors(staged / name, self.reference.moving())
-                checkpoints.write_facts(staged / name, self._facts or {})
-                checkpoints.publish(staged / name, target / name)
-        if self.args.should_save:
-            checkpoints.rotate(target, limit, self.state.best_model_checkpoint, target / name)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staged_in is None:  # not of one that is not in its place yet
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _writing(self, what: str, staged: Path, target: Path) -> AbstractContextManager[None]:
-        alone = self.accelerator.num_processes == 1
-        return checkpoints.writing(what, staged if alone else None, target, Path(str(self.args.output_dir)))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         if not batch_samples:
