@@ -117,7 +117,7 @@ def load_model(
         model = load_model(base, trust_remote_code=trust_remote_code, dtype=dtype, **options)
         return adapters.go_on(model, name, is_trainable)
     config = load_config(name, trust_remote_code)
-    auto = _auto_class(config)
+    auto = auto_class(config)
     _mend_old_ties(name, config, trust_remote_code)
     model, info = _asked(name, lambda: auto.from_pretrained(
         name, config=config, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True, **options
@@ -227,7 +227,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     kind = getattr(config, "model_type", None)
     own = getattr(config, "auto_map", None) or {}
     text_alone = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own

@@ -1,0 +1,310 @@
+"""The memory of a step, by what it is for, from a step with fake tensors: nothing is loaded, computed or held.
+
+A fake tensor has a shape, a dtype and no numbers (PyTorch's `FakeTensorMode`). A whole step of the very code that
+trains goes over them, the reference's pass, forward with the head, and backward, and `LiveBytes` counts what lives.
+What no operator shows is added: weights, what the optimizer keeps, what the head's plan says, what libraries hold.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_kernels import ops, plan
+from dpo_kernels.call import INPUTS, Options
+from dpo_kernels.kernels.configs import Arch
+from dpo_kernels.overrides import override
+from dpo_kernels.training.batch import IGNORE_INDEX, PairBatch
+from dpo_kernels.training.layouts import Layout
+from dpo_kernels.training.memory.live_bytes import ATTENTION, GRADIENTS, HOST, LiveBytes
+from dpo_kernels.training.mlp_tiles import tile_mlps
+from dpo_kernels.training.output_head import find_head
+
+# What a step holds, in the order in which it is told.
+WEIGHTS, ADAPTERS, REFERENCE, OPTIMIZER = "weights", "adapters", "reference", "optimizer"
+KEPT, CHECKPOINTED = "activations kept for backward", "checkpointed inputs"
+RUNNING, HEAD, BATCH, LIBRARIES = "the layer that runs", "head", "batch", "libraries"
+PARTS = (
+    WEIGHTS, ADAPTERS, REFERENCE, GRADIENTS, OPTIMIZER, CHECKPOINTED, KEPT, RUNNING, ATTENTION, HEAD, BATCH, LIBRARIES
+)  # fmt: skip
+
+# Of an optimizer: numbers kept for each that is trained, and their bytes (None: the weight's dtype).
+OPTIMIZERS: dict[str, tuple[float, int | None]] = {
+    "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_bnb_8bit": (2, 1), "adamw_8bit": (2, 1),
+    "ademamix": (3, None), "ademamix_8bit": (3, 1), "lion_32bit": (1, 4), "lion_8bit": (1, 1), "sgd": (0, None),
+    "adagrad": (1, None), "rmsprop": (1, None), "adafactor": (0, None),
+}  # fmt: skip
+PAGED = "paged_"  # before the name: kept on the host
+ARCH = ("cuda", 9)  # what a plan for a GPU takes it for where there is none
+# The head's products are counted by its plan.
+OF_THE_HEAD = dict.fromkeys(
+    (torch.ops.dpo_kernels.token_stats, torch.ops.dpo_kernels.token_stats_backward), lambda *_, **__: 0
+)
+
+
+class PlanError(ValueError):
+    """The memory of a run cannot be told beforehand; says why."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What lowers the memory of a step and leaves its numbers what they are; names are those of `DPOConfig`.
+
+    memory_budget: of the head, in bytes; None: its default.
+    """
+
+    gradient_checkpointing: bool = False
+    answers_at_once: int | None = None
+    mlp_tiles: str | None = None
+    activation_offloading: bool = False
+    memory_budget: int | None = None
+    precompute_ref_log_probs: bool = False
+
+    @classmethod
+    def of(cls, args: Any) -> StepOptions:
+        return cls(
+            bool(args.gradient_checkpointing), args.answers_at_once, args.mlp_tiles, args.activation_offloading,
+            args.memory_budget_bytes, args.precompute_ref_log_probs,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a step at its peak.
+
+    parts: by `PARTS`. host: bytes beside them in the memory of the host, of a run on a GPU.
+    flops: of a step, by PyTorch's counter. tokens: that the policy's forward runs, padding too.
+    """
+
+    parts: Mapping[str, int]
+    host: int
+    flops: int
+    tokens: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass
+class FakeRun:
+    """The models of a run without their numbers, and what else decides what a step holds.
+
+    policy, reference: fused models whose parameters are fake tensors of `mode`; reference None: there is no second one.
+    scores: whether the reference's log-probs are computed in a step.
+    quantised: bytes that the weights of linear layers take less than they seem to, and of the largest of them in full.
+    """
+
+    mode: FakeTensorMode
+    policy: Any
+    reference: Any
+    layout: Layout
+    scores: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mixed_precision: torch.dtype | None = None
+    optimizer: str = "adamw_torch_fused"
+    accumulates: bool = False
+    libraries: int = 0
+    quantised: tuple[int, int] = (0, 0)
+
+    def step(self, pairs: Mapping[str, Tensor], options: StepOptions) -> StepMemory:
+        """The memory of a step of these pairs, real tensors as `PairCollator` makes them.
+
+        Raises:
+            PlanError: the model's forward depends on numbers, or fails without them.
+            ValueError: the options do not go with the model or its layout.
+        """
+        layout = replace(self.layout, answers_at_once=options.answers_at_once)
+        batch = PairBatch(pairs, layout)
+        tokens, counted = batch.positions, _counted(batch)
+        batch.mask.sum()  # made of numbers, so before there are none
+        tracker = StepBytes(self, options, counted)
+        counter = FlopCounterMode(display=False, custom_mapping=OF_THE_HEAD)
+        with ExitStack() as stack:
+            stack.enter_context(self._with(options))
+            for entered in (self.mode, tracker, counter):
+                stack.enter_context(entered)
+            handles = tracker.watch_gradients(self.policy)
+            try:
+                for _ in range(1 + self.accumulates):
+                    self._run(batch, options, tracker)
+            except (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError) as error:
+                raise PlanError(
+                    f"the forward of {type(self.policy).__name__} depends on numbers that a plan does not have "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]})"
+                ) from error
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for p in self.policy.parameters():
+                    p.grad = None
+        return StepMemory(
+            self._parts(tracker, pairs, options),
+            self._host(tracker),
+            counter.get_total_flops() + tracker.head_flops,
+            tokens,
+        )
+
+    def _run(self, batch: PairBatch, options: StepOptions, tracker: StepBytes) -> None:
+        with self._autocast():
+            if self.scores and not options.precompute_ref_log_probs:
+                with torch.no_grad(), tracker.of_kind(RUNNING):
+                    batch.run(self.policy if self.reference is None else self.reference)
+            kept = CHECKPOINTED if options.gradient_checkpointing else KEPT
+            with tracker.of_kind(kept), to_host(tracker) if options.activation_offloading else nullcontext():
+                log_probs = batch.run(self.policy)["log_probs"]
+        with tracker.of_kind(RUNNING):
+            (log_probs * batch.mask).sum().backward()
+
+    def _autocast(self) -> Any:
+        return torch.autocast("cpu", self.mixed_precision, enabled=self.mixed_precision is not None)
+
+    @contextmanager
+    def _with(self, options: StepOptions) -> Iterator[None]:
+        """The models as a run with these options has them."""
+        models = [m for m in (self.policy, self.reference) if m is not None]
+        heads = [_fused(m) for m in models]
+        budgets, tiled = [h.memory_budget for h in heads], []
+        was = bool(getattr(self.policy, "is_gradient_checkpointing", False))
+        try:
+            for head in heads:
+                head.memory_budget = options.memory_budget
+            if options.mlp_tiles is not None:
+                tiled = [tile_mlps(m, options.mlp_tiles) for m in models]
+            if options.gradient_checkpointing and not was:
+                self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            self.policy.train()
+            yield
+        finally:
+            if options.gradient_checkpointing and not was:
+                self.policy.gradient_checkpointing_disable()
+            for one in tiled:
+                one.undo()
+            for head, budget in zip(heads, budgets, strict=True):
+                head.memory_budget = budget
+
+    def _parts(self, tracker: StepBytes, pairs: Mapping[str, Tensor], options: StepOptions) -> dict[str, int]:
+        found = Counter({name: size for name, size in tracker.at_peak.items() if name in PARTS})
+        others = tracker.peak - sum(found.values())
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        frozen = [t for t in (*self.policy.parameters(), *self.policy.buffers()) if not t.requires_grad]
+        is_adapter = any(p.requires_grad for p in self.policy.parameters()) and _size(frozen) > _size(trained)
+        found[ADAPTERS if is_adapter else WEIGHTS] += _size(trained)
+        found[WEIGHTS] += _size(frozen) - self.quantised[0]
+        if self.reference is not None and not options.precompute_ref_log_probs:
+            found[REFERENCE] += _size([*self.reference.parameters(), *self.reference.buffers()]) - self.quantised[0]
+        found[OPTIMIZER] += 0 if self._is_paged else self._optimizer_bytes(trained)
+        found[RUNNING] += self.quantised[1]
+        found[BATCH] += sum(t.nbytes for t in pairs.values()) + others
+        found[LIBRARIES] += self.libraries
+        return {name: found[name] for name in PARTS if found[name]}
+
+    def _host(self, tracker: StepBytes) -> int:
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        return tracker.most_on_host + (self._optimizer_bytes(trained) if self._is_paged else 0)
+
+    @property
+    def _is_paged(self) -> bool:
+        return self.optimizer.startswith(PAGED) and self.device.type != "cpu"
+
+    def _optimizer_bytes(self, trained: list[Tensor]) -> int:
+        numbers, size = OPTIMIZERS.get(self.optimizer.removeprefix(PAGED), (2, None))
+        return int(sum(numbers * t.numel() * (size or t.element_size()) for t in trained))
+
+
+class StepBytes(LiveBytes):
+    """`LiveBytes` that knows what the head holds, from its plan.
+
+    Args:
+        counted: labels of a call of the head -> how many of them count, at most.
+    """
+
+    def __init__(self, run: FakeRun, options: StepOptions, counted: Mapping[int, int]) -> None:
+        super().__init__()
+        self.run, self.options, self.counted = run, options, counted
+        self.most_on_host = self.head_flops = 0
+        self.held: list[int] = []  # bytes of calls that wait for their backward
+
+    def after(self, func: Any, args: tuple[Any, ...], results: Any) -> tuple[Any, dict[str, int]]:
+        """Results that count, and what the head holds beside them while it runs."""
+        self.most_on_host = max(self.most_on_host, self.live[HOST])
+        if func is torch.ops.dpo_kernels.token_stats.default:
+            options = Options.decode(*args[ops.HEAD_TENSORS :])
+            made = self._plan(args, options)
+            if options.grads:
+                self.held.append(made.bytes)
+                self.live[HEAD] += made.bytes
+                return results[: ops.STATS], {}
+            return results[: ops.STATS], {HEAD: made.bytes}
+        if func is torch.ops.dpo_kernels.token_stats_backward.default and self.held:
+            self.look()
+            self.live[HEAD] -= self.held.pop()
+            return results, {}
+        return results, {}
+
+    def _plan(self, args: tuple[Any, ...], options: Options) -> Any:
+        hidden, weight, _, low_rank = args[:4]
+        labels = args[ops.HEAD_TENSORS - 1].numel()
+        counted = self.counted.get(labels, labels)
+        grads = [name for name, on in zip(INPUTS, options.grads.as_list(), strict=True) if on]
+        with _arch(self.run.device):
+            made = plan(
+                counted, hidden.shape[-1], weight.shape[0], hidden.dtype, grads=grads, outputs=options.outputs,
+                softcap=options.transform.softcap, compute_dtype=options.compute_dtype,
+                memory_budget=options.memory_budget, device=self.run.device, impl=options.impl, labels=labels,
+                rank=0 if low_rank is None else low_rank.shape[0],
+            )  # fmt: skip
+        self.head_flops += int(2 * made.gemms * counted * hidden.shape[-1] * weight.shape[0])
+        return made
+
+
+def _counted(batch: PairBatch) -> dict[int, int]:
+    """Labels of each call of the head -> how many of them count, at most."""
+    found: dict[int, int] = {}
+    for given in batch.model_inputs():
+        for one in given.get("groups", [given]):
+            labels = one["labels"]
+            found[labels.numel()] = max(found.get(labels.numel(), 0), int((labels != IGNORE_INDEX).sum()))
+    return found
+
+
+@contextmanager
+def to_host(tracker: LiveBytes) -> Iterator[None]:
+    """What autograd saves within the block counts for the host until backward asks for it."""
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.untyped_storage()._cdata in tracker.weights:
+            return tensor
+        with tracker.of_kind(HOST):
+            return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.clone()):
+        yield
+
+
+def _fused(model: Any) -> Any:
+    head: Any = find_head(model)
+    return head.fused
+
+
+@contextmanager
+def _arch(device: torch.device) -> Iterator[None]:
+    """A GPU is taken for an H100 where there is none."""
+    if device.type == "cpu" or torch.cuda.is_available():
+        yield
+        return
+    with override(arch=Arch(*ARCH)):
+        yield
+
+
+def _size(tensors: Any) -> int:
+    """Bytes of tensors, each storage once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
