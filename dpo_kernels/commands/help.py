@@ -54,6 +54,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
         ("memory_budget, impl", "what the head may hold, such as 512MiB; triton, cpp or torch"),
         ("layout, pad_to_multiple_of", "auto, shared, packed, bucketed, padded; rows of so many tokens"),
         ("tokens_per_batch", "instead of --per_device_train_batch_size: as many pairs as fill so many tokens"),
+        ("answers_at_once", "a batch in parts of so many: same gradients, less memory, one forward more"),
         ("bf16, fp16, gradient_checkpointing", "mixed precision; activations made again"),
     ],
     "adapters": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dpo_kernels.losses import Sides
 from dpo_kernels.training.formats import SIDES
-from dpo_kernels.training.layouts import PADDED, Arranged, Layout, PairTokens, Sequences, arrange
+from dpo_kernels.training.gradient_cache import run_in_parts
+from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, Part, Sequences, arrange
 
 IGNORE_INDEX = -100
 PER_TOKEN = {"log_probs", "log_sum_sq_probs"}  # of what a fused model gives
@@ -63,7 +64,7 @@ class PairBatch:
     @property
     def positions(self) -> int:
         """How many tokens a model is given, padding too."""
-        return self._arranged.tokens
+        return sum(part.arranged.tokens for part in self._parts)
 
     @property
     def chosen_tokens(self) -> int:
@@ -95,24 +96,36 @@ class PairBatch:
         """(2B, S) int64: 1 for a token of an answer, 0 for one of none."""
         return (self.segments >= 0).long()
 
-    def model_inputs(self) -> dict[str, Any]:
-        """What a fused model is called with."""
-        return dict(self._arranged.given)
+    def model_inputs(self) -> list[dict[str, Any]]:
+        """What a fused model is called with, for each part of the batch; one, where the layout asks for no parts."""
+        return [dict(part.arranged.given) for part in self._parts]
 
     def run(self, model: nn.Module, **options: Any) -> dict[str, Tensor]:
-        """What a fused model gives, per token (2B, S): log_probs of the labels, 0 where none counts, and what else."""
-        output = dict(model(**self.model_inputs() | {"use_cache": False} | options))
-        answers, sources = self._arranged.answers, self._arranged.sources
-        if answers is not None:
+        """What a fused model gives, per token (2B, S): log_probs of the labels, 0 where none counts, and what else.
+
+        Where the layout asks for parts, gradients come as `gradient_cache.run_in_parts` says."""
+        if self.layout.answers_at_once is None:
+            return self._run(self._parts[0], model, options)
+        forwards = [partial(self._per_token, part, model, options) for part in self._parts]
+        return run_in_parts(model, forwards, [part.rows for part in self._parts])
+
+    def _per_token(self, part: Part, model: nn.Module, options: dict[str, Any]) -> dict[str, Tensor]:
+        output = self._run(part, model, options)
+        return {name: output[name] for name in PER_TOKEN & output.keys()}
+
+    def _run(self, part: Part, model: nn.Module, options: dict[str, Any]) -> dict[str, Tensor]:
+        arranged, shape = part.arranged, (len(part.rows), self.mask.shape[1])
+        output = dict(model(**arranged.given | {"use_cache": False} | options))
+        if arranged.answers is not None:
             for name in PER_TOKEN & output.keys():
                 values = output[name].flatten()
-                values = values if sources is None else values[sources]
-                zeros = values.new_zeros(self.mask.numel())
-                output[name] = zeros.index_put((answers,), values).view(self.mask.shape)
+                values = values if arranged.sources is None else values[arranged.sources]
+                zeros = values.new_zeros(shape).flatten()
+                output[name] = zeros.index_put((arranged.answers,), values).view(shape)
         return output
 
     @cached_property
-    def _arranged(self) -> Arranged:
+    def _parts(self) -> list[Part]:
         both = Sequences(self._of_both("x"), self._of_both("y"), self.mask, self.segments >= 0)
         return arrange(self.layout, both)
 

@@ -26,7 +26,8 @@ COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # a run's mixed preci
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest batch that can come: its pairs, the tokens whose label counts, and all labels, padding too."""
+    """The longest batch that can come: its pairs, the tokens whose label counts, and all labels, padding too. Where
+    batches go in parts, of one part, at most: answers of so many pairs."""
 
     what: str
     pairs: int
@@ -140,9 +141,22 @@ def longest_batches(args: DPOConfig, train: Any, held_out: Any, beforehand: bool
             if what == "training" and args.tokens_per_batch is not None:
                 # A prompt's last token predicts the first of both answers.
                 tokens = min(int(most.sum()), args.tokens_per_batch * 2)
-                yield Longest(what, min(len(most), args.tokens_per_batch), tokens, tokens)
+                batch = Longest(what, min(len(most), args.tokens_per_batch), tokens, tokens)
             else:
-                yield Longest(what, min(pairs, len(most)), int(most[:pairs].sum()), 2 * pairs * longest)
+                batch = Longest(what, min(pairs, len(most)), int(most[:pairs].sum()), 2 * pairs * longest)
+            yield batch if args.answers_at_once is None else _longest_part(batch, args, most, longest)
+
+
+def _longest_part(batch: Longest, args: DPOConfig, most: np.ndarray, longest: int) -> Longest:
+    """Of a batch that goes in parts.
+
+    Args:
+        most: tokens of each pair whose label counts, from the most on. longest: tokens of a sequence.
+    """
+    answers = args.answers_at_once or 0
+    pairs = min(batch.pairs, answers // 2 if args.layout in ("packed", "shared") else answers)
+    tokens = min(batch.tokens, int(most[:pairs].sum()))
+    return replace(batch, pairs=pairs, tokens=tokens, labels=min(batch.labels, answers * longest))
 
 
 def reference_batch_size(args: DPOConfig) -> int:

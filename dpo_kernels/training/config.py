@@ -22,6 +22,11 @@ RESTRICTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False,), "the columns are the pairs"),
     "neftune_noise_alpha": ((None,), "noise in the policy alone would change what it is compared with"),
 }  # fmt: skip
+# What a step in parts (answers_at_once) cannot go with, and why.
+WITH_ANSWERS_AT_ONCE = {
+    "torch_compile": "a compiled model would be compiled again for the lengths of each part",
+    "ddp_static_graph": "each part is a graph of its own",
+}
 # What tokens_per_batch takes the place of, or cannot go with, and the values that are no wish.
 WITH_TOKENS_PER_BATCH: dict[str, tuple[Any, ...]] = {
     "per_device_train_batch_size": (8,), "dataloader_drop_last": (False,), "auto_find_batch_size": (False,),
@@ -109,6 +114,12 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Instead of per_device_train_batch_size: as many pairs as fill so many tokens, padding too."},
     )
+    answers_at_once: int | None = field(
+        default=None,
+        metadata={
+            "help": "A batch goes in parts of so many answers: the same gradients, less memory, one forward more."
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
 
     def __post_init__(self) -> None:
@@ -126,6 +137,8 @@ class DPOConfig(TrainingArguments):
         self._check_padding()
         if self.tokens_per_batch is not None:
             self._check_tokens_per_batch()
+        if self.answers_at_once is not None:
+            self._check_answers_at_once(self.answers_at_once)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if self.n_gpu > 1:
@@ -175,3 +188,15 @@ class DPOConfig(TrainingArguments):
                     f"tokens_per_batch does not go with {name}={value!r}: a batch has as many pairs as fill so many "
                     "tokens, each pair is in one of them, and each process reads its own"
                 )
+
+    def _check_answers_at_once(self, answers: int) -> None:
+        if answers < 1:
+            raise ValueError(f"answers_at_once is {answers}; expected at least 1")
+        if answers == 1 and self.layout in ("packed", "shared"):
+            raise ValueError(
+                f"answers_at_once is 1, and layout {self.layout!r} keeps both answers of a pair together; give at "
+                "least 2, or layout 'bucketed', which goes answer by answer"
+            )
+        for name, reason in WITH_ANSWERS_AT_ONCE.items():
+            if getattr(self, name, None):
+                raise ValueError(f"answers_at_once does not go with {name}: {reason}")

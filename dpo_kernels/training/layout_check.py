@@ -54,8 +54,9 @@ def choose(
     balances: bool = False,
     gives_mask: bool = False,
     is_sharded: bool = False,
+    answers_at_once: int | None = None,
 ) -> Choice:
-    """The layout of a run.
+    """The layout of a run. Where it goes in parts, auto is bucketed: there a part can be a single answer.
 
     Args:
         model: the policy, fused, not yet wrapped.
@@ -66,13 +67,16 @@ def choose(
         balances: whether a load-balancing loss is asked for.
         gives_mask: whether models are given an attention mask where rows are padded.
         is_sharded: whether the run uses FSDP.
+        answers_at_once: as of `Layout`.
 
     Raises:
         LayoutError: a layout is asked for by name, and the model would be trained wrong in it.
     """
-    padded = replace(PADDED, gives_mask=gives_mask)
+    padded = replace(PADDED, gives_mask=gives_mask, answers_at_once=answers_at_once)
     if wanted == "padded":
-        return Choice(padded, "")
+        return Choice(padded, "" if answers_at_once is None else f"layout: {padded.told}")
+    if wanted == "auto" and answers_at_once is not None:
+        wanted = "bucketed"
     tokens, longest = count_tokens(dataset, batch_size, tokens_per_batch)
     refused: list[str] = []
     failed: set[str | None] = set()  # ways to tell attention
@@ -85,6 +89,7 @@ def choose(
         else:
             reason = refusal(model, layout, longest, is_sharded)
         if not reason:
+            layout = replace(layout, answers_at_once=answers_at_once)
             return Choice(layout, _told(layout, tokens, refused))
         failed.add(layout.attention)
         if reason not in refused:
@@ -97,7 +102,8 @@ def choose(
 def of_reference(model: Any, policy: Any, layout: Layout) -> Layout:
     """The layout of a fused reference: the policy's, unless it is of another kind that would compute it wrong."""
     same = type(model) is type(policy) and _facts(model) == _facts(policy)
-    return layout if same or not refusal(model, layout) else PADDED
+    goes = same or not refusal(model, layout.whole)
+    return layout if goes else replace(PADDED, answers_at_once=layout.answers_at_once)
 
 
 def _facts(model: Any) -> Any:
@@ -128,9 +134,8 @@ def _worth(name: str, dense: bool, tokens: dict[str, float]) -> float:
 
 
 def _told(layout: Layout, tokens: dict[str, float], refused: list[str]) -> str:
-    way = " with a mask" if layout.attention == "mask" else ""
     counts = ", ".join(f"{name} {count:,.0f}" for name, count in tokens.items())
-    told = f"layout: {layout.name}{way}" + (f" (tokens a pair: {counts})" if counts else "")
+    told = f"layout: {layout.told}" + (f" (tokens a pair: {counts})" if counts else "")
     return told + "".join(f"; {reason}" for reason in refused)
 
 

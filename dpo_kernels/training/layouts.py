@@ -13,7 +13,7 @@ both sequences predict within the prompt is predicted once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +28,30 @@ GROUP_COSTS = 64  # tokens: a group of its own has to save more
 @dataclass(frozen=True)
 class Layout:
     """name: as above. attention: of packed and shared, "branches" or "mask". gives_mask: whether the model is given an
-    attention mask: of the real tokens, each as often as it stands in a sequence."""
+    attention mask: of the real tokens, each as often as it stands in a sequence. answers_at_once: a batch goes in parts
+    of at most so many answers, each part in the layout, whole pairs in packed and shared; None: it goes whole."""
 
     name: str = "padded"
     attention: str | None = None
     gives_mask: bool = False
+    answers_at_once: int | None = None
+
+    @property
+    def told(self) -> str:
+        """In a few words."""
+        way = " with a mask" if self.attention == "mask" else ""
+        parts = f", in parts of at most {self.answers_at_once:,} answers" if self.answers_at_once is not None else ""
+        return f"{self.name}{way}{parts}"
+
+    @property
+    def has_whole_pairs(self) -> bool:
+        """Whether both answers of a pair are given to a model together."""
+        return self.name in ("packed", "shared")
+
+    @property
+    def whole(self) -> Layout:
+        """The same layout of a batch that goes whole."""
+        return replace(self, answers_at_once=None)
 
 
 PADDED = Layout()
@@ -45,6 +64,11 @@ class Sequences(NamedTuple):
     labels: Tensor  # (2B, S)
     counted: Tensor  # (2B, S) bool: whose label counts
     inside: Tensor  # (2B, S) bool: a sequence up to its last token that counts
+
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens a sequence has, at least 1: a row has to have one."""
+        return [max(1, n) for n in self.inside.sum(1).tolist()]
 
 
 class PairTokens(NamedTuple):
@@ -69,8 +93,40 @@ class Arranged(NamedTuple):
     sources: Tensor | None = None
 
 
-def arrange(layout: Layout, sequences: Sequences) -> Arranged:
-    return ARRANGE[layout.name](layout, sequences)
+class Part(NamedTuple):
+    """Answers that a model is given together. rows: which of the 2B they are. arranged: they alone."""
+
+    rows: list[int]
+    arranged: Arranged
+
+
+def arrange(layout: Layout, sequences: Sequences) -> list[Part]:
+    """The parts of a batch, in the order in which they are run; one, the whole, where the layout asks for no parts."""
+    if layout.answers_at_once is None:
+        return [Part([*range(len(sequences.ids))], ARRANGE[layout.name](layout, sequences))]
+    return [
+        Part(rows, ARRANGE[layout.name](layout, Sequences(*(t[rows] for t in sequences))))
+        for rows in parts(layout, sequences.counts)
+    ]
+
+
+def parts(layout: Layout, counts: Sequence[int]) -> list[list[int]]:
+    """Which of the 2B answers go together, by how long each is. The last part has as many as may be, and in bucketed
+    the longest."""
+    answers = len(counts)
+    at_once = layout.answers_at_once or answers
+    if at_once >= answers:
+        return [[*range(answers)]]
+    if layout.has_whole_pairs:
+        pairs = answers // 2
+        return [[*part, *(pairs + i for i in part)] for part in _chunks(range(pairs), at_once // 2)]
+    in_order = sorted(range(answers), key=lambda i: (counts[i], i)) if layout.name == "bucketed" else range(answers)
+    return _chunks(in_order, at_once)
+
+
+def _chunks(order: Sequence[int], size: int) -> list[list[int]]:
+    """Of so many each, but the first, which has what is left."""
+    return [[*order[max(0, end - size) : end]] for end in range(len(order), 0, -size)][::-1]
 
 
 def _padded(layout: Layout, s: Sequences) -> Arranged:
@@ -81,7 +137,7 @@ def _padded(layout: Layout, s: Sequences) -> Arranged:
 
 
 def _bucketed(layout: Layout, s: Sequences) -> Arranged:
-    counts = [max(1, n) for n in s.inside.sum(1).tolist()]
+    counts = s.counts
     place = torch.arange(s.ids.numel(), device=s.ids.device).view_as(s.ids)
     groups, answers = [], []
     for members in buckets(counts):
@@ -191,13 +247,24 @@ def fill(sizes: Sequence[int], capacity: int, tokens: Callable[[list[int]], int]
 
 
 def most_tokens(layout: Layout, pairs: Sequence[PairTokens]) -> int:
-    """How many tokens a model runs for a batch of these pairs, padding too; in bucketed at most so many."""
-    counts = [max(1, count) for pair in pairs for count in pair.sequences]
+    """How many tokens a model runs for a batch of these pairs, in all its parts, padding too; in bucketed at most so
+    many."""
+    counts = [max(1, pair.sequences[side]) for side in (0, 1) for pair in pairs]
     if layout.name == "padded":
         return len(counts) * max(counts)
-    if layout.name == "bucketed":  # as many groups as there are lengths, in steps of what a group costs
-        steps = [-(-count // GROUP_COSTS) for count in counts]
-        return GROUP_COSTS * (sum(steps) + len(set(steps)) - 1)
+    found = parts(layout, counts)
+    if layout.name == "bucketed":
+        return sum(_most_in_groups([counts[i] for i in part]) for part in found)
+    return sum(_most_in_trees(layout, [pairs[i] for i in part[: len(part) // 2]]) for part in found)
+
+
+def _most_in_groups(counts: Sequence[int]) -> int:
+    """As many groups as there are lengths, in steps of what a group costs."""
+    steps = [-(-count // GROUP_COSTS) for count in counts]
+    return GROUP_COSTS * (sum(steps) + len(set(steps)) - 1)
+
+
+def _most_in_trees(layout: Layout, pairs: Sequence[PairTokens]) -> int:
     of_trees = ([sum(pair)] if layout.name == "shared" else pair.sequences for pair in pairs)
     sizes = [size for sizes in of_trees for size in sizes if size] or [1]
     return sum(sizes) if layout.attention == "branches" else max(sizes) * len(fill(sizes, max(sizes)))

@@ -178,8 +178,7 @@ class FrozenModel(Reference):
             raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
         if not self._fingerprint:
             raise ValueError("this reference was made without precompute_ref_log_probs, so its weights have no key")
-        layout = "" if self.layout.name == "padded" else f" {self.layout.name}"
-        return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}{layout}"
+        return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}{_of_layout(self.layout)}"
 
     def moving(self) -> dict[str, Tensor]:
         if self.is_sharded:
@@ -201,8 +200,8 @@ class FrozenModel(Reference):
         with torch.no_grad(), self.accelerator.autocast():
             again = self._run(policy, batch)
             own = self.accelerator.unwrap_model(policy, keep_fp32_wrapper=True)
-            given = batch.lying(self.layout).model_inputs()
-            name = "" if self.is_sharded else first_difference(own, self.model, given)
+            found = (first_difference(own, self.model, given) for given in batch.lying(self.layout).model_inputs())
+            name = "" if self.is_sharded else next(filter(None, found), "")
         difference = (log_probs - ref).abs().max().item()
         if anywhere(self.accelerator, torch.equal(again, log_probs) or not difference <= 1e-2):
             raise HeadError(
@@ -321,8 +320,7 @@ class OwnStart(Reference):
     def identity(self) -> str:
         if self.is_sharded:
             raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
-        layout = "" if self.layout.name == "padded" else f" {self.layout.name}"
-        return f"{self._fingerprint} {self.accelerator.mixed_precision}{layout}"
+        return f"{self._fingerprint} {self.accelerator.mixed_precision}{_of_layout(self.layout)}"
 
     def _hash(self) -> str:
         trained = adapters.trained_parameters(self.policy)
@@ -351,6 +349,12 @@ def reference_for(
         is_base = args.adapter_reference == "base"
         return OwnStart(policy, accelerator, args, layout, is_sharded, wrapped, is_base)
     return Precomputed()
+
+
+def _of_layout(layout: Layout) -> str:
+    """Of what rounding depends on, in the key of log-probs."""
+    parts = "" if layout.answers_at_once is None else f" {layout.answers_at_once} at once"
+    return ("" if layout.name == "padded" else f" {layout.name}") + parts
 
 
 def _copy(values: Iterable[Tensor], to: Iterable[Tensor]) -> None:

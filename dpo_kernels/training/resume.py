@@ -22,7 +22,8 @@ from dpo_kernels.warn import warn
 # Options that decide the numbers of a step: a resume with another value warns.
 NUMBERS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "max_steps",
-    "num_train_epochs", "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps",
+    "num_train_epochs", "per_device_train_batch_size", "tokens_per_batch", "answers_at_once",
+    "gradient_accumulation_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm", "seed",
     "data_seed", "bf16", "fp16", "dataloader_drop_last", "train_sampling_strategy", "disable_dropout",
     "router_aux_loss_coef", "world_size", "adapter_reference", "sync_ref_model", "ref_model_mixup_alpha",

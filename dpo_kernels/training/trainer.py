@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
-from dpo_kernels.training import adapters, aux_loss, checkpoints, layout_check, resume
+from dpo_kernels.training import adapters, aux_loss, checkpoints, gradient_cache, layout_check, resume
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
 from dpo_kernels.training.budget import check_budget, reference_batch_size
@@ -101,6 +101,9 @@ class DPOTrainer(SavingTrainer):
         # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
         balances = self.aux_loss.weight > 0
+        why = gradient_cache.refusal(balances, self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        if args.answers_at_once is not None and why:
+            raise ValueError(f"answers_at_once is {args.answers_at_once}: {why}")
         gives_mask = (balances and not is_of_its_own_kind(model)) or "flash" in str(_attention(model))
         pairs = train_dataset if train_dataset is not None else eval_dataset
         # A compiled model would be compiled again for the lengths of each step.
@@ -108,6 +111,7 @@ class DPOTrainer(SavingTrainer):
         choice = from_main(self.accelerator, lambda: layout_check.choose(
             model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
             balances=balances, gives_mask=gives_mask, is_sharded=self.is_fsdp_enabled,
+            answers_at_once=args.answers_at_once,
         ))  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told
         self.token_batches: TokenBatches | None = None

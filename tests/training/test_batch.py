@@ -23,7 +23,7 @@ def batch_of(chosen, rejected, **more):
 
 def test_the_chosen_answers_come_first():
     batch = PairBatch(batch_of([[0, 1, 1], [1, 0, 0]], [[0, 0, 1], [1, 1, 1]]))
-    given = batch.model_inputs()
+    [given] = batch.model_inputs()
     assert set(given) == {"input_ids", "labels"}
     assert given["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5], [50, 51, 52], [53, 54, 55]]
     assert given["labels"][0].tolist() == [-100, 101, 102]
@@ -39,7 +39,7 @@ def test_segments_reach_the_last_token_that_counts():
     assert batch.segments.tolist() == [[0, 0, 0, 0, -1], [1, -1, -1, -1, -1]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
     assert batch.attention_mask.dtype == torch.int64
-    given = batch.lying(Layout(gives_mask=True)).model_inputs()
+    [given] = batch.lying(Layout(gives_mask=True)).model_inputs()
     assert torch.equal(given["attention_mask"], batch.attention_mask)
 
 
@@ -68,7 +68,7 @@ def test_pairs_that_fill_a_batch_are_taken_out_in_place(count):
     else:  # it is computed, and nothing of it counts
         assert torch.equal(inputs["x_chosen"], whole["x_chosen"][:1])
         assert not batch.mask.any()
-        assert batch.model_inputs()["labels"].eq(-100).all()
+        assert batch.model_inputs()[0]["labels"].eq(-100).all()
         assert batch.chosen_tokens == 0
 
 

@@ -37,7 +37,7 @@ def batch_of(pairs, layout=PADDED):
 
 def test_a_prompt_lies_once_and_its_last_state_has_two_labels():
     batch = batch_of(Trees(((3, 0, 2, 1), (2, 0, 0, 1))), Layout("shared", "branches", gives_mask=True))
-    given = batch.model_inputs()
+    [given] = batch.model_inputs()
     assert given["spans"] == Spans(((Tree(0, 3, (2, 1)), Tree(6, 2, (0, 1))),), 9)
     assert given["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
     assert given["attention_mask"].tolist() == [[2, 2, 2, 1, 1, 1, 2, 2, 1]]  # how many sequences a token is in
@@ -54,7 +54,7 @@ def test_a_prompt_lies_once_and_its_last_state_has_two_labels():
 def test_what_both_sequences_predict_in_the_prompt_is_predicted_once():
     batch = batch_of(Trees(((22, 0, 2, 1), (22, 3, 1, 2))), Layout("shared", "branches"))
     counted, earlier = int(batch.mask.sum()), 2 * (22 // 2 - 3)
-    given = batch.model_inputs()
+    [given] = batch.model_inputs()
     # Of the second pair, whose answers begin alike, these tokens too; the last state of a prompt has two labels.
     assert given["labels"].shape == (1, counted - earlier - 3)
     places = given["places"].tolist()
@@ -65,7 +65,7 @@ def test_what_both_sequences_predict_in_the_prompt_is_predicted_once():
 
 
 def test_rows_are_filled_and_told_by_a_mask():
-    given = batch_of(Trees(((2, 0, 1, 1), (0, 0, 2, 2), (0, 0, 1, 1))), Layout("packed", "mask")).model_inputs()
+    [given] = batch_of(Trees(((2, 0, 1, 1), (0, 0, 2, 2), (0, 0, 1, 1))), Layout("packed", "mask")).model_inputs()
     assert given["input_ids"].shape == (4, 3)
     seen = masks(make_model("Llama"), Spans(((Tree(0, 2, (1, 2)), Tree(5, 1, ())),), 7), torch.arange(7)[None])
     assert seen[0, 0].int().tolist() == [

@@ -69,7 +69,7 @@ def test_a_frozen_model_gives_its_own_log_probs_without_gradient(tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
     got = reference.log_probs(batch)
     assert not got.requires_grad
-    given = batch.model_inputs()
+    [given] = batch.model_inputs()
     logits = model(input_ids=given["input_ids"]).logits.log_softmax(-1)
     exact = logits.gather(2, given["labels"].clamp(min=0)[..., None]).squeeze(2)
     assert torch.allclose(got, torch.where(batch.mask, exact, 0), atol=1e-5)

@@ -69,7 +69,7 @@ def run_facts(trainer: DPOTrainer, data: Sequence[str], model: str, start: str |
         ("data", ", ".join(data)), ("pairs", _pairs(trainer, held_out)), ("lengths", _lengths(trainer.train_dataset)),
         ("model", _model(trainer.model, start or model or SMALL)), ("trained", _trained(trainer.model)),
         ("reference", _reference(trainer, model or SMALL)), ("device", _device(device, args.world_size)),
-        ("head", _head(trainer)), ("layout", trainer.layout.name), ("dtype", _dtype(trainer)),
+        ("head", _head(trainer)), ("layout", trainer.layout.told), ("dtype", _dtype(trainer)),
         ("loss", _loss(args)), ("learning rate", _rate(args)), ("a step", _step(trainer)),
         ("steps", _steps(trainer)), ("output", str(args.output_dir)),
     ]  # fmt: skip
