@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from dpo_kernels.training import adapters
-from dpo_kernels.training.attention import use_branches
-from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import auto_class
 from dpo_kernels.training.memory.step_memory import PlanError
 from dpo_kernels.training.model import FusedHead
@@ -52,10 +51,11 @@ def make_fake(
     if trust_remote_code:
         options["trust_remote_code"] = True
     try:
-        with mode, no_init_weights():
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, **options)
             if peft_config is not None:
                 model = adapters.adapted(model, peft_config)
+        _fake(model, mode)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise PlanError(
             f"a model of the config {type(config).__name__} cannot be made without its weights "
@@ -65,10 +65,21 @@ def make_fake(
     return model
 
 
-def with_layout(model: Any, layout: Layout) -> Any:
-    """The model, told where answers lie in a row."""
-    use_branches(model, layout.attention == "branches")
-    return model
+def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Puts fake tensors on the CPU in the place of parameters and buffers; those that are tied stay tied."""
+    made: dict[int, Any] = {}
+    with mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        if isinstance(tensor, nn.Parameter):
+                            fake = nn.Parameter(fake, tensor.requires_grad)
+                        made[id(tensor)] = tensor, fake  # the tensor too, so that its id stays its own
+                    tensors[name] = made[id(tensor)][1]
 
 
 def quantised_bytes(model: nn.Module, option: str, nested: bool, itemsize: int) -> tuple[int, int]:

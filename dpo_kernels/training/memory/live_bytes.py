@@ -41,16 +41,17 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_iter((args, kwargs)):
             if isinstance(value, Tensor):
                 self._meet(value, None)
-        results = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
         kind = ATTENTION if "attention" in str(func) else self.kind
-        counted, scratch = self.after(func, args, results)
+        counted, scratch = self.after(func, args, kwargs, results)
         for value in tree_iter(counted):
             if isinstance(value, Tensor):
                 self._meet(value, kind)
         self.look(scratch)
         return results
 
-    def after(self, func: Any, args: tuple[Any, ...], results: Any) -> tuple[Any, dict[str, int]]:
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: Any, results: Any) -> tuple[Any, dict[str, int]]:
         """Of an operator that has run: the results that count, and bytes by kind that it held besides."""
         return results, {}
 

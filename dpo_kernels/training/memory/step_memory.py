@@ -14,14 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from dpo_kernels import ops, plan
 from dpo_kernels.call import INPUTS, Options
 from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.overrides import override
+from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import IGNORE_INDEX, PairBatch
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.memory.live_bytes import ATTENTION, GRADIENTS, HOST, LiveBytes
@@ -44,10 +45,9 @@ OPTIMIZERS: dict[str, tuple[float, int | None]] = {
 }  # fmt: skip
 PAGED = "paged_"  # before the name: kept on the host
 ARCH = ("cuda", 9)  # what a plan for a GPU takes it for where there is none
-# The head's products are counted by its plan.
-OF_THE_HEAD = dict.fromkeys(
-    (torch.ops.dpo_kernels.token_stats, torch.ops.dpo_kernels.token_stats_backward), lambda *_, **__: 0
-)
+
+
+BUCKETED = Layout("bucketed")
 
 
 class PlanError(ValueError):
@@ -58,7 +58,8 @@ class PlanError(ValueError):
 class StepOptions:
     """What lowers the memory of a step and leaves its numbers what they are; names are those of `DPOConfig`.
 
-    memory_budget: of the head, in bytes; None: its default.
+    memory_budget: of the head, in bytes; None: its default. bucketed: answers lie in rows of their own, whatever the
+    layout is without.
     """
 
     gradient_checkpointing: bool = False
@@ -67,6 +68,7 @@ class StepOptions:
     activation_offloading: bool = False
     memory_budget: int | None = None
     precompute_ref_log_probs: bool = False
+    bucketed: bool = False
 
     @classmethod
     def of(cls, args: Any) -> StepOptions:
@@ -122,15 +124,14 @@ class FakeRun:
             PlanError: the model's forward depends on numbers, or fails without them.
             ValueError: the options do not go with the model or its layout.
         """
-        layout = replace(self.layout, answers_at_once=options.answers_at_once)
+        layout = replace(BUCKETED if options.bucketed else self.layout, answers_at_once=options.answers_at_once)
         batch = PairBatch(pairs, layout)
         tokens, counted = batch.positions, _counted(batch)
         batch.mask.sum()  # made of numbers, so before there are none
         tracker = StepBytes(self, options, counted)
-        counter = FlopCounterMode(display=False, custom_mapping=OF_THE_HEAD)
         with ExitStack() as stack:
             stack.enter_context(self._with(options))
-            for entered in (self.mode, tracker, counter):
+            for entered in (self.mode, tracker):
                 stack.enter_context(entered)
             handles = tracker.watch_gradients(self.policy)
             try:
@@ -146,12 +147,7 @@ class FakeRun:
                     handle.remove()
                 for p in self.policy.parameters():
                     p.grad = None
-        return StepMemory(
-            self._parts(tracker, pairs, options),
-            self._host(tracker),
-            counter.get_total_flops() + tracker.head_flops,
-            tokens,
-        )
+        return StepMemory(self._parts(tracker, pairs, options), self._host(tracker), tracker.flops, tokens)
 
     def _run(self, batch: PairBatch, options: StepOptions, tracker: StepBytes) -> None:
         with self._autocast():
@@ -159,7 +155,10 @@ class FakeRun:
                 with torch.no_grad(), tracker.of_kind(RUNNING):
                     batch.run(self.policy if self.reference is None else self.reference)
             kept = CHECKPOINTED if options.gradient_checkpointing else KEPT
-            with tracker.of_kind(kept), to_host(tracker) if options.activation_offloading else nullcontext():
+            with (
+                tracker.of_kind(kept),
+                to_host(tracker, self.policy) if options.activation_offloading else nullcontext(),
+            ):
                 log_probs = batch.run(self.policy)["log_probs"]
         with tracker.of_kind(RUNNING):
             (log_probs * batch.mask).sum().backward()
@@ -182,6 +181,8 @@ class FakeRun:
             if options.gradient_checkpointing and not was:
                 self.policy.gradient_checkpointing_enable({"use_reentrant": False})
             self.policy.train()
+            for model in models:
+                use_branches(model, not options.bucketed and self.layout.attention == "branches")
             yield
         finally:
             if options.gradient_checkpointing and not was:
@@ -230,10 +231,10 @@ class StepBytes(LiveBytes):
     def __init__(self, run: FakeRun, options: StepOptions, counted: Mapping[int, int]) -> None:
         super().__init__()
         self.run, self.options, self.counted = run, options, counted
-        self.most_on_host = self.head_flops = 0
+        self.most_on_host = self.flops = 0
         self.held: list[int] = []  # bytes of calls that wait for their backward
 
-    def after(self, func: Any, args: tuple[Any, ...], results: Any) -> tuple[Any, dict[str, int]]:
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: Any, results: Any) -> tuple[Any, dict[str, int]]:
         """Results that count, and what the head holds beside them while it runs."""
         self.most_on_host = max(self.most_on_host, self.live[HOST])
         if func is torch.ops.dpo_kernels.token_stats.default:
@@ -248,6 +249,8 @@ class StepBytes(LiveBytes):
             self.look()
             self.live[HEAD] -= self.held.pop()
             return results, {}
+        if (count := flop_registry.get(func._overloadpacket)) is not None and func.namespace != "dpo_kernels":
+            self.flops += count(*args, **kwargs, out_val=results)
         return results, {}
 
     def _plan(self, args: tuple[Any, ...], options: Options) -> Any:
@@ -262,7 +265,7 @@ class StepBytes(LiveBytes):
                 memory_budget=options.memory_budget, device=self.run.device, impl=options.impl, labels=labels,
                 rank=0 if low_rank is None else low_rank.shape[0],
             )  # fmt: skip
-        self.head_flops += int(2 * made.gemms * counted * hidden.shape[-1] * weight.shape[0])
+        self.flops += int(2 * made.gemms * counted * hidden.shape[-1] * weight.shape[0])
         return made
 
 
@@ -277,11 +280,13 @@ def _counted(batch: PairBatch) -> dict[int, int]:
 
 
 @contextmanager
-def to_host(tracker: LiveBytes) -> Iterator[None]:
+def to_host(tracker: LiveBytes, model: nn.Module) -> Iterator[None]:
     """What autograd saves within the block counts for the host until backward asks for it."""
 
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
     def pack(tensor: Tensor) -> Any:
-        if tensor.untyped_storage()._cdata in tracker.weights:
+        if tensor.untyped_storage()._cdata in own:
             return tensor
         with tracker.of_kind(HOST):
             return tensor.clone()
