@@ -22,7 +22,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
     "models": [
         ("ref_weight", "reference, and where the policy starts: a model folder or hub name"),
         ("from_weight", "where the policy starts instead; an adapter goes on being trained"),
-        ("dtype, attn_implementation", "of the weights, float32; sdpa, flash_attention_2, ..."),
+        ("dtype, attn_implementation", "of the weights: float32, bfloat16 below an adapter on a GPU; sdpa, ..."),
         ("model_revision, model_init_kwargs", "branch, tag or commit on the hub; JSON for from_pretrained"),
         ("trust_remote_code", ""),
         ("chat_template, pad_token", "for tokenizers that have none: a file with Jinja, a token"),
@@ -56,6 +56,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
         ("tokens_per_batch", "instead of --per_device_train_batch_size: as many pairs as fill so many tokens"),
         ("answers_at_once", "a batch in parts of so many: same gradients, less memory, one forward more"),
         ("bf16, fp16, gradient_checkpointing", "mixed precision; activations made again"),
+        ("mlp_tiles, activation_offloading", "MLPs over slices of the tokens, a number or auto; saved on the host"),
     ],
     "adapters": [
         ("use_peft, lora_r, lora_alpha", "train a LoRA adapter, the model without it is the reference; 16, 32"),

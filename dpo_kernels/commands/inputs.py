@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kernels.commands.options import ScriptArguments
+from dpo_kernels.commands.options import ScriptArguments, choose_dtype
 from dpo_kernels.training import DPOConfig, DPODataset, ReadOptions, sources
-from dpo_kernels.training.adapters import AdapterOptions
+from dpo_kernels.training.adapters import AdapterOptions, base_of
 from dpo_kernels.training.loading import check_positions, load_config, load_model, load_tokenizer, max_positions
 
 INSTALLED, CHECKOUT = Path(__file__).parents[1] / "examples", Path(__file__).parents[2] / "examples"
@@ -132,11 +132,20 @@ def find_models(script: ScriptArguments) -> None:
         setattr(script, option, snapshot_download(name, revision=revision))
 
 
-def load(script: ScriptArguments, adapter: AdapterOptions, path: str, is_trainable: bool = False) -> Any:
-    """A model as the options say; see `loading.load_model`."""
+def load(
+    script: ScriptArguments, adapter: AdapterOptions, path: str, device: torch.device, is_trainable: bool = False
+) -> Any:
+    """A model as the options say; see `loading.load_model`.
+
+    Args:
+        device: where it will run; the dtype of its weights goes by it (`choose_dtype`).
+    """
     more = model_options(script)
     more.pop("revision", None)
-    asked = more.pop("dtype", more.pop("torch_dtype", script.dtype))
+    has_adapter = adapter.use_peft or base_of(script.start or "") is not None
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    asked = more.pop("dtype", more.pop("torch_dtype", None))
+    asked = choose_dtype(script.dtype, has_adapter, device, has_bfloat16) if asked is None else asked
     dtype = asked if asked == "auto" else getattr(torch, str(asked), None)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ValueError(f"model_init_kwargs asks for the dtype {asked!r}; expected one as in float32, bfloat16")

@@ -93,7 +93,7 @@ def summary(scores: Scores) -> str:
 def _scores(
     script: ScriptArguments, options: ScoreOptions, name: str, dataset: DPODataset, device: torch.device
 ) -> Scores:
-    model = load(script, AdapterOptions(), name).to(device)
+    model = load(script, AdapterOptions(), name, device).to(device)
     return score_dataset(
         model, dataset, batch_size=options.batch_size, layout=options.layout, impl=options.impl, bf16=options.bf16,
         memory_budget=parse_bytes(options.memory_budget),

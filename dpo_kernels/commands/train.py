@@ -85,6 +85,8 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
         say(config, trainer.aux_loss.told)
     if trainer.layout_told:
         say(config, trainer.layout_told)
+    if trainer.tiled is not None:
+        say(config, trainer.tiled.told)
     if trainer.token_batches is not None:
         say(config, trainer.token_batches.told)
     report = None
@@ -174,8 +176,8 @@ def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOCon
     second = config.loss_options.needs_reference and not of_itself
     if name is None:
         return example, copy.deepcopy(example) if second else None
-    policy = load(script, adapter, name, is_trainable=True)
-    return policy, load(script, adapter, script.ref_weight or name) if second else None
+    policy = load(script, adapter, name, config.device, is_trainable=True)
+    return policy, load(script, adapter, script.ref_weight or name, config.device) if second else None
 
 
 def tell(

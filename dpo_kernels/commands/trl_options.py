@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ignore_bias_buffers": ((False,), "DDP's options do it: --ddp_broadcast_buffers false"),
     "lora_task_type": (("CAUSAL_LM",), "DPO trains causal language models alone"),
     "bnb_4bit_quant_storage": ((), "it is for FSDP with 4 bits, which has not been tried here"),
-    "activation_offloading": ((False,), "activations stay on the device; --gradient_checkpointing true holds fewer"),
     "accelerate_config": ((), "start with accelerate launch --config_file FILE train.py ..."),
 }  # fmt: skip
 # Of one dataset in a file's `datasets`.
@@ -47,7 +46,7 @@ NAMES = ("model_name_or_path", "dataset_name", "datasets")  # by which a command
 # What TRL takes where nothing is said, and we do not: a TRL command line means it.
 DEFAULTS: dict[str, str] = {
     "max_length": "1024", "truncation_mode": "keep_start", "assistant_turns": "last", "logging_steps": "10",
-    "gradient_checkpointing": "true", "bf16": "true",
+    "gradient_checkpointing": "true", "bf16": "true", "dtype": "float32",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from dpo_kernels.losses import LossOptions, check_options
+from dpo_kernels.training.mlp_tiles import Tiles, check_tiles
 from dpo_kernels.units import parse_bytes
 from dpo_kernels.warn import warn
 
@@ -120,6 +121,15 @@ class DPOConfig(TrainingArguments):
             "help": "A batch goes in parts of so many answers: the same gradients, less memory, one forward more."
         },
     )
+    mlp_tiles: str | None = field(
+        default=None,
+        metadata={
+            "help": "MLPs over so many slices of the tokens, each computed again in backward; auto: by its width."
+        },
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "What backward needs of the policy's forward waits in host memory."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
 
     def __post_init__(self) -> None:
@@ -139,6 +149,11 @@ class DPOConfig(TrainingArguments):
             self._check_tokens_per_batch()
         if self.answers_at_once is not None:
             self._check_answers_at_once(self.answers_at_once)
+        self.tiles: Tiles | None = None if self.mlp_tiles is None else check_tiles(self.mlp_tiles)
+        if self.tiles is not None and self.torch_compile:
+            raise ValueError(
+                "mlp_tiles does not go with torch_compile, which would compile anew for each size of slice"
+            )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if self.n_gpu > 1:

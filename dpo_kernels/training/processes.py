@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from dpo_kernels.training import mlp_tiles
 from dpo_kernels.training.model import FusedHead
 
 
@@ -39,6 +40,23 @@ def from_main(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
     if isinstance(outcome[0], ValueError):
         raise outcome[0]
     return outcome[0]
+
+
+def find_mlps(accelerator: Accelerator, model: nn.Module) -> mlp_tiles.Found:
+    """`mlp_tiles.find_mlps` on the main process, for all of them.
+
+    Raises:
+        TilingError: nothing in the model can be run in slices.
+        ValueError: ZeRO-3, or FSDP around layers within an MLP: processes would gather weights once a slice, and each
+            may have another number of slices.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if is_partitioned(accelerator) or getattr(plugin, "min_num_params", 0):
+        raise ValueError(
+            "mlp_tiles does not work where an MLP's layers are gathered one by one (ZeRO-3, FSDP by min_num_params): "
+            "processes with other numbers of slices would wait for each other; use ZeRO-2, or FSDP around whole layers"
+        )
+    return from_main(accelerator, lambda: mlp_tiles.find_mlps(model))
 
 
 def check_head(accelerator: Accelerator, head: FusedHead, model: nn.Module, deterministic: bool) -> None:

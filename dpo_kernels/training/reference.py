@@ -21,9 +21,10 @@ from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.head_check import first_difference
 from dpo_kernels.training.layout_check import of_reference
 from dpo_kernels.training.layouts import Layout
+from dpo_kernels.training.mlp_tiles import tile_mlps
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
-from dpo_kernels.training.processes import anywhere, check_head, from_main, is_partitioned
+from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned
 
 
 class Reference:
@@ -137,6 +138,7 @@ class FrozenModel(Reference):
 
     Raises:
         HeadError: the model's log-probs would be computed wrong.
+        TilingError: args.mlp_tiles, and no MLP of the model can be run in slices.
     """
 
     def __init__(
@@ -157,6 +159,8 @@ class FrozenModel(Reference):
         model.requires_grad_(False).eval()
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl)
         check_head(accelerator, self.head, model, deterministic=False)  # it never trains
+        if args.tiles is not None:
+            tile_mlps(model, args.tiles, find_mlps(accelerator, model))
         self.layout = from_main(accelerator, lambda: of_reference(model, policy, layout))
         use_branches(model, self.layout.attention == "branches")
         self.model: nn.Module = self._prepared(model)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, St
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
+from dpo_kernels.training.mlp_tiles import Tiled, tile_mlps
 from dpo_kernels.training.model import FusedHead
+from dpo_kernels.training.offloading import Offloading, check_offloading
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
 from dpo_kernels.training.precompute import with_ref_log_probs
-from dpo_kernels.training.processes import check_head, from_main
+from dpo_kernels.training.processes import check_head, find_mlps, from_main, is_partitioned
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
 from dpo_kernels.training.report.metrics import peak_memory_mib
@@ -58,7 +60,8 @@ class DPOTrainer(SavingTrainer):
 
     Raises:
         HeadError: a fused head would compute a model's log-probs wrong; found by a check at start.
-        ValueError: no reference is given, or an option is out of range.
+        TilingError: args.mlp_tiles, and a model has no MLP that can be run in slices.
+        ValueError: no reference is given, or an option is out of range or does nothing here.
     """
 
     args: DPOConfig
@@ -95,7 +98,13 @@ class DPOTrainer(SavingTrainer):
             compute_metrics=mean_metrics,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
+        if args.activation_offloading:
+            check_offloading(args.device, self.is_fsdp_enabled or is_partitioned(self.accelerator))
+        self.offloading = Offloading(model) if args.activation_offloading else None
         check_head(self.accelerator, self.head, model, args.disable_dropout)
+        self.tiled: Tiled | None = None
+        if args.tiles is not None:
+            self.tiled = tile_mlps(model, args.tiles, find_mlps(self.accelerator, model))
         self.aux_loss = from_main(self.accelerator, lambda: aux_loss.decide(model, args.router_aux_loss_coef))
         # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
         # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
@@ -240,7 +249,8 @@ class DPOTrainer(SavingTrainer):
         batch, options = PairBatch(inputs, self.layout), self.args.loss_options
         more = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
         ref = self.reference.log_probs(batch, options.needs_reference)  # first: it may be missing
-        output = batch.run(model, **more)
+        with self.offloading() if self.offloading is not None and model.training else nullcontext():
+            output = batch.run(model, **more)
         policy = output["log_probs"]
         if model.training and batch.ref_log_probs is None and ref is not None:
             self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)

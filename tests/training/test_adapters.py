@@ -34,6 +34,20 @@ def trained_adapter(seed=1, **options):
     return model
 
 
+def test_an_adapter_below_which_weights_are_bfloat16_is_float32(tmp_path):
+    base = make_model("Llama", dtype=torch.bfloat16)
+    trainer = adapter_trainer(tmp_path, model=base, peft_config=lora(), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    make_model("Llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    again = adapters.go_on(load_model(str(tmp_path / "base"), dtype=torch.bfloat16), str(tmp_path), is_trainable=True)
+    for model in (trainer.model, again):
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        assert {dtype for name, dtype in dtypes.items() if "lora" in name} == {torch.float32}
+        assert {dtype for name, dtype in dtypes.items() if "lora" not in name} == {torch.bfloat16}
+    assert logs(tmp_path)[0]["loss"] == pytest.approx(LOG2, abs=1e-6)
+
+
 def adapter_trainer(tmp_path, model=None, ref=None, pairs=None, peft_config=None, **config):
     config = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no",
               "disable_tqdm": True, "use_cpu": True, "seed": 5} | config  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+import torch
 import yaml
 from helpers import EXAMPLE, ROOT
 from script_helpers import refusal
@@ -14,9 +15,9 @@ from trl import DPOConfig as TrlConfig
 from trl import ModelConfig
 from trl import ScriptArguments as TrlScript
 
-from dpo_kernels.commands import help, trl_options
+from dpo_kernels.commands import help, inputs, trl_options
 from dpo_kernels.commands.arguments import as_argv, as_given
-from dpo_kernels.commands.options import EXAMPLE_DEFAULTS, ScriptArguments, make_parser, parse
+from dpo_kernels.commands.options import EXAMPLE_DEFAULTS, ScriptArguments, choose_dtype, make_parser, parse
 from dpo_kernels.losses import LOSSES
 from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.adapters import AdapterOptions
@@ -95,6 +96,45 @@ def test_what_can_be_checked_is_checked_before_a_model_is_looked_at(tmp_path, mo
     assert "is a folder, which has no revisions" in refusal(*DATA, *model, "--model_revision", "v2")
 
 
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_adapter", "device", "has_bfloat16", "dtype"),
+    [
+        pytest.param(None, True, GPU, True, "bfloat16", id="an adapter on a GPU"),
+        pytest.param(None, False, GPU, True, "float32", id="all weights on a GPU"),
+        pytest.param(None, True, GPU, False, "float32", id="a GPU without bfloat16"),
+        pytest.param(None, True, CPU, True, "float32", id="a CPU beside a GPU"),
+        pytest.param("float32", True, GPU, True, "float32", id="asked for float32"),
+        pytest.param("auto", False, CPU, False, "auto", id="asked for auto"),
+        pytest.param("bfloat16", False, CPU, False, "bfloat16", id="asked for bfloat16"),
+    ],
+)
+def test_the_dtype_goes_by_what_is_trained(asked, has_adapter, device, has_bfloat16, dtype):
+    assert choose_dtype(asked, has_adapter, device, has_bfloat16) == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "dtype"),
+    [
+        ({}, GPU, "float32"), ({"dtype": "auto"}, GPU, "auto"), ({"use_peft": True}, GPU, "bfloat16"),
+        ({"use_peft": True}, CPU, "float32"), ({"use_peft": True, "dtype": "float32"}, GPU, "float32"),
+        ({"use_peft": True, "model_init_kwargs": '{"dtype": "float16"}'}, GPU, "float16"),
+        ({"from_weight": "adapter"}, GPU, "bfloat16"), ({"from_weight": "model"}, GPU, "float32"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_models_are_loaded_in_that_dtype(monkeypatch, options, device, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(inputs, "base_of", lambda name: "base" if name == "adapter" else None)
+    monkeypatch.setattr(inputs, "load_model", lambda *_, dtype, **__: dtype)
+    adapter = AdapterOptions(use_peft=options.pop("use_peft", False))
+    loaded = inputs.load(ScriptArguments(ref_weight="base", **options), adapter, "base", device)
+    assert loaded == (dtype if dtype == "auto" else getattr(torch, dtype))
+
+
 def test_triton_on_a_cpu_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr("dpo_kernels.commands.options.available_impls", lambda device: {"triton": "no GPU"})
     told = refusal(*DATA, "--ref_weight", "x", "--output_dir", tmp_path, "--impl", "triton", "--use_cpu")
@@ -144,6 +184,9 @@ def test_a_file_of_trl_goes_through(tmp_path, monkeypatch):
     assert (config.pad_to_multiple_of, config.layout, config.precompute_ref_batch_size) == (8, "padded", 4)
     assert config.loss_type == ["sigmoid", "sft"]
     assert os.environ["SOMETHING_OF_MINE"] == "1"
+    assert script.dtype == "bfloat16"
+    assert parse(["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu",
+                  "--bf16", "false"])[0].dtype == "float32"  # fmt: skip
 
 
 def test_a_mixture_of_trl_goes_through(tmp_path):
@@ -164,7 +207,6 @@ def test_a_mixture_of_trl_goes_through(tmp_path):
     ("argv", "told"),
     [
         (["--dataset_streaming", "true"], "--dataset_streaming true is refused: a streamed dataset has no length"),
-        (["--activation_offloading"], "--activation_offloading is refused: activations stay on the device"),
         (["--lora_task_type", "SEQ_CLS"], "--lora_task_type SEQ_CLS is refused: DPO trains causal"),
         (["--model_name_or_path", "m", "--ref_weight", "m"], "give one of --ref_weight and --model_name_or_path"),
         (["--pad_to_multiple_of", "8", "--layout", "shared", "--output_dir", "o"], "pad_to_multiple_of is 8, which is"),
