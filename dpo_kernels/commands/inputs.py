@@ -17,6 +17,7 @@ from dpo_kernels.commands.options import ScriptArguments, choose_dtype
 from dpo_kernels.training import DPOConfig, DPODataset, ReadOptions, sources
 from dpo_kernels.training.adapters import AdapterOptions, base_of
 from dpo_kernels.training.loading import check_positions, load_config, load_model, load_tokenizer, max_positions
+from dpo_kernels.training.report.start import same_place
 
 INSTALLED, CHECKOUT = Path(__file__).parents[1] / "examples", Path(__file__).parents[2] / "examples"
 EXAMPLE = (INSTALLED if INSTALLED.is_dir() else CHECKOUT) / "dpo.jsonl"
@@ -132,6 +133,20 @@ def find_models(script: ScriptArguments) -> None:
         setattr(script, option, snapshot_download(name, revision=revision))
 
 
+def has_second_model(script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig) -> bool:
+    """Whether the reference is a model of its own: not where the loss has none, and not where the policy has an adapter
+    and starts from it. Sets the config's `adapter_reference` to "base" where it starts from a trained one, and the
+    reference is what that was trained on."""
+    name = script.start
+    base = base_of(name) if name else None
+    of_itself = adapter.use_peft or base is not None
+    if base is not None and same_place(script.ref_weight, base):
+        config.adapter_reference = "base"
+    elif script.ref_weight is not None and not same_place(script.ref_weight, name):
+        of_itself = False
+    return config.loss_options.needs_reference and not of_itself
+
+
 def load(
     script: ScriptArguments, adapter: AdapterOptions, path: str, device: torch.device, is_trainable: bool = False
 ) -> Any:
@@ -141,19 +156,33 @@ def load(
         device: where it will run; the dtype of its weights goes by it (`choose_dtype`).
     """
     more = model_options(script)
-    more.pop("revision", None)
-    has_adapter = adapter.use_peft or base_of(script.start or "") is not None
-    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = more.pop("dtype", more.pop("torch_dtype", None))
-    asked = choose_dtype(script.dtype, has_adapter, device, has_bfloat16) if asked is None else asked
-    dtype = asked if asked == "auto" else getattr(torch, str(asked), None)
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"model_init_kwargs asks for the dtype {asked!r}; expected one as in float32, bfloat16")
+    for taken in ("revision", "dtype", "torch_dtype"):
+        more.pop(taken, None)
+    dtype = weights_dtype(script, adapter, device)
     trust = more.pop("trust_remote_code", script.trust_remote_code)
     options: dict[str, Any] = adapter.quantization(dtype)
     if script.attn_implementation:
         options["attn_implementation"] = script.attn_implementation
     return load_model(path, trust_remote_code=trust, dtype=dtype, is_trainable=is_trainable, **options | more)
+
+
+def weights_dtype(script: ScriptArguments, adapter: AdapterOptions, device: torch.device) -> Any:
+    """The dtype of the models' weights, or "auto" for the checkpoint's.
+
+    Raises:
+        ValueError: model_init_kwargs asks for one that does not exist.
+    """
+    more = model_options(script)
+    asked = more.get("dtype", more.get("torch_dtype"))
+    if asked is None:
+        has_adapter = adapter.use_peft or base_of(script.start or "") is not None
+        is_there = torch.cuda.is_available()
+        has_bfloat16 = not is_there or torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = choose_dtype(script.dtype, has_adapter, device, has_bfloat16)
+    dtype = asked if asked == "auto" else getattr(torch, str(asked), None)
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"model_init_kwargs asks for the dtype {asked!r}; expected one as in float32, bfloat16")
+    return dtype
 
 
 def model_options(script: ScriptArguments) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.adapters import AdapterOptions, base_of
 from dpo_kernels.training.lesson import EPOCHS
 
+OUTPUT = Path("output")  # where a run's folder is that has no name
 # What the example sets where the command line does not: every one of them is an ordinary option.
 EXAMPLE_DEFAULTS = {
     "max_length": "192", "eval_size": "0.15", "per_device_train_batch_size": "16", "num_train_epochs": "3",
@@ -100,6 +101,22 @@ class ScriptArguments:
         default=None, metadata={"help": "Print so many pairs as the model sees them; default: 1 on a terminal, else 0."}
     )
 
+    plan: bool = field(
+        default=False, metadata={"help": "Only say what a step would hold, by part; no weights are loaded."}
+    )
+    plan_pair: list[int] | None = field(
+        default=None,
+        metadata={"help": "Of a plan without data: tokens of prompt, chosen and rejected answer; default: 512 each."},
+    )
+    plan_device: Literal["cpu", "cuda"] | None = field(
+        default=None, metadata={"help": "Of a plan: another device than this machine's."}
+    )
+    fit: bool = field(
+        default=False, metadata={"help": "Choose what lowers memory until the longest batch fits, at the same numbers."}
+    )
+    rehearsal: bool = field(
+        default=True, metadata={"help": "Run the longest batch once before training, to see what it holds."}
+    )
     report: bool = field(
         default=True, metadata={"help": "Ask the policy before and after training, for report.html; a few seconds."}
     )
@@ -128,7 +145,8 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, AdapterOptions, DPOConfig]:
     weights = given.keys() & {"ref_weight", "from_weight"}
     for name in given:
         parser.check_name(name)
-    if ("data_path" in given) != bool(weights):
+    plans = "plan" in given and [value.lower() for value in given["plan"]] not in (["false"], ["0"], ["no"])
+    if ("data_path" in given) != bool(weights) and not (plans and weights):
         raise ValueError(
             "give --data_path and --ref_weight together, or neither for the example; found "
             f"{', '.join(f'--{name}' for name in sorted(given.keys() & {'data_path', *weights}))}"
@@ -139,10 +157,16 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, AdapterOptions, DPOConfig]:
     if "output_dir" not in given:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("give --output_dir: with several processes they have to agree on one")
-        given["output_dir"] = [f"output/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"]
+        given["output_dir"] = [str(OUTPUT / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")]
     script, adapter, config = parser.dataclasses(given)
     _check_together(script, adapter, config, set(given))
     return script, adapter, config
+
+
+def names_output(config: DPOConfig) -> bool:
+    """Whether an output folder was asked for by its name."""
+    folder = Path(str(config.output_dir))
+    return folder.parent != OUTPUT or not folder.name.endswith(f"-{os.getpid()}")
 
 
 def make_parser() -> Arguments:
@@ -186,6 +210,11 @@ def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DP
             "--eval_data_path FILE"
         )
     check_impl(config.impl, config.device)
+    for name in ("plan_pair", "plan_device"):
+        if getattr(script, name) is not None and not script.plan:
+            raise ValueError(f"{name} does nothing without --plan")
+    if script.plan_pair is not None and (len(script.plan_pair) != 3 or min(script.plan_pair) < 1):
+        raise ValueError(f"plan_pair is {script.plan_pair}; expected three numbers: tokens of prompt and both answers")
     base = base_of(script.from_weight) if script.from_weight else None
     if script.from_weight and not script.ref_weight and base is None:
         raise ValueError(f"give --ref_weight too: {script.from_weight} is no adapter, which would be its own reference")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,22 @@ from dpo_kernels.commands.inputs import (
     check_sources,
     choose_max_length,
     find_models,
+    has_second_model,
     load,
     load_pairs,
     prepare_tokenizer,
 )
-from dpo_kernels.commands.options import ScriptArguments, make_parser, parse
+from dpo_kernels.commands.options import ScriptArguments, make_parser, names_output, parse
+from dpo_kernels.commands.run_plan import rehearsed, show_plan, told_plan
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteError, checkpoints, resume
-from dpo_kernels.training.adapters import AdapterOptions, base_of, is_adapted
+from dpo_kernels.training.adapters import AdapterOptions, is_adapted
 from dpo_kernels.training.data_report import lengths
 from dpo_kernels.training.lesson import taught_model
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.report import save_lengths
 from dpo_kernels.training.report.ending import evaluate_last, show_end
 from dpo_kernels.training.report.run import RunReport
-from dpo_kernels.training.report.start import run_facts, same_place, show_start
+from dpo_kernels.training.report.start import run_facts, show_start
 from dpo_kernels.training.show import show_pairs
 from dpo_kernels.training.small_model import make_small_model
 
@@ -46,6 +49,9 @@ def main(argv: list[str] | None = None, program: str = "train.py") -> int:
         return 0
     script, adapter, config = parse(argv)
     output_dir = Path(str(config.output_dir))
+    if script.plan:
+        with tempfile.TemporaryDirectory() as scratch:
+            return plan_in(output_dir if names_output(config) else Path(scratch), script, adapter, config)
     with owned(output_dir) if config.process_index == 0 else nullcontext():
         return train_in(output_dir, script, adapter, config)
 
@@ -69,6 +75,8 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
             resume.check_data(resume_from, train, allow_changed=False)
     if config.process_index == 0:
         tell(script, train, held_out, tokenizer, output_dir)
+    of_example = example[0].config if example else None
+    plan = told_plan(script, adapter, config, train, of_example)
     start = None
     if example:
         with config.main_process_first(desc="teaching the example's model"):
@@ -94,6 +102,9 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
         data = script.data_path or ["examples/dpo.jsonl"]
         facts = run_facts(trainer, data, script.ref_weight or "", script.from_weight)
         show_start(facts)
+    if script.rehearsal:
+        say(config, rehearsed(trainer, plan, script, adapter, train, of_example))
+    if config.process_index == 0:
         report = RunReport(trainer, facts, tokenizer, script.report)
         report.ask_before()
     go_on = f"go on with --resume_from_checkpoint --output_dir {output_dir}"
@@ -123,6 +134,24 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
     if report:
         show_end(report, f"{what}, tokenizer", output_dir)
     return 0
+
+
+def plan_in(folder: Path, script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig) -> int:
+    """`--plan`: of the longest batch of the data, or of a pair of given lengths; no weights are loaded.
+
+    Args:
+        folder: for what bad lines leave behind, and for plan.json and plan.png where an output folder was named.
+    """
+    names, config.output_dir = names_output(config), str(folder)
+    check_sources(script)
+    find_models(script)
+    train, example = None, make_small_model(EXAMPLE) if script.start is None else None
+    if script.data_path is not None or example is not None:
+        tokenizer = prepare_tokenizer(script, example[1] if example else None, config.loss_options.needs_reference)
+        train, _ = load_pairs(
+            script, config, tokenizer, choose_max_length(script, example[0].config if example else None)
+        )
+    return show_plan(script, adapter, config, train, names, example[0].config if example else None)
 
 
 def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
@@ -166,14 +195,7 @@ def checkpoint_to_resume(config: DPOConfig, output_dir: Path) -> str | None:
 def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, example: Any) -> tuple[Any, Any]:
     """Policy and reference; the example's small ones where no weights are named. The reference is None where the loss
     has none, and where the policy has an adapter and starts from it: then it is its own."""
-    name = script.start
-    base = base_of(name) if name else None
-    of_itself = adapter.use_peft or base is not None
-    if base is not None and same_place(script.ref_weight, base):
-        config.adapter_reference = "base"
-    elif script.ref_weight is not None and not same_place(script.ref_weight, name):
-        of_itself = False
-    second = config.loss_options.needs_reference and not of_itself
+    name, second = script.start, has_second_model(script, adapter, config)
     if name is None:
         return example, copy.deepcopy(example) if second else None
     policy = load(script, adapter, name, config.device, is_trainable=True)

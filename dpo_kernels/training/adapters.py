@@ -137,15 +137,28 @@ def base_of(name: str) -> str | None:
     return str(base)
 
 
+def peft_config_of(name: str) -> Any:
+    """What an adapter's folder or hub name says of it.
+
+    Raises:
+        ValueError: it is of a kind that is not trained here.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(name)
+    _check_kind(config)
+    return config
+
+
 def go_on(model: nn.Module, name: str, is_trainable: bool) -> Any:
     """A model with a trained adapter: a `PeftModel`.
 
     Raises:
         ValueError: the adapter is of a kind that is not trained here.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    _check_kind(PeftConfig.from_pretrained(name))
+    peft_config_of(name)
     model = _prepared_for_training(model, gradient_checkpointing=False) if is_trainable else model
     return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
 

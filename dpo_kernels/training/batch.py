@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,6 +15,8 @@ from dpo_kernels.losses import Sides
 from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.gradient_cache import run_in_parts
 from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, Part, Sequences, arrange
+
+Surrounding = Callable[[], AbstractContextManager[Any]]
 
 IGNORE_INDEX = -100
 PER_TOKEN = {"log_probs", "log_sum_sq_probs"}  # of what a fused model gives
@@ -100,20 +103,30 @@ class PairBatch:
         """What a fused model is called with, for each part of the batch; one, where the layout asks for no parts."""
         return [dict(part.arranged.given) for part in self._parts]
 
-    def run(self, model: nn.Module, **options: Any) -> dict[str, Tensor]:
+    def run(self, model: nn.Module, around: Surrounding = nullcontext, **options: Any) -> dict[str, Tensor]:
         """What a fused model gives, per token (2B, S): log_probs of the labels, 0 where none counts, and what else.
 
-        Where the layout asks for parts, gradients come as `gradient_cache.run_in_parts` says."""
+        Where the layout asks for parts, gradients come as `gradient_cache.run_in_parts` says.
+
+        Args:
+            around: gives a context for each forward, such as one that moves what autograd saves.
+            options: for the model.
+        """
+
+        def forward(**given: Any) -> Any:
+            with around():
+                return model(**given)
+
         if self.layout.answers_at_once is None:
-            return self._run(self._parts[0], model, options)
-        forwards = [partial(self._per_token, part, model, options) for part in self._parts]
+            return self._run(self._parts[0], forward, options)
+        forwards = [partial(self._per_token, part, forward, options) for part in self._parts]
         return run_in_parts(model, forwards, [part.rows for part in self._parts])
 
-    def _per_token(self, part: Part, model: nn.Module, options: dict[str, Any]) -> dict[str, Tensor]:
+    def _per_token(self, part: Part, model: Callable[..., Any], options: dict[str, Any]) -> dict[str, Tensor]:
         output = self._run(part, model, options)
         return {name: output[name] for name in PER_TOKEN & output.keys()}
 
-    def _run(self, part: Part, model: nn.Module, options: dict[str, Any]) -> dict[str, Tensor]:
+    def _run(self, part: Part, model: Callable[..., Any], options: dict[str, Any]) -> dict[str, Tensor]:
         arranged, shape = part.arranged, (len(part.rows), self.mask.shape[1])
         output = dict(model(**arranged.given | {"use_cache": False} | options))
         if arranged.answers is not None:

@@ -84,6 +84,9 @@ class DPOConfig(TrainingArguments):
     memory_budget: str | None = field(
         default=None, metadata={"help": "What the head may hold, such as 512MiB; default: 1GiB or more (see plan)."}
     )
+    run_memory_budget: str | None = field(
+        default=None, metadata={"help": "What the whole run may hold, such as 20GiB; default: what there is."}
+    )
     impl: str | None = field(
         default=None, metadata={"help": "triton, cpp or torch; default: the fastest that can run."}
     )
@@ -135,6 +138,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.memory_budget_bytes = parse_bytes(self.memory_budget)
+        parse_bytes(self.run_memory_budget, "run_memory_budget")
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         names = {f.name: "dpo_aggregate" if f.name == "aggregate" else f.name for f in fields(LossOptions)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from dpo_kernels.training import attention
 from dpo_kernels.training.batch import PairBatch, PairCollator, pair_tokens
 from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers_kept
-from dpo_kernels.training.layouts import PADDED, Layout
+from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, most_tokens
 from dpo_kernels.training.loading import is_of_its_own_kind, max_positions
 from dpo_kernels.training.output_head import below_adapters, find_head, plain_forward
 
@@ -97,6 +97,31 @@ def choose(
     if wanted != "auto":
         raise LayoutError(f"--layout {wanted}: {'; '.join(refused)}")
     return Choice(padded, _told(padded, tokens, refused))
+
+
+def expected(
+    model: nn.Module, wanted: str, pairs: Sequence[PairTokens], batch_size: int, answers_at_once: int | None = None
+) -> Layout:
+    """The layout that `choose` will come to, as far as that is known of a model without numbers.
+
+    Args:
+        pairs: how long each pair of the data is.
+    """
+    if wanted == "auto" and answers_at_once is not None:
+        wanted = "bucketed"
+    padded = replace(PADDED, answers_at_once=answers_at_once)
+    drawn = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[: max(PAIRS, batch_size)].tolist()
+    parts = [[pairs[i] for i in drawn[first : first + batch_size]] for first in range(0, len(drawn), batch_size)]
+    tokens = {
+        name: sum(most_tokens(Layout(name, "branches"), part) for part in parts) / len(drawn)
+        for name in ("padded", "bucketed", "packed", "shared")
+    }  # fmt: skip
+    if wanted == "padded":
+        return padded
+    for candidate in _candidates(wanted, tokens, attention.implementation(model) == attention.FLEX):
+        if candidate.attention is None or not _known_reason(model, candidate):
+            return replace(candidate, answers_at_once=answers_at_once)
+    return padded
 
 
 def of_reference(model: Any, policy: Any, layout: Layout) -> Layout:
@@ -225,7 +250,7 @@ def _compared(model: Any, layout: Layout, longest: int) -> str:
         size += p.numel()
         if size <= PARAMETERS or not parameters:
             parameters.append(p)
-    more = {"output_router_logits": True} if layout.gives_mask else {}
+    more: dict[str, Any] = {"output_router_logits": True} if layout.gives_mask else {}
     found = []
     for one in (replace(PADDED, gives_mask=layout.gives_mask), layout):
         attention.use_branches(model, one.attention == "branches")

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -133,7 +134,10 @@ class TiledForward:
         size = slice_size(tokens, x.shape[-1], self.width, self.tiles)
         if size >= tokens:
             return own(*args, **kwargs)
-        return in_slices(lambda piece: own(piece) if args else own(**dict.fromkeys(kwargs, piece)), x, size)
+        # What computes a slice again lives until backward: it must not hold x, which args and kwargs do.
+        name = None if args else next(iter(kwargs))
+        del args, kwargs
+        return in_slices(lambda piece: own(piece) if name is None else own(**{name: piece}), x, size)
 
 
 def in_slices(compute: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
@@ -307,9 +311,10 @@ def _width(child: nn.Module, call: Call, recorded: tuple[type, ...]) -> int | st
         return f"gives a {type(whole).__name__}, not one tensor"
     if whole.shape != x.shape:
         return f"makes {tuple(whole.shape)} of {tuple(x.shape)}"
-    if not torch.equal(x, given):
+    has_numbers = not isinstance(x, FakeTensor)  # without them sizes decide
+    if has_numbers and not torch.equal(x, given):
         return "changes its input in place"
-    if not _is_as_before(_state(child), before):
+    if has_numbers and not _is_as_before(_state(child), before):
         return "keeps something of the tokens that it has seen"
     width = max(widths + [max(p.shape) for p in child.parameters() if p.ndim == 2 and p.is_floating_point()])
     if width <= x.shape[-1]:
@@ -318,10 +323,12 @@ def _width(child: nn.Module, call: Call, recorded: tuple[type, ...]) -> int | st
         sliced = in_slices(run, x, SLICE)
     except Exception as error:  # a model's code may raise anything on what it was not made for
         return f"does not run on slices: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if not has_numbers:
+        return width
     allowed = max(ROUNDINGS * torch.finfo(whole.dtype).eps, 1e-3) * whole.abs().max().item()
-    error = (sliced - whole).abs().max().item() if sliced.shape == whole.shape else float("inf")
-    if not error <= allowed:
-        return f"does not see each token alone: in slices it differs by {error:.1e}, rounding explains {allowed:.1e}"
+    off = (sliced - whole).abs().max().item() if sliced.shape == whole.shape else float("inf")
+    if not off <= allowed:
+        return f"does not see each token alone: in slices it differs by {off:.1e}, rounding explains {allowed:.1e}"
     return width
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
 from dpo_kernels.training import adapters, aux_loss, checkpoints, gradient_cache, layout_check, resume
 from dpo_kernels.training.attention import use_branches
-from dpo_kernels.training.batch import PairBatch, PairCollator, keep_pairs
+from dpo_kernels.training.batch import PairBatch, PairCollator, Surrounding, keep_pairs
 from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
@@ -233,6 +233,11 @@ class DPOTrainer(SavingTrainer):
             self.token_batches.set_epoch(epoch)
         super()._run_epoch(model, epoch, *args, **kwargs)
 
+    def forget_counts(self) -> None:
+        """What the log would say of steps since the last entry."""
+        self._sums.clear()
+        self._non_finite.step_loss = 0.0
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._sums:  # the first since the last log
             self._steps_began = time.perf_counter()
@@ -247,10 +252,10 @@ class DPOTrainer(SavingTrainer):
     ) -> Any:
         """The DPO loss of a batch; with return_outputs also the loss and `PAIR_METRICS` of each pair, (B, 8)."""
         batch, options = PairBatch(inputs, self.layout), self.args.loss_options
-        more = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
+        more: dict[str, Any] = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
         ref = self.reference.log_probs(batch, options.needs_reference)  # first: it may be missing
-        with self.offloading() if self.offloading is not None and model.training else nullcontext():
-            output = batch.run(model, **more)
+        around: Surrounding = self.offloading if self.offloading is not None and model.training else nullcontext
+        output = batch.run(model, around, **more)
         policy = output["log_probs"]
         if model.training and batch.ref_log_probs is None and ref is not None:
             self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)

@@ -53,6 +53,8 @@ def make_fake(
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, **options)
+        model.tie_weights()  # outside: a parameter that is registered within is another one
+        with init_empty_weights(include_buffers=False):
             if peft_config is not None:
                 model = adapters.adapted(model, peft_config)
         _fake(model, mode)

@@ -48,7 +48,7 @@ def pair_sizes(dataset: Any) -> list[PairTokens]:
 def made_pairs(prompt: int, chosen: int, rejected: int, count: int = 1) -> dict[str, Tensor]:
     """Pairs of these lengths in tokens, as `PairCollator` makes them; what they say is nothing."""
     width = prompt + max(chosen, rejected)
-    found = {}
+    found: dict[str, Tensor] = {}
     for token, (side, answer) in enumerate((("chosen", chosen), ("rejected", rejected)), start=2):
         ids = torch.ones(count, width, dtype=torch.long)
         ids[:, prompt:] = token

@@ -26,7 +26,7 @@ from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import IGNORE_INDEX, PairBatch
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.memory.live_bytes import ATTENTION, GRADIENTS, HOST, LiveBytes
-from dpo_kernels.training.mlp_tiles import tile_mlps
+from dpo_kernels.training.mlp_tiles import check_tiles, tile_mlps
 from dpo_kernels.training.output_head import find_head
 
 # What a step holds, in the order in which it is told.
@@ -102,6 +102,7 @@ class FakeRun:
 
     policy, reference: fused models whose parameters are fake tensors of `mode`; reference None: there is no second one.
     scores: whether the reference's log-probs are computed in a step.
+    can_tile, can_split: whether the policy's MLPs can run over slices, and a step in parts.
     quantised: bytes that the weights of linear layers take less than they seem to, and of the largest of them in full.
     """
 
@@ -115,6 +116,8 @@ class FakeRun:
     optimizer: str = "adamw_torch_fused"
     accumulates: bool = False
     libraries: int = 0
+    can_tile: bool = True
+    can_split: bool = True
     quantised: tuple[int, int] = (0, 0)
 
     def step(self, pairs: Mapping[str, Tensor], options: StepOptions) -> StepMemory:
@@ -177,7 +180,8 @@ class FakeRun:
             for head in heads:
                 head.memory_budget = options.memory_budget
             if options.mlp_tiles is not None:
-                tiled = [tile_mlps(m, options.mlp_tiles) for m in models]
+                with self.mode:
+                    tiled = [tile_mlps(m, check_tiles(options.mlp_tiles)) for m in models]
             if options.gradient_checkpointing and not was:
                 self.policy.gradient_checkpointing_enable({"use_reentrant": False})
             self.policy.train()
@@ -217,8 +221,7 @@ class FakeRun:
         return self.optimizer.startswith(PAGED) and self.device.type != "cpu"
 
     def _optimizer_bytes(self, trained: list[Tensor]) -> int:
-        numbers, size = OPTIMIZERS.get(self.optimizer.removeprefix(PAGED), (2, None))
-        return int(sum(numbers * t.numel() * (size or t.element_size()) for t in trained))
+        return _kept_by(self.optimizer, trained)
 
 
 class StepBytes(LiveBytes):
@@ -293,6 +296,19 @@ def to_host(tracker: LiveBytes, model: nn.Module) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.clone()):
         yield
+
+
+def optimizer_bytes(trainer: Any) -> int:
+    """What the optimizer of a trainer will keep on its device, and does not keep yet."""
+    name, device = str(getattr(trainer.args.optim, "value", trainer.args.optim)), trainer.args.device
+    if name.startswith(PAGED) and device.type != "cpu":
+        return 0
+    return _kept_by(name, [p for p in trainer.model.parameters() if p.requires_grad])
+
+
+def _kept_by(optimizer: str, trained: list[Tensor]) -> int:
+    numbers, size = OPTIMIZERS.get(optimizer.removeprefix(PAGED), (2, None))
+    return int(sum(numbers * t.numel() * (size or t.element_size()) for t in trained))
 
 
 def _fused(model: Any) -> Any:

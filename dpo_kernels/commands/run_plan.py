@@ -1,0 +1,262 @@
+"""The memory of a run before it starts: `train.py --plan`, and what a run that starts is told, or --fit chooses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.commands.inputs import has_second_model, model_options, weights_dtype
+from dpo_kernels.commands.options import ScriptArguments
+from dpo_kernels.training import DPOConfig, DPOTrainer, layout_check
+from dpo_kernels.training.adapters import AdapterOptions, base_of, peft_config_of
+from dpo_kernels.training.budget import COMPUTE
+from dpo_kernels.training.layouts import PairTokens, most_tokens
+from dpo_kernels.training.loading import load_config, max_positions
+from dpo_kernels.training.memory.device_memory import Limit, held, limit_of
+from dpo_kernels.training.memory.fake_models import fake_mode, make_fake, quantised_bytes
+from dpo_kernels.training.memory.lower import Chosen
+from dpo_kernels.training.memory.pairs import longest_pairs, made_pairs, pair_sizes
+from dpo_kernels.training.memory.rehearsal import rehearse
+from dpo_kernels.training.memory.run_plan import RunPlan, longest_pair, make_plan, save_picture, too_little
+from dpo_kernels.training.memory.step_memory import LIBRARIES, FakeRun, PlanError, StepOptions
+from dpo_kernels.training.mlp_tiles import TilingError, find_mlps
+from dpo_kernels.training.token_batches import token_batches
+from dpo_kernels.units import in_words, parse_bytes
+
+PAIR = (512, 512, 512)  # tokens of prompt and answers, where no data and no lengths are given
+# Bytes that libraries hold beside tensors: on a CPU beyond what a process holds before it has a model, measured
+# (kernels that are built as they are needed, threads); on a GPU its context and cuBLAS's workspaces, an estimate.
+ON_CPU, ON_GPU = 96 * 2**20, 640 * 2**20
+
+
+def show_plan(
+    script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, dataset: Any, writes: bool, example: Any
+) -> int:
+    """Prints the plan of a run; returns the exit status.
+
+    Args:
+        dataset: pairs, whose longest batch counts; None: pairs of --plan_pair.
+        writes: whether plan.json and plan.png are saved in the output folder.
+        example: config of the example's model, where none is named.
+
+    Raises:
+        PlanError: it cannot be told.
+    """
+    device = torch.device(script.plan_device or config.device)
+    run = fake_run(script, adapter, config, device, dataset, example)
+    shape, pairs = _pairs(script, config, run, dataset)
+    limit = _limit(config, device)
+    options = StepOptions.of(config)
+    plan = make_plan(run, pairs, _title(script, config, run, shape, dataset), options, limit, fits=script.fit)
+    config_of_model = run.policy.config
+    now = plan.options if plan.chosen is None else plan.chosen.options
+    longest = None
+    if limit is not None:
+        longest = longest_pair(run, shape, now, limit.bytes, max_positions(config_of_model))
+    plan = replace(plan, longest=longest)
+    print(plan, flush=True)
+    if writes:
+        folder = Path(str(config.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(plan.as_json(), indent=1) + "\n", encoding="utf-8")
+        save_picture(run, shape, options, plan, folder / "plan.png")
+        print(f"saved: plan.json and plan.png in {folder}", flush=True)
+    return 0
+
+
+def told_plan(
+    script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, dataset: Any, example: Any
+) -> RunPlan | None:
+    """The plan of a run that is about to start, of the longest batch of its data; changes the config as --fit chooses,
+    and says so. None, where it cannot be told, and --fit was not asked for.
+
+    Raises:
+        PlanError: it cannot be told, and --fit was asked for.
+    """
+    if not (script.fit or script.rehearsal):
+        return None
+    try:
+        run = fake_run(script, adapter, config, config.device, dataset, example)
+        shape, pairs = _pairs(script, config, run, dataset)
+        limit = _limit(config, config.device)
+        title = _title(script, config, run, shape, dataset)
+        plan = make_plan(run, pairs, title, StepOptions.of(config), limit, fits=script.fit, compares=False)
+    except PlanError:
+        if script.fit:
+            raise
+        return None
+    if plan.chosen is not None:
+        if config.process_index == 0:
+            print("\n".join(plan.told_of_choice), flush=True)
+        take(plan.chosen, config, run)
+        plan = replace(plan, options=plan.chosen.options, memory=plan.chosen.memory)
+    return plan
+
+
+def rehearsed(
+    trainer: DPOTrainer,
+    plan: RunPlan | None,
+    script: ScriptArguments,
+    adapter: AdapterOptions,
+    dataset: Any,
+    example: Any,
+) -> str:
+    """What the longest batch really holds, beside its plan, in a sentence.
+
+    Raises:
+        ValueError: more than the run may hold; says by how much, and what would help.
+    """
+    found = rehearse(trainer)
+    if found is None:
+        return "memory: not tried beforehand (weights shared among processes, or a compiled model)"
+    limit = _limit(trainer.args, trainer.args.device) if plan is None else plan.limit
+    by_plan = f"; {in_words(plan.memory.bytes)} by the plan" if plan is not None else ""
+    if found.bytes is None or (limit is not None and found.bytes > limit.bytes):
+        if plan is None:
+            assert limit is not None
+            raise ValueError(
+                f"a step of the longest batch needs {'more' if found.bytes is None else in_words(found.bytes)} than "
+                f"there is, {in_words(limit.bytes)} ({limit.why}); lower it by --answers_at_once, "
+                "--gradient_checkpointing true or --mlp_tiles auto. Nothing was trained"
+            )
+        raise ValueError(too_little(_compared(plan, script, adapter, trainer.args, dataset, example), found.bytes))
+    left = f", of {in_words(limit.bytes)} ({limit.why})" if limit is not None else ""
+    return (
+        f"memory: the longest batch holds {in_words(found.bytes)}{by_plan}{left}; its step takes {found.seconds:.1f} s"
+    )
+
+
+def _compared(
+    plan: RunPlan, script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, dataset: Any, example: Any
+) -> RunPlan:
+    """The same plan with what each other thing to do about memory would leave."""
+    run = fake_run(script, adapter, config, config.device, dataset, example)
+    run.libraries = plan.memory.parts.get(LIBRARIES, 0)  # now there are weights in this process
+    _, pairs = _pairs(script, config, run, dataset)
+    return make_plan(run, pairs, plan.title, StepOptions.of(config), plan.limit)
+
+
+def take(chosen: Chosen, config: DPOConfig, run: FakeRun) -> None:
+    """Sets a run's options to those that were chosen."""
+    options = chosen.options
+    for name in ("gradient_checkpointing", "mlp_tiles", "activation_offloading", "precompute_ref_log_probs"):
+        setattr(config, name, getattr(options, name))
+    config.memory_budget, config.memory_budget_bytes = options.memory_budget, options.memory_budget  # type: ignore[assignment]
+    if options.answers_at_once is not None and options.answers_at_once != config.answers_at_once:
+        config.answers_at_once = options.answers_at_once
+        config.layout = "bucketed" if options.bucketed else run.layout.name  # type: ignore[assignment]
+
+
+def fake_run(
+    script: ScriptArguments,
+    adapter: AdapterOptions,
+    config: DPOConfig,
+    device: torch.device,
+    dataset: Any,
+    example: Any = None,
+) -> FakeRun:
+    """The models of a run without their weights.
+
+    Args:
+        example: config of the example's model, where none is named.
+    """
+    if config.world_size > 1 and (config.fsdp or config.deepspeed):
+        raise PlanError("weights are shared among processes (FSDP, DeepSpeed), which the plan does not count yet")
+    trust = bool(model_options(script).get("trust_remote_code", script.trust_remote_code))
+    dtype: Any = weights_dtype(script, adapter, device)
+    name = script.start
+    of_model = example if name is None else load_config(name, trust)
+    dtype = (getattr(of_model, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+    mode = fake_mode()
+    told: dict[str, Any] = {
+        "trust_remote_code": trust, "attn_implementation": script.attn_implementation,
+        "memory_budget": config.memory_budget_bytes, "impl": config.impl,
+    }  # fmt: skip
+    trained = adapter.peft_config()
+    if trained is None and name is not None and base_of(name) is not None:
+        trained = peft_config_of(name)
+    policy = make_fake(mode, of_model, dtype, peft_config=trained, **told)
+    reference = None
+    if has_second_model(script, adapter, config):
+        of_reference = of_model if name is None or script.ref_weight is None else load_config(script.ref_weight, trust)
+        reference = make_fake(mode, of_reference, dtype, **told)
+        reference.requires_grad_(False)
+    run = FakeRun(
+        mode, policy, reference, _layout(config, policy, script, dataset),
+        scores=config.loss_options.needs_reference, device=device,
+        mixed_precision=COMPUTE.get("bf16" if config.bf16 else "fp16" if config.fp16 else "no"),
+        optimizer=str(getattr(config.optim, "value", config.optim)),
+        accumulates=config.gradient_accumulation_steps > 1,
+        libraries=held(torch.device("cpu")) + ON_CPU if device.type == "cpu" else ON_GPU,
+        can_tile=_can_tile(mode, policy), can_split=not config.torch_compile and config.pad_to_multiple_of is None,
+    )  # fmt: skip
+    for option in ("load_in_4bit", "load_in_8bit"):
+        if getattr(adapter, option):
+            run.quantised = quantised_bytes(policy, option, adapter.use_bnb_nested_quant, dtype.itemsize)
+    return run
+
+
+def _can_tile(mode: Any, policy: Any) -> bool:
+    try:
+        with mode:
+            find_mlps(policy)
+    except TilingError:
+        return False
+    return True
+
+
+def _layout(config: DPOConfig, policy: Any, script: ScriptArguments, dataset: Any) -> Any:
+    layout = "padded" if config.layout == "auto" and config.torch_compile else config.layout
+    sizes = _drawn(script, dataset)
+    return layout_check.expected(policy, layout, sizes, config.per_device_train_batch_size, config.answers_at_once)
+
+
+def _drawn(script: ScriptArguments, dataset: Any) -> list[PairTokens]:
+    if dataset is None:
+        return [PairTokens(*(script.plan_pair or PAIR))]
+    return pair_sizes(dataset)
+
+
+def _pairs(
+    script: ScriptArguments, config: DPOConfig, run: FakeRun, dataset: Any
+) -> tuple[PairTokens, Mapping[str, Tensor]]:
+    """The longest pair, and the longest batch."""
+    count = config.per_device_train_batch_size
+    if dataset is None:
+        shape = PairTokens(*(script.plan_pair or PAIR))
+        return shape, made_pairs(*shape, count)
+    batches = token_batches(dataset, run.layout, config) if config.tokens_per_batch is not None else None
+    pairs = longest_pairs(dataset, run.layout, count, config.pad_to_multiple_of, batches)
+    return max(pair_sizes(dataset), key=lambda size: most_tokens(run.layout, [size])), pairs
+
+
+def _limit(config: DPOConfig, device: torch.device) -> Limit | None:
+    budget = parse_bytes(config.run_memory_budget, "run_memory_budget")
+    if budget is not None:
+        return Limit(budget, "--run_memory_budget")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    return limit_of(device)
+
+
+def _title(script: ScriptArguments, config: DPOConfig, run: FakeRun, shape: PairTokens, dataset: Any) -> str:
+    name = Path(script.start).name if script.start else "the example's model"
+    prompt, chosen, rejected = shape
+    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    numbers = sum(p.numel() for p in run.policy.parameters())
+    what = f"{trained / 1e6:,.1f}M of {numbers / 1e6:,.1f}M parameters trained" if trained < numbers else (
+        f"{numbers / 1e6:,.1f}M parameters")  # fmt: skip
+    pairs = f"{config.per_device_train_batch_size:,} pairs, the longest" if dataset is not None else (
+        f"{config.per_device_train_batch_size:,} of a pair")  # fmt: skip
+    if config.tokens_per_batch is not None and dataset is not None:
+        pairs = f"a batch of at most {config.tokens_per_batch:,} tokens, its longest pair"
+    return (
+        f"{name}, {what}, {pairs} {prompt:,} tokens of prompt, answers of {chosen:,} and {rejected:,}; "
+        f"{run.layout.told} rows, {run.device.type}"
+    )
