@@ -18,7 +18,7 @@ from dpo_kernels.training.adapters import AdapterOptions, base_of, peft_config_o
 from dpo_kernels.training.budget import COMPUTE
 from dpo_kernels.training.layouts import PairTokens, most_tokens
 from dpo_kernels.training.loading import load_config, max_positions
-from dpo_kernels.training.memory.device_memory import Limit, held, limit_of
+from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, GPU_LIBRARIES, Limit, held, limit_of
 from dpo_kernels.training.memory.fake_models import fake_mode, make_fake, quantised_bytes
 from dpo_kernels.training.memory.lower import Chosen
 from dpo_kernels.training.memory.pairs import longest_pairs, made_pairs, pair_sizes
@@ -30,9 +30,6 @@ from dpo_kernels.training.token_batches import token_batches
 from dpo_kernels.units import in_words, parse_bytes
 
 PAIR = (512, 512, 512)  # tokens of prompt and answers, where no data and no lengths are given
-# Bytes that libraries hold beside tensors: on a CPU beyond what a process holds before it has a model, measured
-# (kernels that are built as they are needed, threads); on a GPU its context and cuBLAS's workspaces, an estimate.
-ON_CPU, ON_GPU = 96 * 2**20, 640 * 2**20
 
 
 def show_plan(
@@ -193,7 +190,7 @@ def fake_run(
         mixed_precision=COMPUTE.get("bf16" if config.bf16 else "fp16" if config.fp16 else "no"),
         optimizer=str(getattr(config.optim, "value", config.optim)),
         accumulates=config.gradient_accumulation_steps > 1,
-        libraries=held(torch.device("cpu")) + ON_CPU if device.type == "cpu" else ON_GPU,
+        libraries=held(torch.device("cpu")) + CPU_LIBRARIES if device.type == "cpu" else GPU_LIBRARIES,
         can_tile=_can_tile(mode, policy), can_split=not config.torch_compile and config.pad_to_multiple_of is None,
     )  # fmt: skip
     for option in ("load_in_4bit", "load_in_8bit"):

@@ -17,6 +17,9 @@ CGROUPS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
      "/sys/fs/cgroup/memory/memory.stat"),
 )  # fmt: skip
+# Bytes that libraries hold beside tensors: on a CPU beyond what a process holds before it has a model (kernels that are
+# built as they are needed, threads; measured); on a GPU its context and cuBLAS's workspaces, an estimate.
+CPU_LIBRARIES, GPU_LIBRARIES = 96 * 2**20, 640 * 2**20
 NO_LIMIT = 2**60  # what limits of no meaning exceed
 EVERY = 0.002  # seconds between two looks, where the system does not remember the most
 
