@@ -129,6 +129,28 @@ def check_layouts() -> None:
                 assert_close(grad, exact.grad, 2e-4, f"{layout} {wrap.__name__} {key}")
 
 
+def check_parts() -> None:
+    """Processes have different numbers of parts, one of them a single one, and reduce once a step all the same, after a
+    batch whose gradients wait (accumulation)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pairs, layout = Trees(), Layout("bucketed", answers_at_once=2)
+    alone = make_model("Qwen3")
+    FusedHead(alone)
+    own = PairCollator()(pairs.items[:3] if rank == 0 else pairs.items[3:])
+    (2 * PairBatch(PairCollator()(pairs.items)).run(alone)["log_probs"].sum() / world).backward()
+    for finds_unused in (False, True):
+        model = make_model("Qwen3")
+        FusedHead(model)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=finds_unused)
+        for _ in range(3):  # after the first step DDP makes its buckets anew
+            model.zero_grad()
+            with wrapped.no_sync():
+                PairBatch(own, layout).run(wrapped)["log_probs"].sum().backward()
+            PairBatch(own, layout).run(wrapped)["log_probs"].sum().backward()
+            for (key, parameter), exact in zip(model.named_parameters(), alone.parameters(), strict=True):
+                assert_close(parameter.grad, exact.grad, 2e-4, f"{layout} {key}")
+
+
 def check_that_an_evaluation_before_training_keeps_ddp() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(Path(folder), eval_pairs=Pairs(2), per_device_train_batch_size=1, max_steps=2)
@@ -164,6 +186,7 @@ def main() -> None:
                 assert_close(grad, exact.grad, 2e-4, f"{name} {wrap.__name__} {key}")
     check_adapters(ids, labels)
     check_layouts()
+    check_parts()
     check_that_an_evaluation_before_training_keeps_ddp()
     print(f"rank {rank}: as one process", flush=True)
     dist.barrier()

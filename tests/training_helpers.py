@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from dpo_kernels.training import DPOConfig, DPOTrainer
+from dpo_kernels.training.attention import use_branches
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -95,6 +96,17 @@ def make_trainer(tmp_path, name="Llama", options=(), pairs=None, eval_pairs=None
     return DPOTrainer(
         make_model(name, options), make_model(name, options), args, pairs or Pairs(), eval_pairs, callbacks=callbacks
     )
+
+
+def everything(trainer, batch, layout):
+    """Losses and metrics of each pair, and every gradient, of a trainer's models in a layout."""
+    trainer.layout = trainer.reference.layout = layout
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        use_branches(model, layout.attention == "branches")
+    trainer.model.zero_grad()
+    loss, metrics = trainer.compute_loss(trainer.model, batch.inputs, return_outputs=True)
+    loss.backward()
+    return metrics, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 def logs(tmp_path, key="loss"):

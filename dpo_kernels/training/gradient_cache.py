@@ -92,7 +92,7 @@ class _Step:
             keeps = self.ddp is None and i == len(self.forwards) - 1
             if not keeps:
                 self.surroundings.append(Surroundings.now(self.model))
-            # What autocast has cast without gradient is not for a forward with it, nor the other way round.
+            # A weight that autocast has cast without gradient would be taken in a forward with one (pytorch#158232).
             torch.clear_autocast_cache()
             with torch.set_grad_enabled(keeps):
                 output = forward()

@@ -230,19 +230,19 @@ def fill(sizes: Sequence[int], capacity: int, tokens: Callable[[list[int]], int]
     """Rows of at most so many tokens: first-fit decreasing; within a row, and among rows, in the order given.
 
     Args:
-        tokens: what a row takes, where that can be more than the sum of its sizes.
+        tokens: what a row takes, in that order, where that can be more than the sum of its sizes.
     """
     rows: list[list[int]] = []
     room = np.empty(len(sizes), dtype=np.int64)
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         fits = (r for r in np.flatnonzero(room[: len(rows)] >= sizes[i]).tolist()
-                if tokens is None or tokens([*rows[r], i]) <= capacity)  # fmt: skip
+                if tokens is None or tokens(sorted([*rows[r], i])) <= capacity)  # fmt: skip
         row = next(fits, len(rows))
         if row == len(rows):
             rows.append([])
             room[row] = capacity
         rows[row].append(i)
-        room[row] = room[row] - sizes[i] if tokens is None else capacity - tokens(rows[row])
+        room[row] = room[row] - sizes[i] if tokens is None else capacity - tokens(sorted(rows[row]))
     return sorted(sorted(row) for row in rows)
 
 

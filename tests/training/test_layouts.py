@@ -11,7 +11,7 @@ import torch
 from helpers import slow
 from tiny_models import build
 from torch.nn.attention.flex_attention import flex_attention
-from training_helpers import SIZES, Trees, logs, make_model, make_trainer, weights
+from training_helpers import SIZES, Trees, everything, logs, make_model, make_trainer, weights
 
 from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, PairCollator, attention
 from dpo_kernels.training.attention import Attention, Spans, Tree, masks, use_branches
@@ -109,17 +109,6 @@ def small(model_type):
     model = build(model_type)
     assert model_type not in WINDOWS or model.config.sliding_window == 16
     return model
-
-
-def everything(trainer, batch, layout):
-    """Losses and metrics of each pair, and every gradient."""
-    trainer.layout = trainer.reference.layout = layout
-    for model in (trainer.model, trainer.ref_model):
-        use_branches(model, layout.attention == "branches")
-    trainer.model.zero_grad()
-    loss, metrics = trainer.compute_loss(trainer.model, batch.inputs, return_outputs=True)
-    loss.backward()
-    return metrics, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 def differences(trainer, batch, layouts):

@@ -16,9 +16,10 @@ from dpo_kernels.training.token_batches import EPOCHS, TokenBatches
 
 LAYOUTS = [
     Layout(), Layout("bucketed"), Layout("packed", "branches"), Layout("packed", "mask"), Layout("shared", "branches"),
-    Layout("shared", "mask"),
+    Layout("shared", "mask"), Layout(answers_at_once=3), Layout("bucketed", answers_at_once=3),
+    Layout("packed", "mask", answers_at_once=4), Layout("shared", "branches", answers_at_once=2),
 ]  # fmt: skip
-ids = "{0.name}-{0.attention}".format
+ids = "{0.name}-{0.attention}-{0.answers_at_once}".format
 
 
 def sizes(count, longest=300, seed=0):
