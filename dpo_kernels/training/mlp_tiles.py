@@ -133,7 +133,10 @@ class TiledForward:
         size = slice_size(tokens, x.shape[-1], self.width, self.tiles)
         if size >= tokens:
             return own(*args, **kwargs)
-        return in_slices(lambda piece: own(piece) if args else own(**dict.fromkeys(kwargs, piece)), x, size)
+        # What computes a slice again lives until backward: it must not hold x, which args and kwargs do.
+        name = None if args else next(iter(kwargs))
+        del args, kwargs
+        return in_slices(lambda piece: own(piece) if name is None else own(**{name: piece}), x, size)
 
 
 def in_slices(compute: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
@@ -172,18 +175,17 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.start, ctx.shape = start, rows.shape
-        return rows.view_as(rows), rows[start : start + size]
+        ctx.shape, ctx.own = rows.shape, slice(start, min(start + size, len(rows)))
+        return rows.view_as(rows), rows[ctx.own]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, grad_piece: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if grad_piece is None:
-            return grad_rows, None, None
-        if grad_rows is None:
-            is_all = len(grad_piece) + ctx.start == ctx.shape[0]
-            grad_rows = (grad_piece.new_empty if is_all else grad_piece.new_zeros)(ctx.shape)
-        grad_rows[ctx.start : ctx.start + len(grad_piece)] = grad_piece
+        if grad_rows is None and grad_piece is not None:
+            grad_rows = grad_piece.new_empty(ctx.shape)
+            grad_rows[ctx.own.stop :] = 0  # slices behind that have no gradient
+        if grad_rows is not None:
+            grad_rows[ctx.own] = 0 if grad_piece is None else grad_piece
         return grad_rows, None, None
 
 
