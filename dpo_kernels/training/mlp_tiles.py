@@ -321,9 +321,9 @@ def _width(child: nn.Module, call: Call, recorded: tuple[type, ...]) -> int | st
     except Exception as error:  # a model's code may raise anything on what it was not made for
         return f"does not run on slices: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     allowed = max(ROUNDINGS * torch.finfo(whole.dtype).eps, 1e-3) * whole.abs().max().item()
-    error = (sliced - whole).abs().max().item() if sliced.shape == whole.shape else float("inf")
-    if not error <= allowed:
-        return f"does not see each token alone: in slices it differs by {error:.1e}, rounding explains {allowed:.1e}"
+    differs = (sliced - whole).abs().max().item() if sliced.shape == whole.shape else float("inf")
+    if not differs <= allowed:
+        return f"does not see each token alone: in slices it differs by {differs:.1e}, rounding explains {allowed:.1e}"
     return width
 
 
