@@ -372,6 +372,14 @@ def test_models_without_an_mlp_of_one_tensor_are_refused(name, reason):
         tile_mlps(tiny_models.build(name), 2)
 
 
+def test_a_model_that_does_not_run_is_refused():
+    model = llama()
+    model.model.layers[0].register_forward_pre_hook(lambda *_: {}["hidden"])
+    with pytest.raises(TilingError, match="LlamaForCausalLM does not run on tokens alone: KeyError: 'hidden'"):
+        tile_mlps(model, 2)
+    assert not any(m._forward_pre_hooks for m in model.model.layers[0].children())
+
+
 def test_experts_that_keep_a_loss_are_refused():
     torch.manual_seed(0)
     model = MineForCausalLM(MineConfig(experts=3))
