@@ -17,6 +17,7 @@ from dpo_kernels.commands.endings import OptionError
 from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.adapters import AdapterOptions, base_of
 from dpo_kernels.training.lesson import EPOCHS
+from dpo_kernels.training.offloading import check_offloading
 
 # What the example sets where the command line does not: every one of them is an ordinary option.
 EXAMPLE_DEFAULTS = {
@@ -186,6 +187,8 @@ def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DP
             "--eval_data_path FILE"
         )
     check_impl(config.impl, config.device)
+    if config.activation_offloading:
+        check_offloading(config.device, is_sharded=False)
     base = base_of(script.from_weight) if script.from_weight else None
     if script.from_weight and not script.ref_weight and base is None:
         raise ValueError(f"give --ref_weight too: {script.from_weight} is no adapter, which would be its own reference")
