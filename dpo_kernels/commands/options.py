@@ -17,6 +17,7 @@ from dpo_kernels.commands.endings import OptionError
 from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.adapters import AdapterOptions, base_of
 from dpo_kernels.training.lesson import EPOCHS
+from dpo_kernels.training.offloading import check_offloading
 
 OUTPUT = Path("output")  # where a run's folder is that has no name
 # What the example sets where the command line does not: every one of them is an ordinary option.
@@ -215,6 +216,8 @@ def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DP
             raise ValueError(f"{name} does nothing without --plan")
     if script.plan_pair is not None and (len(script.plan_pair) != 3 or min(script.plan_pair) < 1):
         raise ValueError(f"plan_pair is {script.plan_pair}; expected three numbers: tokens of prompt and both answers")
+    if config.activation_offloading and not script.plan:
+        check_offloading(config.device, is_sharded=False)
     base = base_of(script.from_weight) if script.from_weight else None
     if script.from_weight and not script.ref_weight and base is None:
         raise ValueError(f"give --ref_weight too: {script.from_weight} is no adapter, which would be its own reference")

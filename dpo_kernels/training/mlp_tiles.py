@@ -1,15 +1,14 @@
 """The MLPs of a decoder over slices of the tokens, so that their wide intermediates exist for one slice at a time.
 
 A decoder's MLP sees each token alone, so that it may see them one part after the other (tiled MLPs: ALST, Bekman et al.
-2025, arXiv:2506.13996). With T tokens, hidden size D, widest layer W, slices of s tokens and p trained numbers in an
-MLP, it holds beside what the layers keep anyway, in numbers:
+2025, arXiv:2506.13996). With T tokens, hidden size D, gate and up of width W (SwiGLU), slices of s tokens and p trained
+numbers in an MLP, it holds beside its input and its weights, in numbers of its dtype (as PyTorch's profiler counts):
 
-    forward    T D (its result) + c s W         in place of T D + c T W, all of which is kept until backward
-    backward   2 T D (gradients of result and input) + 2 c s W + 2 p     in place of 2 T D + 2 c T W + p
+    forward    T D (the result) + 3 s W                             in place of T D + 4 T W, all kept until backward
+    backward   2 T D (gradients of result and input) + 6 s W + p    in place of 2 T D + 6 T W + p
 
-c is what it makes of a token, in widths: about 4 in float32 for SwiGLU (gate, up, activation, product). Slices are
-written into one result, and their gradients into one gradient: nothing is joined by a copy. The price is that each
-slice is computed once more in backward; inside a layer that gradient checkpointing computes again, twice more.
+Slices are written into one result, and their gradients into one gradient: nothing is joined by a copy. The price is
+that each slice is computed once more in backward; twice more in a layer that gradient checkpointing computes again.
 
 A weight's gradient is the sum of its slices' gradients, each rounded to the dtype of the products.
 """
@@ -176,18 +175,17 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.start, ctx.shape = start, rows.shape
-        return rows.view_as(rows), rows[start : start + size]
+        ctx.shape, ctx.own = rows.shape, slice(start, min(start + size, len(rows)))
+        return rows.view_as(rows), rows[ctx.own]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, grad_piece: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if grad_piece is None:
-            return grad_rows, None, None
-        if grad_rows is None:
-            is_all = len(grad_piece) + ctx.start == ctx.shape[0]
-            grad_rows = (grad_piece.new_empty if is_all else grad_piece.new_zeros)(ctx.shape)
-        grad_rows[ctx.start : ctx.start + len(grad_piece)] = grad_piece
+        if grad_rows is None and grad_piece is not None:
+            grad_rows = grad_piece.new_empty(ctx.shape)
+            grad_rows[ctx.own.stop :] = 0  # slices behind that have no gradient
+        if grad_rows is not None:
+            grad_rows[ctx.own] = 0 if grad_piece is None else grad_piece
         return grad_rows, None, None
 
 
@@ -276,6 +274,11 @@ def _calls(model: Any, children: list[nn.Module]) -> dict[nn.Module, Call | None
         rows, tokens = PROBED
         ids = probe_ids(weight.shape[0], weight.device, rows * tokens).view(rows, tokens)
         model(input_ids=ids, **accepted(model, {"use_cache": False}))
+    except Exception as error:  # a model's code may raise anything on what it was not made for
+        name = type(below_adapters(model)).__name__
+        raise TilingError(
+            f"mlp_tiles: {name} does not run on tokens alone: {type(error).__name__}: {error}; leave it out"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -326,9 +329,9 @@ def _width(child: nn.Module, call: Call, recorded: tuple[type, ...]) -> int | st
     if not has_numbers:
         return width
     allowed = max(ROUNDINGS * torch.finfo(whole.dtype).eps, 1e-3) * whole.abs().max().item()
-    off = (sliced - whole).abs().max().item() if sliced.shape == whole.shape else float("inf")
-    if not off <= allowed:
-        return f"does not see each token alone: in slices it differs by {off:.1e}, rounding explains {allowed:.1e}"
+    differs = (sliced - whole).abs().max().item() if sliced.shape == whole.shape else float("inf")
+    if not differs <= allowed:
+        return f"does not see each token alone: in slices it differs by {differs:.1e}, rounding explains {allowed:.1e}"
     return width
 
 

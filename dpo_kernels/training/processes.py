@@ -50,7 +50,7 @@ def find_mlps(accelerator: Accelerator, model: nn.Module) -> mlp_tiles.Found:
         ValueError: ZeRO-3, or FSDP around layers within an MLP: processes would gather weights once a slice, and each
             may have another number of slices.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if is_partitioned(accelerator) or (plugin is not None and plugin.min_num_params):
         raise ValueError(
             "mlp_tiles does not work where an MLP's layers are gathered one by one (ZeRO-3, FSDP by min_num_params): "

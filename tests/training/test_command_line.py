@@ -90,6 +90,8 @@ def test_what_can_be_checked_is_checked_before_a_model_is_looked_at(tmp_path, mo
     assert told in refusal(*DATA, *model, "--eval_strategy", "epoch")
     assert "--load_in_4bit needs the package bitsandbytes" in refusal(*DATA, *model, "--load_in_4bit")
     assert "model_init_kwargs is '{', which is no JSON" in refusal(*DATA, *model, "--model_init_kwargs", "{")
+    assert "activation_offloading moves what backward needs" in refusal(*DATA, *model, "--activation_offloading")
+    assert "mlp_tiles is 'few'; expected auto, or a whole" in refusal(*DATA, *model, "--mlp_tiles", "few")
     (tmp_path / "empty").mkdir()
     model = ("--ref_weight", tmp_path / "empty", *model[2:])
     assert "holds no tokenizer, none of tokenizer.json" in refusal(*DATA, *model)

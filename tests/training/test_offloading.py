@@ -72,17 +72,17 @@ def test_the_numbers_are_the_same(lora, checkpointing):
     host = Host()
     assert_equal(step(model), step(model, Offloading(model, host.hooks)))
     if checkpointing is not None:  # a layer's input, and the last norm's
-        shapes = {tuple(t.shape) for t in host.moved}
-        assert shapes <= {(3, 9, 32), (3, 9, 1), (3, 9, 8), (1, 9, 8)}
-    assert host.moved
+        assert {tuple(t.shape) for t in host.moved} == {(3, 9, 32)}
+    else:
+        assert (3, 9, 48) in {tuple(t.shape) for t in host.moved}
 
 
 def test_the_numbers_are_the_same_in_slices():
     model = fused()
-    tile_mlps(model, 4)
+    tile_mlps(model, 2)
     host = Host()
     assert_equal(step(model), step(model, Offloading(model, host.hooks)))
-    assert (7, 32) in {tuple(t.shape[-2:]) for t in host.moved}
+    assert (14, 32) in {tuple(t.shape[-2:]) for t in host.moved}
 
 
 def test_weights_and_the_heads_tensors_stay():
@@ -103,7 +103,8 @@ def test_weights_and_the_heads_tensors_stay():
 def test_the_head_is_left_as_it_was():
     model = fused()
     hooks = [len(d) for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
-    offloading = Offloading(model, Host().hooks)
+    host = Host()
+    offloading = Offloading(model, host.hooks)
     step(model, offloading)
     with pytest.raises(RuntimeError, match="stop"), offloading():
         raise RuntimeError("stop")
@@ -116,11 +117,9 @@ def test_the_head_is_left_as_it_was():
         model(input_ids=batch()[0])
     handle.remove()
     assert [len(d) for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)] == hooks
-    seen = []
-    x = torch.ones(1000, requires_grad=True)
-    with saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
-        x.square()
-    assert seen, "hooks are popped in order: this one is the innermost"
+    count = len(host.moved)
+    torch.ones(1000, requires_grad=True).square()
+    assert len(host.moved) == count > 0
 
 
 def test_pytorchs_own_hooks_give_the_same_numbers():
