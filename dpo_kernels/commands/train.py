@@ -31,6 +31,7 @@ from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer, NonFiniteErr
 from dpo_kernels.training.adapters import AdapterOptions, is_adapted
 from dpo_kernels.training.data_report import lengths
 from dpo_kernels.training.lesson import taught_model
+from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.report import save_lengths
 from dpo_kernels.training.report.ending import evaluate_last, show_end
@@ -110,7 +111,7 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
     go_on = f"go on with --resume_from_checkpoint --output_dir {output_dir}"
     try:
         trainer.train(resume_from_checkpoint=resume_from)
-    except NonFiniteError as error:
+    except (NonFiniteError, OutOfMemoryError) as error:
         say(config, f"error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -69,6 +69,9 @@ class Reference:
             is_start: whether no step has been taken.
         """
 
+    def set_layout(self, layout: Layout) -> None:
+        """Scores in another layout from now on, the policy's."""
+
     def moving(self) -> dict[str, Tensor]:
         """What `follow` changes, by name: the tensors themselves, which a checkpoint has to hold.
 
@@ -176,6 +179,10 @@ class FrozenModel(Reference):
 
     def score(self, batch: PairBatch, required: bool = True) -> Tensor:
         return self._run(self.model, batch)
+
+    def set_layout(self, layout: Layout) -> None:
+        self.layout = layout
+        use_branches(self.model, layout.attention == "branches")
 
     def identity(self) -> str:
         if self.is_sharded:
@@ -295,6 +302,9 @@ class OwnStart(Reference):
         for module in self.policy.modules():
             if isinstance(module, FSDPModule):  # what it has gathered is of the values before
                 module.reshard()
+
+    def set_layout(self, layout: Layout) -> None:
+        self.layout = layout
 
     def moving(self) -> dict[str, Tensor]:
         if self._values is None:

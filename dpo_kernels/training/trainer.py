@@ -23,7 +23,10 @@ from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
+from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
+from dpo_kernels.training.memory.device_memory import held
+from dpo_kernels.training.memory.rescue import Rescue
 from dpo_kernels.training.mlp_tiles import Tiled, tile_mlps
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.offloading import Offloading, check_offloading
@@ -135,6 +138,7 @@ class DPOTrainer(SavingTrainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
+        self._rescue = Rescue(self)
         self._signal = StopOnSignal(self.accelerator)
         self._non_finite = StopOnNonFinite(self.accelerator, self.save_checkpoint)
         for callback in (RunLog(), self._signal, self._non_finite):
@@ -233,15 +237,30 @@ class DPOTrainer(SavingTrainer):
             self.token_batches.set_epoch(epoch)
         super()._run_epoch(model, epoch, *args, **kwargs)
 
-    def forget_counts(self) -> None:
-        """What the log would say of steps since the last entry."""
-        self._sums.clear()
-        self._non_finite.step_loss = 0.0
+    def counts(self) -> tuple[dict[str, Tensor], Any]:
+        """What the log will say of the batches since its last entry, and the loss of the step so far."""
+        return {name: total.clone() for name, total in self._sums.items()}, self._non_finite.step_loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def set_counts(self, counts: tuple[dict[str, Tensor], Any] = ({}, 0.0)) -> None:
+        """Puts them back; by default to where there was no batch."""
+        self._sums.clear()
+        self._sums.update({name: total.clone() for name, total in counts[0].items()})
+        self._non_finite.step_loss = counts[1]
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """An entry of the log that is no entry of steps."""
+        super().log(entry)
+
+    def set_layout(self, layout: Layout) -> None:
+        """Goes on in another layout, the reference too."""
+        self.layout = layout
+        use_branches(self.model, layout.attention == "branches")
+        self.reference.set_layout(layout)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if not self._sums:  # the first since the last log
             self._steps_began = time.perf_counter()
-        return super().training_step(*args, **kwargs)
+        return self._rescue.run(super().training_step, model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -306,6 +325,7 @@ class DPOTrainer(SavingTrainer):
                 logs["aux_loss"] = totals.pop("aux_loss") / batches
             logs |= {name: totals[name] / pairs for name in PAIR_METRICS}
             logs["peak_memory_mib"] = peak_memory_mib()
+            logs["memory_mib"] = held(self.args.device) / 2**20
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 ATTENTION = "attention"
 GRADIENTS = "gradients"
+FROM_SYSTEM = 32 * 2**20  # bytes from which on glibc's malloc maps memory for a block of its own, at the latest
 HOST = "on the host"  # counted, and no part of the peak
 
 
@@ -27,13 +28,15 @@ class LiveBytes(TorchDispatchMode):
         live: bytes by kind.
         at_peak: `live` at the moment with the most, scratch included.
         peak: their sum.
+        small_at_peak: bytes of it in storages that malloc takes from its heaps, not from the system.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self.peak = 0
+        self.peak = self.small_at_peak = 0
+        self._small = 0
         self.kind = "other"
         self._storages: dict[int, tuple[str, int, Any]] = {}
 
@@ -89,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
         now = self.live + Counter(scratch or {})
         total = sum(size for kind, size in now.items() if kind != HOST)
         if total > self.peak:
-            self.peak, self.at_peak = total, now
+            self.peak, self.at_peak, self.small_at_peak = total, now, self._small
 
     def _meet(self, tensor: Tensor, kind: str | None) -> None:
         """Counts a storage that is new; kind None: it was there before, and counts nothing."""
@@ -104,7 +107,9 @@ class LiveBytes(TorchDispatchMode):
         kind = kind or "before"
         self._storages[key] = (kind, size, weakref.ref(storage, lambda _: self._forget(key)))
         self.live[kind] += size
+        self._small += size if size < FROM_SYSTEM else 0
 
     def _forget(self, key: int) -> None:
         kind, size, _ = self._storages.pop(key, ("before", 0, None))
         self.live[kind] -= size
+        self._small -= size if size < FROM_SYSTEM else 0

@@ -65,7 +65,7 @@ def rehearse(trainer: Any) -> Rehearsal | None:
         for module, mode in training.items():
             module.training = mode
         trainer.reference.starts_equal = state
-        trainer.forget_counts()
+        trainer.set_counts()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
