@@ -111,7 +111,7 @@ def _inside(run: Run) -> dict[str, Any]:
     import transformers
 
     from dpo_kernels.training import DPOConfig, DPOTrainer
-    from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, held
+    from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, held, keep_compact
     from dpo_kernels.training.memory.fake_models import fake_mode, make_fake
     from dpo_kernels.training.memory.pairs import made_pairs
     from dpo_kernels.training.memory.step_memory import FakeRun, StepOptions
@@ -127,6 +127,7 @@ def _inside(run: Run) -> dict[str, Any]:
         )  # fmt: skip
         lora = _lora(run.lora)
         pairs = made_pairs(*run.pair, run.pairs)
+        keep_compact()  # as train.py does where memory is short
         libraries = held(torch.device("cpu")) + CPU_LIBRARIES
         mode = fake_mode()
         policy = make_fake(mode, config, dtype, peft_config=lora, memory_budget=args.memory_budget_bytes)

@@ -18,7 +18,7 @@ from dpo_kernels.training.adapters import AdapterOptions, base_of, peft_config_o
 from dpo_kernels.training.budget import COMPUTE
 from dpo_kernels.training.layouts import PairTokens, most_tokens
 from dpo_kernels.training.loading import load_config, max_positions
-from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, GPU_LIBRARIES, Limit, held, limit_of
+from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, GPU_LIBRARIES, Limit, held, keep_compact, limit_of
 from dpo_kernels.training.memory.fake_models import fake_mode, make_fake, quantised_bytes
 from dpo_kernels.training.memory.lower import Chosen
 from dpo_kernels.training.memory.pairs import longest_pairs, made_pairs, pair_sizes
@@ -29,6 +29,7 @@ from dpo_kernels.training.mlp_tiles import TilingError, find_mlps
 from dpo_kernels.training.token_batches import token_batches
 from dpo_kernels.units import in_words, parse_bytes
 
+SHORT = 0.5  # of what there is: from there on time is spent on keeping memory compact
 PAIR = (512, 512, 512)  # tokens of prompt and answers, where no data and no lengths are given
 
 
@@ -88,6 +89,8 @@ def told_plan(
         if script.fit:
             raise
         return None
+    if limit is not None and plan.memory.bytes > SHORT * limit.bytes and config.device.type == "cpu":
+        keep_compact()
     if plan.chosen is not None:
         if config.process_index == 0:
             print("\n".join(plan.told_of_choice), flush=True)

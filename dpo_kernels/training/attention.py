@@ -259,7 +259,22 @@ def without_masks() -> Iterator[None]:
         _now.spans = before
 
 
+@contextmanager
+def rows_are_sequences() -> Iterator[None]:
+    """Rows hold one sequence each, and transformers need not ask their numbers: without numbers it cannot. A mask
+    is made where a window cuts."""
+    before, _now.rows = getattr(_now, "rows", False), True
+    try:
+        yield
+    finally:
+        _now.rows = before
+
+
 def _mask_over_sdpa(*args: Any, **kwargs: Any) -> Any:
+    if getattr(_now, "rows", False):
+        window, keys = kwargs.get("local_size"), kwargs.get("kv_length")
+        if window is None or keys is None or keys <= window:
+            return None
     return None if getattr(_now, "spans", False) else sdpa_mask(*args, **kwargs)
 
 

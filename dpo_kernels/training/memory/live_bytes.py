@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_iter
 
 ATTENTION = "attention"
 GRADIENTS = "gradients"
-FROM_SYSTEM = 32 * 2**20  # bytes from which on glibc's malloc maps memory for a block of its own, at the latest
 HOST = "on the host"  # counted, and no part of the peak
 
 
@@ -24,6 +23,9 @@ class LiveBytes(TorchDispatchMode):
     What was there before counts nothing. An operator's own scratch is not seen: `after` says what is known of it. On
     fake tensors nothing is computed or held, and the counts are the same.
 
+    Args:
+        from_system: bytes from which on a storage is memory of its own, and not of malloc's heaps.
+
     Attributes:
         live: bytes by kind.
         at_peak: `live` at the moment with the most, scratch included.
@@ -31,8 +33,9 @@ class LiveBytes(TorchDispatchMode):
         small_at_peak: bytes of it in storages that malloc takes from its heaps, not from the system.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, from_system: int = 0) -> None:
         super().__init__()
+        self.from_system = from_system
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.peak = self.small_at_peak = 0
@@ -107,9 +110,9 @@ class LiveBytes(TorchDispatchMode):
         kind = kind or "before"
         self._storages[key] = (kind, size, weakref.ref(storage, lambda _: self._forget(key)))
         self.live[kind] += size
-        self._small += size if size < FROM_SYSTEM else 0
+        self._small += size if size < self.from_system else 0
 
     def _forget(self, key: int) -> None:
         kind, size, _ = self._storages.pop(key, ("before", 0, None))
         self.live[kind] -= size
-        self._small -= size if size < FROM_SYSTEM else 0
+        self._small -= size if size < self.from_system else 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dpo_kernels.training.memory.step_memory import FakeRun, StepMemory, StepOptions
+from dpo_kernels.training.memory import checkpointing
+from dpo_kernels.training.memory.step_memory import FakeRun, PlanError, StepMemory, StepOptions
 
 SMALL_HEAD = 256 * 2**20  # bytes: a budget at which the head is nearly as fast (docs/memory.md)
 WORTH = 0.02  # of a step's bytes: what a part has to buy to be chosen
@@ -46,8 +47,8 @@ def _small_head(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | Non
 
 
 def _checkpointing(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | None:
-    known = getattr(run.policy, "supports_gradient_checkpointing", False)
-    return replace(now, gradient_checkpointing=True) if known and not now.gradient_checkpointing else None
+    possible = checkpointing.is_possible(run.policy)
+    return replace(now, gradient_checkpointing=True) if possible and not now.gradient_checkpointing else None
 
 
 def _tiles(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | None:
@@ -89,8 +90,8 @@ def each(
     found = []
     for lowering in LOWERINGS:
         if (changed := lowering.change(run, count, now)) is not None:
-            lowered = run.step(pairs, changed)
-            if lowered.bytes < (1 - WORTH) * memory.bytes:
+            lowered = _step(run, pairs, changed)
+            if lowered is not None and lowered.bytes < (1 - WORTH) * memory.bytes:
                 found.append((lowering, lowered))
     return sorted(found, key=lambda one: one[1].bytes)
 
@@ -109,13 +110,23 @@ def fit(run: FakeRun, pairs: Mapping[str, Tensor], now: StepOptions, budget: int
             break
         if (changed := lowering.change(run, count, now)) is None:
             continue
-        lowered = run.step(pairs, changed)
-        if lowered.bytes < (1 - WORTH) * memory.bytes:
+        lowered = _step(run, pairs, changed)
+        if lowered is not None and lowered.bytes < (1 - WORTH) * memory.bytes:
             now, memory = changed, lowered
             steps.append((lowering, lowered))
     if memory.bytes <= budget:
         now, memory, steps = _without_the_needless(run, pairs, begin, budget, steps, (now, memory))
     return Chosen(now, memory, tuple(steps))
+
+
+def _step(run: FakeRun, pairs: Mapping[str, Tensor], options: StepOptions) -> StepMemory | None:
+    """None: it cannot be run so, as where the head's least is more than its budget."""
+    try:
+        return run.step(pairs, options)
+    except PlanError:
+        raise
+    except ValueError:
+        return None
 
 
 def _without_the_needless(
@@ -135,8 +146,10 @@ def _without_the_needless(
             changed = lowering.change(run, count, now)
             if changed is None:
                 continue
-            now = changed
-            again.append((lowering, run.step(pairs, now)))
+            lowered = _step(run, pairs, changed)
+            if lowered is not None:
+                now = changed
+                again.append((lowering, lowered))
         if again and again[-1][1].bytes <= budget:
             steps, found = again, (now, again[-1][1])
     return *found, steps

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpo_kernels.training.head_check import random_numbers_kept
+from dpo_kernels.training.memory import checkpointing
 from dpo_kernels.training.memory.device_memory import held, peak_within
 from dpo_kernels.training.memory.out_of_memory import is_out_of_memory
 from dpo_kernels.training.memory.pairs import longest_pairs
@@ -73,8 +74,8 @@ def rehearse(trainer: Any) -> Rehearsal | None:
 
 
 def _step(trainer: Any, model: Any, inputs: Any) -> None:
-    if trainer.args.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+    if trainer.args.gradient_checkpointing and not checkpointing.is_on(model):
+        checkpointing.switch(model, True)
     model.train()
     for _ in range(1 + (trainer.args.gradient_accumulation_steps > 1)):
         with trainer.accelerator.autocast() if trainer.accelerator.native_amp else nullcontext():

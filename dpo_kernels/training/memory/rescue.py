@@ -13,6 +13,7 @@ from torch import Tensor
 import dpo_kernels
 from dpo_kernels.training import adapters, gradient_cache
 from dpo_kernels.training.layouts import Layout
+from dpo_kernels.training.memory import checkpointing
 from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError, is_out_of_memory
 from dpo_kernels.training.mlp_tiles import TilingError, tile_mlps
 from dpo_kernels.warn import warn
@@ -82,8 +83,9 @@ class Rescue:
         tried = f", nor with {told}" if told is not None else ""
         number = trainer.state.global_step + 1
         raise OutOfMemoryError(
-            f"step {number}: memory did not suffice{tried} ({said}). The last good step is saved in {folder}; go on with --resume_from_checkpoint and --fit, which chooses what lowers memory until the "
-            "longest batch fits, or with a smaller --max_length"
+            f"step {number}: memory did not suffice{tried} ({said}). The last good step is saved in {folder}; "
+            "go on with --resume_from_checkpoint and --fit, which chooses what lowers memory until the longest batch "
+            "fits, or with a smaller --max_length"
         )
 
     def _again(self, begun: Begun, step: Step, model: Any) -> Tensor:
@@ -104,8 +106,8 @@ class Rescue:
 def lower(trainer: Any) -> Iterator[str]:
     """Lowers the memory of a trainer's steps by one thing, and says what; the cheapest first."""
     model, args = trainer.model, trainer.args
-    if not args.gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not args.gradient_checkpointing and checkpointing.is_possible(model):
+        checkpointing.switch(model, True)
         args.gradient_checkpointing = True
         adapters.prepare(model, True)
         yield "--gradient_checkpointing true"

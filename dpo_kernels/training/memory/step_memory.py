@@ -22,9 +22,10 @@ from dpo_kernels import ops, plan
 from dpo_kernels.call import INPUTS, Options
 from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.overrides import override
-from dpo_kernels.training.attention import use_branches
+from dpo_kernels.training.attention import rows_are_sequences, use_branches
 from dpo_kernels.training.batch import IGNORE_INDEX, PairBatch
 from dpo_kernels.training.layouts import Layout
+from dpo_kernels.training.memory import checkpointing, device_memory
 from dpo_kernels.training.memory.live_bytes import ATTENTION, GRADIENTS, HOST, LiveBytes
 from dpo_kernels.training.mlp_tiles import check_tiles, tile_mlps
 from dpo_kernels.training.output_head import find_head
@@ -39,6 +40,14 @@ PARTS = (
     ALLOCATOR, LIBRARIES,
 )  # fmt: skip
 
+# Of the head's plan: buffers that stay resident for the next call (`dpo_kernels.empty_cache`).
+WAITS = ("kept probabilities", "d log_prob / d hidden")
+# Operators that PyTorch's counts of operations do not know, and such as cost the same.
+LIKE = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        torch.ops.aten._scaled_dot_product_flash_attention_backward,
+}  # fmt: skip
 # Of an optimizer: numbers kept for each that is trained, and their bytes (None: the weight's dtype).
 OPTIMIZERS: dict[str, tuple[float, int | None]] = {
     "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_bnb_8bit": (2, 1), "adamw_8bit": (2, 1),
@@ -107,6 +116,7 @@ class FakeRun:
 
     policy, reference: fused models whose parameters are fake tensors of `mode`; reference None: there is no second one.
     scores: whether the reference's log-probs are computed in a step.
+    is_compact: whether the process is one after `device_memory.keep_compact`.
     can_tile, can_split: whether the policy's MLPs can run over slices, and a step in parts.
     quantised: bytes that the weights of linear layers take less than they seem to, and of the largest of them in full.
     """
@@ -121,6 +131,7 @@ class FakeRun:
     optimizer: str = "adamw_torch_fused"
     accumulates: bool = False
     libraries: int = 0
+    is_compact: bool = True
     can_tile: bool = True
     can_split: bool = True
     quantised: tuple[int, int] = (0, 0)
@@ -180,7 +191,7 @@ class FakeRun:
         models = [m for m in (self.policy, self.reference) if m is not None]
         heads = [_fused(m) for m in models]
         budgets, tiled = [h.memory_budget for h in heads], []
-        was = bool(getattr(self.policy, "is_gradient_checkpointing", False))
+        was = checkpointing.is_on(self.policy)
         try:
             for head in heads:
                 head.memory_budget = options.memory_budget
@@ -188,14 +199,15 @@ class FakeRun:
                 with self.mode:
                     tiled = [tile_mlps(m, check_tiles(options.mlp_tiles)) for m in models]
             if options.gradient_checkpointing and not was:
-                self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+                checkpointing.switch(self.policy, True)
             self.policy.train()
-            for model in models:
-                use_branches(model, not options.bucketed and self.layout.attention == "branches")
-            yield
+            for model in models:  # where they can be, so that no mask is made which a real run does not make
+                use_branches(model, getattr(type(model), "_can_set_attn_implementation", lambda: False)())
+            with rows_are_sequences():
+                yield
         finally:
             if options.gradient_checkpointing and not was:
-                self.policy.gradient_checkpointing_disable()
+                checkpointing.switch(self.policy, False)
             for one in tiled:
                 one.undo()
             for head, budget in zip(heads, budgets, strict=True):
@@ -239,10 +251,11 @@ class StepBytes(LiveBytes):
     """
 
     def __init__(self, run: FakeRun, options: StepOptions, counted: Mapping[int, int]) -> None:
-        super().__init__()
+        super().__init__(device_memory.COMPACT if run.is_compact else device_memory.USUAL)
         self.run, self.options, self.counted = run, options, counted
         self.most_on_host = self.flops = 0
-        self.held: list[int] = []  # bytes of calls that wait for their backward
+        self.held: list[int] = []  # bytes of calls whose backward is to come
+        self.waits = 0  # bytes that stay resident for the next call
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: Any, results: Any) -> tuple[Any, dict[str, int]]:
         """Results that count, and what the head holds beside them while it runs."""
@@ -252,14 +265,18 @@ class StepBytes(LiveBytes):
             made = self._plan(args, options)
             if options.grads:
                 self.held.append(made.bytes)
-                self.live[HEAD] += made.bytes
+                if self.run.device.type == "cpu":
+                    self.waits = max(self.waits, *(made.memory.get(name, 0) for name in WAITS))
+                self.live[HEAD] = max(self.waits, sum(self.held))
                 return results[: ops.STATS], {}
-            return results[: ops.STATS], {HEAD: made.bytes}
+            return results[: ops.STATS], {HEAD: max(0, made.bytes - self.waits * (not self.held))}
         if func is torch.ops.dpo_kernels.token_stats_backward.default and self.held:
             self.look()
-            self.live[HEAD] -= self.held.pop()
+            self.held.pop()
+            self.live[HEAD] = max(self.waits, sum(self.held))
             return results, {}
-        if (count := flop_registry.get(func._overloadpacket)) is not None and func.namespace != "dpo_kernels":
+        packet = LIKE.get(func._overloadpacket, func._overloadpacket)
+        if (count := flop_registry.get(packet)) is not None and func.namespace != "dpo_kernels":
             self.flops += count(*args, **kwargs, out_val=results)
         return results, {}
 

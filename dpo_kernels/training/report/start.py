@@ -127,11 +127,17 @@ def _lengths(dataset: Any) -> str:
 
 def _model(model: Any, name: str) -> str:
     inner = model.get_base_model() if adapters.is_adapted(model) else model
-    return f"{name}: {type(inner).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    return f"{name}: {type(inner).__name__}, {sum(map(_numbers, model.parameters())):,} parameters"
+
+
+def _numbers(parameter: Any) -> int:
+    """Of a parameter; bitsandbytes packs some in each number of its storage, and keeps their shape beside it."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
 
 
 def _trained(model: Any) -> str:
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(map(_numbers, model.parameters()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = " (adapter)" if adapters.is_adapted(model) else ""
     return f"{trained:,} parameters, {trained / max(total, 1):.2%} of all{what}"

@@ -1,0 +1,477 @@
+"""The memory of a step: counted, planned without numbers, tried, lowered; and what happens where it does not do."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import transformers
+from helpers import slow
+from peft import LoraConfig
+from training_helpers import SMALL, Trees, logs, make_model, make_trainer, weights
+from transformers import TrainerCallback
+
+from dpo_kernels import ops
+from dpo_kernels.training import FusedHead
+from dpo_kernels.training.batch import PairBatch
+from dpo_kernels.training.layouts import Layout, PairTokens
+from dpo_kernels.training.memory import checkpointing, device_memory, lower, rescue, run_plan, step_memory
+from dpo_kernels.training.memory.device_memory import Limit
+from dpo_kernels.training.memory.fake_models import fake_mode, make_fake, quantised_bytes
+from dpo_kernels.training.memory.live_bytes import GRADIENTS, HOST, LiveBytes
+from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError, is_out_of_memory
+from dpo_kernels.training.memory.pairs import longest_pairs, made_pairs
+from dpo_kernels.training.memory.rehearsal import rehearse
+from dpo_kernels.training.memory.step_memory import (
+    ADAPTERS,
+    ALLOCATOR,
+    LIBRARIES,
+    OPTIMIZER,
+    REFERENCE,
+    WEIGHTS,
+    FakeRun,
+    PlanError,
+    StepOptions,
+)
+from dpo_kernels.units import in_words
+
+MIB = 2**20
+WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 4096,
+        "head_dim": 16}  # fmt: skip
+BUDGET = 32 * MIB  # of the head: what it holds is its plan's, and the rest is seen
+
+
+def config_of(name="Llama", **options):
+    return getattr(transformers, f"{name}Config")(**(SMALL | WIDE | options))
+
+
+def fake_run(name="Llama", layout=None, lora=None, reference=False, config=None, **options):
+    mode = fake_mode()
+    config = config or config_of(name)
+    policy = make_fake(mode, config, torch.float32, peft_config=lora, memory_budget=BUDGET)
+    second = make_fake(mode, config, torch.float32, memory_budget=BUDGET) if reference else None
+    layout = layout or Layout("bucketed")
+    return FakeRun(mode, policy, second, layout, scores=reference or lora is not None, **options)
+
+
+def numbers(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# Live bytes
+
+
+def test_live_bytes_are_those_of_storages_that_live():
+    counts = LiveBytes()
+    x = torch.zeros(256)
+    with counts:
+        with counts.of_kind("a"):
+            y = x + 1
+            z = y[::2]  # a view: the same storage
+        with counts.of_kind("b"):
+            y.add_(1)  # in place: nothing new
+            w = y * 2
+    assert (counts.live["a"], counts.live["b"], counts.peak) == (1024, 1024, 2048)
+    del y
+    assert counts.live["a"] == 1024  # the view holds it
+    del z, w
+    assert not any(counts.live.values())
+    assert counts.at_peak == {"a": 1024, "b": 1024}
+
+
+def test_what_was_there_counts_nothing_and_gradients_have_their_name():
+    layer = torch.nn.Linear(16, 16)
+    counts = LiveBytes()
+    handles = counts.watch_gradients(layer)
+    with counts, counts.of_kind("step"):
+        layer(torch.zeros(4, 16)).sum().backward()
+    assert counts.live[GRADIENTS] == 4 * numbers(layer)
+    assert counts.live["step"] <= 8  # nothing but the number 1 of backward, if that
+    for handle in handles:
+        handle.remove()
+
+
+def test_the_host_is_no_part_of_the_peak():
+    counts = LiveBytes()
+    with counts:
+        with counts.of_kind(HOST):
+            a = torch.zeros(1000)
+        b = torch.zeros(10)
+    assert (counts.peak, counts.live[HOST]) == (40, 4000)
+    del a, b
+
+
+# The plan
+
+
+class WithoutHead(LiveBytes):
+    """What the head saves is its plan's."""
+
+    def after(self, func, args, kwargs, results):
+        return (results[: ops.STATS] if "token_stats.default" in str(func) else results), {}
+
+
+def real_peak(layout, pairs, name="Llama", checkpointed=False):
+    """Live bytes of a real step, without weights and what the head's plan says."""
+    model = make_model(name, WIDE)
+    FusedHead(model, BUDGET)
+    from dpo_kernels.training.attention import use_branches
+
+    use_branches(model, layout.attention == "branches")
+    model.train()
+    if checkpointed:
+        checkpointing.switch(model, True)
+    batch, counts = PairBatch(pairs, layout), WithoutHead()
+    batch.mask, batch.positions  # noqa: B018  (made before it counts)
+    with counts:
+        log_probs = batch.run(model)["log_probs"]
+        (log_probs * batch.mask).sum().backward()
+    return counts.peak
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout("padded"), slow(Layout("bucketed")), Layout("shared", "branches"), Layout("bucketed", answers_at_once=1)],
+    ids=str,
+)
+def test_a_step_without_numbers_holds_what_a_real_one_does(monkeypatch, layout, checkpointed):
+    nothing = types.SimpleNamespace(bytes=0, gemms=0, memory={})
+    monkeypatch.setattr(step_memory.StepBytes, "_plan", lambda *args: nothing)
+    pairs = made_pairs(300, 500, 200, 2)
+    run = fake_run(layout=layout)
+    options = StepOptions(checkpointed, layout.answers_at_once, memory_budget=BUDGET)
+    planned = run.step(pairs, options)
+    found = planned.bytes - sum(planned.parts.get(name, 0) for name in (WEIGHTS, OPTIMIZER, ALLOCATOR))
+    assert found == pytest.approx(real_peak(layout, pairs, checkpointed=checkpointed), rel=0.03)
+
+
+def test_parts_of_a_run():
+    run = fake_run(reference=True, libraries=1000, optimizer="adamw_torch")
+    size = 4 * numbers(run.policy)
+    found = run.step(made_pairs(20, 30, 30), StepOptions(memory_budget=BUDGET))
+    assert found.parts[WEIGHTS] == pytest.approx(size, rel=1e-3)  # and a few buffers
+    assert found.parts[REFERENCE] == found.parts[WEIGHTS]
+    assert found.parts[OPTIMIZER] == 2 * size
+    assert found.parts[LIBRARIES] == 1000
+    assert found.bytes == sum(found.parts.values())
+    tokens = 2 * (20 + 30 - 1) + 2  # of both answers, the last of each read too
+    assert found.flops > 8 * tokens * numbers(run.policy) - 97 * 64  # 6 of the policy, 2 of the reference
+    run = dataclasses.replace(run, optimizer="sgd")
+    assert OPTIMIZER not in run.step(made_pairs(20, 30, 30), StepOptions(memory_budget=BUDGET)).parts
+    without = run.step(made_pairs(20, 30, 30), StepOptions(memory_budget=BUDGET, precompute_ref_log_probs=True))
+    assert REFERENCE not in without.parts
+
+
+def test_an_adapter_is_what_is_trained():
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    run = fake_run(lora=lora)
+    found = run.step(made_pairs(20, 30, 30), StepOptions(memory_budget=BUDGET))
+    trained = 4 * sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    assert found.parts[ADAPTERS] == trained < found.parts[WEIGHTS]
+    assert found.parts[OPTIMIZER] == 2 * trained
+
+
+def test_tied_weights_count_once():
+    tied, untied = (fake_run(config=config_of(tie_word_embeddings=tie)) for tie in (True, False))
+    assert numbers(untied.policy) - numbers(tied.policy) == 97 * 64
+
+
+def test_nothing_is_left_of_a_step_without_numbers():
+    run = fake_run()
+    options = StepOptions(True, 1, "auto", memory_budget=BUDGET)
+    first = run.step(made_pairs(20, 600, 500), options)
+    assert run.step(made_pairs(20, 600, 500), options) == first
+    assert not checkpointing.is_on(run.policy)
+    assert all(p.grad is None for p in run.policy.parameters())
+    assert all("forward" not in vars(layer.mlp) for layer in run.policy.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "less"),
+    [
+        ({"gradient_checkpointing": True}, 0.7),
+        ({"answers_at_once": 1}, 0.7),
+        ({"gradient_checkpointing": True, "mlp_tiles": "4"}, 0.6),
+    ],
+    ids=str,
+)
+def test_each_part_lowers_what_is_planned(change, less):
+    run, pairs = fake_run(), made_pairs(8, 1500, 1500)
+    now = run.step(pairs, StepOptions(memory_budget=BUDGET)).bytes
+    assert run.step(pairs, StepOptions(memory_budget=BUDGET, **change)).bytes < less * now
+
+
+def test_offloading_moves_bytes_to_the_host():
+    run, pairs = fake_run(device=torch.device("cuda")), made_pairs(8, 1500, 1500)
+    run.policy.config._attn_implementation = "sdpa"
+    kept = run.step(pairs, StepOptions(memory_budget=64 * MIB))
+    moved = run.step(pairs, StepOptions(memory_budget=64 * MIB, activation_offloading=True))
+    assert moved.bytes < kept.bytes
+    assert kept.host == 0 < moved.host
+
+
+def test_quantised_weights_take_their_bits():
+    policy = fake_run(lora=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])).policy
+    linear = [m.weight for n, m in policy.named_modules()
+              if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad and "lm_head" not in n]  # fmt: skip
+    less, largest = quantised_bytes(policy, "load_in_4bit", False, 2)
+    total = sum(w.numel() for w in linear)
+    assert less == 4 * total - (total // 2 + total // 16)
+    assert largest == 2 * max(w.numel() for w in linear)
+
+
+def test_a_model_that_asks_for_numbers_has_no_plan():
+    run = fake_run()
+    layer = run.policy.model.layers[0]
+    layer.mlp.forward = lambda x: x * float(x.sum())
+    with pytest.raises(PlanError, match="LlamaForCausalLM depends on numbers that a plan does not have"):
+        run.step(made_pairs(8, 9, 9), StepOptions(memory_budget=BUDGET))
+
+
+# The choice
+
+
+def test_fit_takes_the_cheapest_that_suffices():
+    run, pairs = fake_run(reference=True), made_pairs(8, 1500, 1500)
+    now = StepOptions(memory_budget=BUDGET)
+    whole = run.step(pairs, now)
+    assert lower.fit(run, pairs, now, whole.bytes).options == now
+    less = lower.fit(run, pairs, now, int(0.6 * whole.bytes))
+    assert less.memory.bytes <= 0.6 * whole.bytes
+    assert less.options.gradient_checkpointing
+    assert less.options.answers_at_once is None
+    assert not less.options.precompute_ref_log_probs  # would buy little beside what came after it
+    least = lower.fit(run, pairs, now, 1)
+    assert least.memory.bytes < less.memory.bytes
+    assert least.options.answers_at_once == 1
+
+
+def test_the_longest_pair_that_fits():
+    run, options = fake_run(), StepOptions(True, memory_budget=BUDGET)
+    budget = run.step(made_pairs(128, 896, 896), options).bytes
+    longest = run_plan.longest_pair(run, PairTokens(32, 224, 224), options, budget, 4096)
+    assert 900 <= max(longest.sequences) <= 1024 + 64
+    assert run.step(made_pairs(*longest), options).bytes <= budget
+    assert run_plan.longest_pair(run, PairTokens(32, 224, 224), options, 1, None) is None
+    assert max(run_plan.longest_pair(run, PairTokens(32, 224, 224), options, 2**50, 512).sequences) <= 512
+
+
+def test_a_plan_is_told_in_words_as_json_and_as_a_picture(tmp_path):
+    run = fake_run(reference=True)
+    shape = PairTokens(8, 300, 200)
+    limit = Limit(2 * MIB, "a limit")
+    plan = run_plan.make_plan(run, made_pairs(*shape), "a model", StepOptions(memory_budget=BUDGET), limit, fits=True)
+    text = str(plan)
+    for part in ("in all", "weights", "optimizer", "a limit", "--gradient_checkpointing buys", "which is "):
+        assert part in text, part
+    assert not plan.fits
+    assert json.loads(json.dumps(plan.as_json()))["memory"]["parts"] == dict(plan.memory.parts)
+    drawn = run_plan.save_picture(run, shape, plan.options, plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert sorted(drawn) == [*drawn]
+    assert drawn[308].bytes == plan.memory.bytes
+    sentence = run_plan.too_little(plan)
+    for part in ("too little. --", "--dtype bfloat16", "Nothing was trained"):
+        assert part in sentence, part
+
+
+def test_sizes_in_words():
+    assert [in_words(n) for n in (5, 1536, 3 * MIB, 20 * 2**30)] == ["5 B", "1.50 KiB", "3.00 MiB", "20.0 GiB"]
+
+
+# What there is
+
+
+def test_what_a_process_holds_and_may_hold():
+    device = torch.device("cpu")
+    before = device_memory.held(device)
+    with device_memory.peak_within(device) as most:
+        big = torch.ones(64 * MIB // 4)
+        del big
+    assert most[0] >= before + 60 * MIB
+    assert device_memory.limit_of(device).bytes > before
+
+
+def test_the_most_is_watched_where_the_system_does_not_remember_it(monkeypatch):
+    monkeypatch.setattr(device_memory, "_forgets_its_peak", lambda: False)
+    with device_memory.peak_within(torch.device("cpu")) as most:
+        before = device_memory.held(torch.device("cpu"))
+        big = torch.ones(128 * MIB // 4)
+        big.sum()
+        import time
+
+        time.sleep(0.05)
+        del big
+    assert most[0] >= before + 120 * MIB
+
+
+def test_limits_of_the_process_count(tmp_path):
+    code = (
+        "import resource; import torch\n"
+        "from dpo_kernels.training.memory import device_memory as d\n"
+        "size = d._status('VmData') + 100 * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (size, size))\n"
+        "cpu = torch.device('cpu')\n"
+        "found = d.limit_of(cpu); print(found.why, (found.bytes - d.held(cpu)) // 2**20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().rsplit(" ", 1)[0] == "the limit RLIMIT_DATA of this process"
+    assert 90 <= int(done.stdout.split()[-1]) <= 100
+
+
+# The rehearsal
+
+
+def test_a_rehearsal_changes_nothing(tmp_path):
+    trainers = [make_trainer(tmp_path / str(i), pairs=Trees(), layout="bucketed") for i in range(2)]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    modes = [m.training for m in trainers[0].model.modules()]
+    found = rehearse(trainers[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in trainers[0].model.modules()] == modes
+    assert all(p.grad is None for p in trainers[0].model.parameters())
+    assert found.bytes > 100 * MIB
+    assert found.seconds > 0
+    for trainer in trainers:
+        torch.set_rng_state(state)
+        trainer.train()
+    assert [e["loss"] for e in logs(tmp_path / "0")] == [e["loss"] for e in logs(tmp_path / "1")]
+    assert all(torch.equal(a, b) for a, b in zip(*(weights(t).values() for t in trainers), strict=True))
+
+
+def test_the_longest_batch_is_the_one_with_the_most_tokens():
+    found = longest_pairs(Trees(), Layout("shared", "branches"), 1)
+    assert found["x_chosen"].shape == (1, 51)  # 21 and 30 against 19
+    assert longest_pairs(Trees(), Layout("padded"), 2)["x_chosen"].shape[0] == 2
+
+
+# Out of memory
+
+
+class Full:
+    """A policy that has no memory left in the backward of some batches."""
+
+    def __init__(self, trainer, at, error=None):
+        self.trainer, self.at, self.calls = trainer, set(at), 0
+        self.error = error or RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+        self.own = trainer.compute_loss
+        trainer.compute_loss = self.compute_loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        loss = self.own(model, inputs, **kwargs)
+        if model.training:
+            self.calls += 1
+            if self.calls in self.at:
+                loss.register_hook(self.fail)
+        return loss
+
+    def fail(self, grad):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "at", "step", "error"),
+    [
+        (1, 2, 2, None),
+        (1, 2, 2, MemoryError()),
+        (3, 6, 3, torch.OutOfMemoryError("CUDA out of memory")),  # the second of three batches; step 2 has one
+    ],
+    ids=str,
+)
+def test_a_step_without_memory_is_run_again_one_part_lower(tmp_path, accumulated, at, step, error):
+    options = {"pairs": Trees(), "max_steps": 4, "gradient_accumulation_steps": accumulated, "layout": "bucketed",
+               "per_device_train_batch_size": 1, "num_train_epochs": 20}  # fmt: skip
+    usual = make_trainer(tmp_path / "usual", **options)
+    usual.train()
+    trainer = make_trainer(tmp_path / "full", **options)
+    Full(trainer, [at], error)
+    with pytest.warns(
+        UserWarning, match=f"step {step}: memory did not suffice .*run again with --gradient_checkpointing"
+    ):
+        trainer.train()
+    assert checkpointing.is_on(trainer.model)
+    for name, weight in weights(usual).items():
+        torch.testing.assert_close(weights(trainer)[name], weight, rtol=0, atol=1e-6)
+    assert [e["loss"] for e in logs(tmp_path / "full")] == pytest.approx([e["loss"] for e in logs(tmp_path / "usual")])
+    assert [e["rewards/margins"] for e in logs(tmp_path / "full")] == pytest.approx(
+        [e["rewards/margins"] for e in logs(tmp_path / "usual")], abs=1e-5
+    )
+    assert [e["lowered"] for e in logs(tmp_path / "full", "lowered")] == ["--gradient_checkpointing true"]
+
+
+def test_what_a_run_can_be_lowered_by(tmp_path):
+    trainer = make_trainer(tmp_path, pairs=Trees(), layout="shared")
+    told = [one.split(" ")[0] + " " + one.split(" ")[1] for one in rescue.lower(trainer)]
+    assert told == ["--gradient_checkpointing true", "--mlp_tiles auto", "--answers_at_once 2", "--answers_at_once 1"]
+    assert trainer.layout == Layout("bucketed", answers_at_once=1) == trainer.reference.layout
+    trainer.train()
+    assert logs(tmp_path)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_without_memory_even_then_the_last_step_is_saved(tmp_path):
+    trainer = make_trainer(tmp_path, pairs=Trees(), layout="bucketed", max_steps=5)
+    Full(trainer, [3, 4])
+    with (
+        pytest.warns(UserWarning, match="memory did not suffice"),
+        pytest.raises(OutOfMemoryError, match=r"nor with --gradient_checkpointing true .* saved in .*checkpoint-2"),
+    ):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    again = make_trainer(tmp_path, pairs=Trees(), layout="bucketed", max_steps=5)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+
+
+def test_another_error_is_no_lack_of_memory(tmp_path):
+    trainer = make_trainer(tmp_path, pairs=Trees(), layout="bucketed")
+    Full(trainer, [1], RuntimeError("a kernel is wrong"))
+    with pytest.raises(RuntimeError, match="a kernel is wrong"):
+        trainer.train()
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+# Over a run
+
+
+class Held(TrainerCallback):
+    def __init__(self):
+        self.tensors = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % 50 == 0:
+            gc.collect()
+            alive = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+            self.tensors.append((len(alive), sum(t.nbytes for t in alive if t.layout == torch.strided)))
+
+
+def test_two_hundred_steps_leak_nothing(tmp_path):
+    held = Held()
+    trainer = make_trainer(
+        tmp_path, pairs=Trees(), callbacks=[held], max_steps=200, logging_steps=50, layout="bucketed",
+        per_device_train_batch_size=1, answers_at_once=1,
+    )  # fmt: skip
+    trainer.train()
+    assert len(held.tensors) == 4
+    (count, size), (later, larger) = held.tensors[1], held.tensors[3]  # both at the end of an epoch
+    assert (later, larger) == (count, pytest.approx(size, abs=10_000))  # the batch at hand is longer or shorter
+    entry = logs(tmp_path)[-1]
+    assert 0 < entry["memory_mib"] <= 1.01 * entry["peak_memory_mib"]
+
+
+def test_a_leak_is_found(tmp_path):
+    held, kept = Held(), []
+    trainer = make_trainer(
+        tmp_path, pairs=Trees(), callbacks=[held], max_steps=100, logging_steps=50, per_device_train_batch_size=1
+    )
+    own = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: kept.append(own(*a, **k)) or kept[-1]
+    trainer.train()
+    assert held.tensors[0] != held.tensors[-1]
