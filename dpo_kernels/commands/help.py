@@ -57,6 +57,8 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
         ("answers_at_once", "a batch in parts of so many: same gradients, less memory, one forward more"),
         ("bf16, fp16, gradient_checkpointing", "mixed precision; activations made again"),
         ("mlp_tiles, activation_offloading", "MLPs over slices of the tokens, a number or auto; saved on the host"),
+        ("run_memory_budget, fit, rehearsal", "default: what there is; choose until it fits; try the longest batch"),
+        ("plan, plan_pair, plan_device", "only say what a step would hold, without weights; of P C R tokens; cuda"),
     ],
     "adapters": [
         ("use_peft, lora_r, lora_alpha", "train a LoRA adapter, the model without it is the reference; 16, 32"),

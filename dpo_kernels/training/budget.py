@@ -155,8 +155,8 @@ def _longest_part(batch: Longest, args: DPOConfig, most: np.ndarray, longest: in
     """
     answers = args.answers_at_once or 0
     pairs = min(batch.pairs, answers // 2 if args.layout in ("packed", "shared") else answers)
-    tokens = min(batch.tokens, int(most[:pairs].sum()))
-    return replace(batch, pairs=pairs, tokens=tokens, labels=min(batch.labels, answers * longest))
+    labels = min(batch.labels, answers * longest)
+    return replace(batch, pairs=pairs, tokens=min(labels, int(most[:pairs].sum())), labels=labels)
 
 
 def reference_batch_size(args: DPOConfig) -> int:

@@ -27,6 +27,7 @@ def refused(tmp_path, **options):
         pytest.param({"impl": "torch", "bf16": True, "layout": "bucketed", "use_weighting": True}, id="bf16"),
         pytest.param({"impl": "cpp", "tokens_per_batch": 60, "per_device_train_batch_size": 8}, id="tokens"),
         pytest.param({"impl": "cpp", "layout": "bucketed", "answers_at_once": 3}, id="parts"),
+        pytest.param({"impl": "cpp", "layout": "bucketed", "answers_at_once": 1}, id="answers"),
     ],
 )
 def test_the_least_that_is_named_works_for_the_longest_batch(tmp_path, options):
