@@ -18,7 +18,7 @@ from dpo_kernels.training.memory.fake_models import fake_mode, make_fake, quanti
 from dpo_kernels.training.memory.pairs import made_pairs
 from dpo_kernels.training.memory.step_memory import FakeRun, StepOptions
 
-LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 2**20}
+LLAMA_3: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 2**20}
 MODELS: dict[str, Any] = {
     "Qwen3 0.6B": Qwen3Config(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
                               num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,

@@ -61,6 +61,7 @@ ARCH = ("cuda", 9)  # what a plan for a GPU takes it for where there is none
 # Of bytes in blocks that malloc takes from its heaps: gaps between them that nothing fits into (measured; the benchmark
 # is benchmarks/run_memory.py).
 GAPS = 0.1
+NARROW = 64 * 2**20  # bytes that oneDNN holds besides where weights of 16 bits are multiplied (measured)
 BUCKETED = Layout("bucketed")
 
 
@@ -228,6 +229,8 @@ class FakeRun:
         found[BATCH] += sum(t.nbytes for t in pairs.values()) + others
         if self.device.type == "cpu":
             found[ALLOCATOR] += int(GAPS * tracker.small_at_peak)
+            narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.policy.parameters())
+            found[LIBRARIES] += NARROW * narrow
         found[LIBRARIES] += self.libraries
         return {name: found[name] for name in PARTS if found[name]}
 
