@@ -185,7 +185,8 @@ def fake_run(
     trained = adapter.peft_config()
     if trained is None and name is not None and base_of(name) is not None:
         trained = peft_config_of(name)
-    policy = make_fake(mode, of_model, dtype, peft_config=trained, **told)
+        trained.inference_mode = False  # as it is saved
+    policy = make_fake(mode, of_model, dtype, peft_config=trained, has_dropout=not config.disable_dropout, **told)
     reference = None
     if has_second_model(script, adapter, config):
         of_reference = of_model if name is None or script.ref_weight is None else load_config(script.ref_weight, trust)

@@ -31,6 +31,7 @@ from dpo_kernels.training.memory.rehearsal import rehearse
 from dpo_kernels.training.memory.step_memory import (
     ADAPTERS,
     ALLOCATOR,
+    KEPT,
     LIBRARIES,
     OPTIMIZER,
     REFERENCE,
@@ -178,6 +179,19 @@ def test_an_adapter_is_what_is_trained():
     assert found.parts[OPTIMIZER] == 2 * trained
 
 
+def test_dropout_is_off_as_in_a_run():
+    config = transformers.GPT2Config(
+        vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=1024, bos_token_id=1, eos_token_id=2
+    )
+    found = []
+    for has_dropout in (False, True):
+        mode = fake_mode()
+        policy = make_fake(mode, config, torch.float32, memory_budget=BUDGET, has_dropout=has_dropout)
+        run = FakeRun(mode, policy, None, Layout("bucketed"), scores=False)
+        found.append(run.step(made_pairs(4, 900, 900), StepOptions(memory_budget=BUDGET)).parts[KEPT])
+    assert found[0] < 0.5 * found[1]
+
+
 def test_tied_weights_count_once():
     tied, untied = (fake_run(config=config_of(tie_word_embeddings=tie)) for tie in (True, False))
     assert numbers(untied.policy) - numbers(tied.policy) == 97 * 64
@@ -231,7 +245,7 @@ def test_a_model_that_asks_for_numbers_has_no_plan():
     run = fake_run()
     layer = run.policy.model.layers[0]
     layer.mlp.forward = lambda x: x * float(x.sum())
-    with pytest.raises(PlanError, match="LlamaForCausalLM depends on numbers that a plan does not have"):
+    with pytest.raises(PlanError, match="LlamaForCausalLM cannot be gone through without numbers"):
         run.step(made_pairs(8, 9, 9), StepOptions(memory_budget=BUDGET))
 
 

@@ -15,6 +15,7 @@ from dpo_kernels.training.loading import auto_class
 from dpo_kernels.training.memory.step_memory import PlanError
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import find_head
+from dpo_kernels.training.randomness import disable_dropout
 
 BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share a scale in 4 bits; scales that share one
@@ -34,6 +35,7 @@ def make_fake(
     attn_implementation: str | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
+    has_dropout: bool = False,
 ) -> Any:
     """A fused model whose parameters are fake tensors of `mode`, in the state in which it is trained.
 
@@ -41,6 +43,7 @@ def make_fake(
         config: of the model.
         dtype: of its weights.
         peft_config: of an adapter that is put into it; the rest is frozen then.
+        has_dropout: whether it trains with the dropout of its config (`DPOConfig.disable_dropout`).
 
     Raises:
         PlanError: its class cannot be made of a config alone.
@@ -58,11 +61,15 @@ def make_fake(
             if peft_config is not None:
                 model = adapters.adapted(model, peft_config)
         _fake(model, mode)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # a constructor may raise anything
         raise PlanError(
             f"a model of the config {type(config).__name__} cannot be made without its weights "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         ) from error
+    if not has_dropout:
+        disable_dropout(model)
     FusedHead(model, memory_budget, impl)
     return model
 

@@ -30,9 +30,7 @@ def longest_pairs(
     else:
         each = np.array([most_tokens(layout, [size]) for size in sizes])
         chosen = np.argsort(-each, kind="stable")[:count].tolist()
-    items = [dataset[i] for i in chosen]
-    names = [name for name in items[0] if name.startswith(("x_", "y_", "mask_"))]
-    return PairCollator(multiple_of)([{name: item[name] for name in names} for item in items])
+    return PairCollator(multiple_of)([dataset[i] for i in chosen])
 
 
 def pair_sizes(dataset: Any) -> list[PairTokens]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from dpo_kernels import ops, plan
@@ -157,10 +157,13 @@ class FakeRun:
             try:
                 for _ in range(1 + self.accumulates):
                     self._run(batch, options, tracker)
-            except (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError) as error:
+            except ValueError:
+                raise
+            except Exception as error:  # a model's code may raise anything on tensors without numbers
+                said = (str(error).splitlines() or [""])[0]
                 raise PlanError(
-                    f"the forward of {type(self.policy).__name__} depends on numbers that a plan does not have "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]})"
+                    f"the forward of {type(self.policy).__name__} cannot be gone through without numbers "
+                    f"({type(error).__name__}: {said})"
                 ) from error
             finally:
                 for handle in handles:
