@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def make_fake(
     Raises:
         PlanError: its class cannot be made of a config alone.
     """
+    config = copy.deepcopy(config)  # a model may change it, and the real one has its own
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
