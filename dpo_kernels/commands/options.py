@@ -214,6 +214,8 @@ def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DP
     for name in ("plan_pair", "plan_device"):
         if getattr(script, name) is not None and not script.plan:
             raise ValueError(f"{name} does nothing without --plan")
+    if script.plan_pair is not None and (script.data_path is not None or script.start is None):
+        raise ValueError("plan_pair is of a plan without data; leave out --data_path, and name a model by --ref_weight")
     if script.plan_pair is not None and (len(script.plan_pair) != 3 or min(script.plan_pair) < 1):
         raise ValueError(f"plan_pair is {script.plan_pair}; expected three numbers: tokens of prompt and both answers")
     if config.activation_offloading and not script.plan:

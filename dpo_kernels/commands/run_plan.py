@@ -16,6 +16,7 @@ from dpo_kernels.commands.options import ScriptArguments
 from dpo_kernels.training import DPOConfig, DPOTrainer, layout_check
 from dpo_kernels.training.adapters import AdapterOptions, base_of, peft_config_of
 from dpo_kernels.training.budget import COMPUTE
+from dpo_kernels.training.config import WITH_ANSWERS_AT_ONCE
 from dpo_kernels.training.layouts import PairTokens, most_tokens
 from dpo_kernels.training.loading import load_config, max_positions
 from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, GPU_LIBRARIES, Limit, held, keep_compact, limit_of
@@ -30,6 +31,10 @@ from dpo_kernels.training.token_batches import token_batches
 from dpo_kernels.units import in_words, parse_bytes
 
 SHORT = 0.5  # of what there is: from there on time is spent on keeping memory compact
+HELP = (
+    "--fit chooses what lowers it at the same numbers; by hand: --memory_budget 256MiB, --gradient_checkpointing true, "
+    "--mlp_tiles auto, --answers_at_once 1"
+)
 SURELY = 1.1  # a plan is off by less (benchmarks/run_memory.py)
 PAIR = (512, 512, 512)  # tokens of prompt and answers, where no data and no lengths are given
 
@@ -51,20 +56,22 @@ def show_plan(
     run = fake_run(script, adapter, config, device, dataset, example)
     shape, pairs = _pairs(script, config, run, dataset)
     limit = _limit(config, device)
+    if script.fit and limit is None:
+        raise PlanError(
+            "--fit has to know what there is, and this machine has no such device; give --run_memory_budget"
+        )
     options = StepOptions.of(config)
     plan = make_plan(run, pairs, _title(script, config, run, shape, dataset), options, limit, fits=script.fit)
-    config_of_model = run.policy.config
     now = plan.options if plan.chosen is None else plan.chosen.options
-    longest = None
-    if limit is not None:
-        longest = longest_pair(run, shape, now, limit.bytes, max_positions(config_of_model))
-    plan = replace(plan, longest=longest)
+    count, positions = len(pairs["x_chosen"]), max_positions(run.policy.config)
+    longest = None if limit is None else longest_pair(run, shape, now, limit.bytes, positions, count)
+    plan = replace(plan, longest=longest, positions=positions)
     print(plan, flush=True)
     if writes:
         folder = Path(str(config.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(plan.as_json(), indent=1) + "\n", encoding="utf-8")
-        save_picture(run, shape, options, plan, folder / "plan.png")
+        save_picture(run, shape, options, plan, folder / "plan.png", count)
         print(f"saved: plan.json and plan.png in {folder}", flush=True)
     return 0
 
@@ -80,6 +87,13 @@ def told_plan(
         ValueError: it surely does not fit; says by how much, and what would help.
     """
     if not (script.fit or script.rehearsal):
+        return None
+    if config.world_size > 1:
+        if script.fit:
+            raise PlanError(
+                "--fit chooses for one process, and several would have to choose alike; run it with --plan --fit, and "
+                "give what it chooses by name"
+            )
         return None
     try:
         run = fake_run(script, adapter, config, config.device, dataset, example)
@@ -97,7 +111,8 @@ def told_plan(
         if config.process_index == 0:
             print("\n".join(plan.told_of_choice), flush=True)
         take(plan.chosen, config, run)
-        plan = replace(plan, options=plan.chosen.options, memory=plan.chosen.memory)
+        before = plan.memory.flops
+        plan = replace(plan, options=plan.chosen.options, memory=plan.chosen.memory, flops_before=before)
     if limit is not None and plan.memory.bytes > SURELY * limit.bytes:
         raise ValueError(too_little(_compared(plan, script, adapter, config, dataset, example)))
     return plan
@@ -116,18 +131,22 @@ def rehearsed(
     Raises:
         ValueError: more than the run may hold; says by how much, and what would help.
     """
-    found = rehearse(trainer)
+    found = rehearse(trainer) if trainer.args.world_size == 1 else None
     if found is None:
-        return "memory: not tried beforehand (weights shared among processes, or a compiled model)"
+        return "memory: not tried beforehand (several processes, or a compiled model)"
     limit = _limit(trainer.args, trainer.args.device) if plan is None else plan.limit
     by_plan = f"; {in_words(plan.memory.bytes)} by the plan" if plan is not None else ""
-    if found.bytes is None or (limit is not None and found.bytes > limit.bytes):
+    if found.bytes is None:
+        there = "" if limit is None else f" of {in_words(limit.bytes)} ({limit.why})"
+        raise ValueError(
+            f"memory{there} ran out while the longest batch was tried ({found.why}){by_plan}. {HELP}. Nothing was "
+            "trained, nothing is lost"
+        )
+    if limit is not None and found.bytes > limit.bytes:
         if plan is None:
-            assert limit is not None
             raise ValueError(
-                f"a step of the longest batch needs {'more' if found.bytes is None else in_words(found.bytes)} than "
-                f"there is, {in_words(limit.bytes)} ({limit.why}); lower it by --answers_at_once, "
-                "--gradient_checkpointing true or --mlp_tiles auto. Nothing was trained"
+                f"a step of the longest batch needs {in_words(found.bytes)}, and there is {in_words(limit.bytes)} "
+                f"({limit.why}). {HELP}. Nothing was trained, nothing is lost"
             )
         raise ValueError(too_little(_compared(plan, script, adapter, trainer.args, dataset, example), found.bytes))
     left = f", of {in_words(limit.bytes)} ({limit.why})" if limit is not None else ""
@@ -149,12 +168,16 @@ def _compared(
 def take(chosen: Chosen, config: DPOConfig, run: FakeRun) -> None:
     """Sets a run's options to those that were chosen."""
     options = chosen.options
-    for name in ("gradient_checkpointing", "mlp_tiles", "activation_offloading", "precompute_ref_log_probs"):
-        setattr(config, name, getattr(options, name))
-    config.memory_budget, config.memory_budget_bytes = options.memory_budget, options.memory_budget  # type: ignore[assignment]
+    layout: str = config.layout
     if options.answers_at_once is not None and options.answers_at_once != config.answers_at_once:
-        config.answers_at_once = options.answers_at_once
-        config.layout = "bucketed" if options.bucketed else run.layout.name  # type: ignore[assignment]
+        layout = "bucketed" if options.bucketed else run.layout.name
+    budget = options.memory_budget
+    config.set_memory(
+        gradient_checkpointing=options.gradient_checkpointing, mlp_tiles=options.mlp_tiles, layout=layout,
+        activation_offloading=options.activation_offloading, answers_at_once=options.answers_at_once,
+        precompute_ref_log_probs=options.precompute_ref_log_probs,
+        memory_budget=None if budget is None else str(budget),
+    )  # fmt: skip
 
 
 def fake_run(
@@ -199,12 +222,23 @@ def fake_run(
         optimizer=str(getattr(config.optim, "value", config.optim)),
         accumulates=config.gradient_accumulation_steps > 1,
         libraries=held(torch.device("cpu")) + CPU_LIBRARIES if device.type == "cpu" else GPU_LIBRARIES,
-        can_tile=_can_tile(mode, policy), can_split=not config.torch_compile and config.pad_to_multiple_of is None,
+        can_precompute=not config.sync_ref_model, can_bucket=config.layout in ("auto", "bucketed", "padded"),
+        can_split=_can_split(config, policy),
+        can_tile=config.disable_dropout and not config.torch_compile and _can_tile(mode, policy),
     )  # fmt: skip
     for option in ("load_in_4bit", "load_in_8bit"):
         if getattr(adapter, option):
             run.quantised = quantised_bytes(policy, option, adapter.use_bnb_nested_quant, dtype.itemsize)
     return run
+
+
+def _can_split(config: DPOConfig, policy: Any) -> bool:
+    """Whether a step can go in parts as far as the config tells; with dropout its random numbers would be others."""
+    text = policy.config.get_text_config()
+    balances = config.router_aux_loss_coef != 0 and bool(getattr(text, "router_aux_loss_coef", 0))
+    refused = balances or config.fsdp or config.deepspeed or not config.disable_dropout
+    return not refused and config.pad_to_multiple_of is None and not any(
+        getattr(config, name, None) for name in WITH_ANSWERS_AT_ONCE)  # fmt: skip
 
 
 def _can_tile(mode: Any, policy: Any) -> bool:
@@ -235,10 +269,17 @@ def _pairs(
     count = config.per_device_train_batch_size
     if dataset is None:
         shape = PairTokens(*(script.plan_pair or PAIR))
-        return shape, made_pairs(*shape, count)
+        return shape, made_pairs(*shape, _count(config, run, shape))
     batches = token_batches(dataset, run.layout, config) if config.tokens_per_batch is not None else None
     pairs = longest_pairs(dataset, run.layout, count, config.pad_to_multiple_of, batches)
     return max(pair_sizes(dataset), key=lambda size: most_tokens(run.layout, [size])), pairs
+
+
+def _count(config: DPOConfig, run: FakeRun, shape: PairTokens) -> int:
+    """Pairs of a batch, where all are of one length."""
+    if config.tokens_per_batch is None:
+        return config.per_device_train_batch_size
+    return max(1, config.tokens_per_batch // most_tokens(run.layout, [shape]))
 
 
 def _limit(config: DPOConfig, device: torch.device) -> Limit | None:
@@ -255,10 +296,9 @@ def _title(script: ScriptArguments, config: DPOConfig, run: FakeRun, shape: Pair
     prompt, chosen, rejected = shape
     trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
     numbers = sum(p.numel() for p in run.policy.parameters())
-    what = f"{trained / 1e6:,.1f}M of {numbers / 1e6:,.1f}M parameters trained" if trained < numbers else (
-        f"{numbers / 1e6:,.1f}M parameters")  # fmt: skip
-    pairs = f"{config.per_device_train_batch_size:,} pairs, the longest" if dataset is not None else (
-        f"{config.per_device_train_batch_size:,} of a pair")  # fmt: skip
+    what = f"{trained:,} of {numbers:,} parameters trained" if trained < numbers else f"{numbers:,} parameters"
+    count = config.per_device_train_batch_size if dataset is not None else _count(config, run, shape)
+    pairs = f"{count:,} pairs, the longest" if dataset is not None else f"{count:,} pairs of"
     if config.tokens_per_batch is not None and dataset is not None:
         pairs = f"a batch of at most {config.tokens_per_batch:,} tokens, its longest pair"
     return (

@@ -153,11 +153,7 @@ class DPOConfig(TrainingArguments):
             self._check_tokens_per_batch()
         if self.answers_at_once is not None:
             self._check_answers_at_once(self.answers_at_once)
-        self.tiles: Tiles | None = None if self.mlp_tiles is None else check_tiles(self.mlp_tiles)
-        if self.tiles is not None and self.torch_compile:
-            raise ValueError(
-                "mlp_tiles does not go with torch_compile, which would compile anew for each size of slice"
-            )
+        self._check_tiles()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if self.n_gpu > 1:
@@ -166,6 +162,32 @@ class DPOConfig(TrainingArguments):
                 f"torchrun --nproc_per_node {self.n_gpu} train.py ..."
             )
             self._n_gpu = 1  # nn.DataParallel would share one head among its threads
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """`mlp_tiles` as a number or "auto"; None: MLPs run whole."""
+        return None if self.mlp_tiles is None else check_tiles(self.mlp_tiles)
+
+    def set_memory(self, **options: Any) -> None:
+        """Sets options that lower a step's memory, by their names.
+
+        Raises:
+            ValueError: they do not go with the others.
+        """
+        for name, value in options.items():
+            setattr(self, name, value)
+        self.memory_budget_bytes = parse_bytes(self.memory_budget)
+        self._check_tiles()
+        self._check_sync()
+        self._check_padding()
+        if self.answers_at_once is not None:
+            self._check_answers_at_once(self.answers_at_once)
+
+    def _check_tiles(self) -> None:
+        if self.tiles is not None and self.torch_compile:
+            raise ValueError(
+                "mlp_tiles does not go with torch_compile, which would compile anew for each size of slice"
+            )
 
     def _check_padding(self) -> None:
         for name in ("pad_to_multiple_of", "precompute_ref_batch_size"):

@@ -18,6 +18,7 @@ from training_helpers import SMALL, Trees, logs, make_model, make_trainer, weigh
 from transformers import TrainerCallback
 
 from dpo_kernels import ops
+from dpo_kernels.commands.run_plan import take
 from dpo_kernels.training import FusedHead
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.layouts import Layout, PairTokens
@@ -283,7 +284,14 @@ def test_a_plan_is_told_in_words_as_json_and_as_a_picture(tmp_path):
     limit = Limit(2 * MIB, "a limit")
     plan = run_plan.make_plan(run, made_pairs(*shape), "a model", StepOptions(memory_budget=BUDGET), limit, fits=True)
     text = str(plan)
-    for part in ("in all", "weights", "optimizer", "a limit", "--gradient_checkpointing buys", "which is "):
+    for part in (
+        "in all",
+        "weights",
+        "optimizer",
+        "a limit",
+        "--gradient_checkpointing buys",
+        "--fit: by the plan that is ",
+    ):
         assert part in text, part
     assert not plan.fits
     assert json.loads(json.dumps(plan.as_json()))["memory"]["parts"] == dict(plan.memory.parts)
@@ -294,6 +302,26 @@ def test_a_plan_is_told_in_words_as_json_and_as_a_picture(tmp_path):
     sentence = run_plan.too_little(plan)
     for part in ("too little. --", "--dtype bfloat16", "Nothing was trained"):
         assert part in sentence, part
+
+
+def test_what_fit_chose_is_what_a_trainer_runs(tmp_path):
+    run = fake_run(reference=True)
+    chosen = lower.fit(run, made_pairs(8, 1500, 1500), StepOptions(memory_budget=BUDGET), 1)
+    trainer_args = make_trainer(tmp_path / "a", pairs=Trees()).args
+    take(chosen, trainer_args, run)
+    assert (trainer_args.gradient_checkpointing, trainer_args.answers_at_once) == (True, 1)
+    assert trainer_args.layout == "bucketed"
+    assert trainer_args.tiles == trainer_args.mlp_tiles
+    assert StepOptions.of(trainer_args) == dataclasses.replace(chosen.options, bucketed=False)
+    told = dataclasses.replace(chosen.options, mlp_tiles="auto")
+    take(dataclasses.replace(chosen, options=told), trainer_args, run)
+    assert trainer_args.tiles == "auto"
+
+
+def test_what_a_run_cannot_do_is_not_chosen():
+    run = fake_run(reference=True, can_tile=False, can_split=False, can_precompute=False)
+    least = lower.fit(run, made_pairs(8, 500, 500), StepOptions(memory_budget=BUDGET), 1)
+    assert least.options == StepOptions(True, memory_budget=BUDGET)
 
 
 def test_sizes_in_words():

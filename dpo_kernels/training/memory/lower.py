@@ -37,7 +37,7 @@ class Chosen:
 
 
 def _precompute(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | None:
-    useful = run.scores and run.reference is not None and not now.precompute_ref_log_probs
+    useful = run.can_precompute and run.scores and run.reference is not None and not now.precompute_ref_log_probs
     return replace(now, precompute_ref_log_probs=True) if useful else None
 
 
@@ -66,7 +66,7 @@ def _pairs(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | None:
 
 
 def _answers(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | None:
-    useful = run.can_split and now.answers_at_once != 1
+    useful = run.can_split and run.can_bucket and now.answers_at_once != 1
     return replace(now, answers_at_once=1, bucketed=True) if useful else None
 
 

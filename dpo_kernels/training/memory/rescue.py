@@ -79,6 +79,8 @@ class Rescue:
                 trainer.note({"lowered": told})
                 return loss
         self._forget()
+        trainer.set_counts(begun.counts)
+        _set_random_state(begun.random)  # as after the last good step
         folder = trainer.save_checkpoint()
         tried = f", nor with {told}" if told is not None else ""
         number = trainer.state.global_step + 1
@@ -108,13 +110,15 @@ def lower(trainer: Any) -> Iterator[str]:
     model, args = trainer.model, trainer.args
     if not args.gradient_checkpointing and checkpointing.is_possible(model):
         checkpointing.switch(model, True)
-        args.gradient_checkpointing = True
+        args.set_memory(gradient_checkpointing=True)
         adapters.prepare(model, True)
         yield "--gradient_checkpointing true"
-    if args.mlp_tiles is None:
+    if not args.disable_dropout:  # whose random numbers are others in parts
+        return
+    if args.mlp_tiles is None and not args.torch_compile:
         try:
             trainer.tiled = tile_mlps(model, "auto")
-            args.mlp_tiles, args.tiles = "auto", "auto"
+            args.set_memory(mlp_tiles="auto")
             yield "--mlp_tiles auto"
         except TilingError:
             pass

@@ -36,7 +36,8 @@ class RunPlan:
     alone: what each other thing to do about memory would leave, the best first.
     chosen: what `--fit` chose, over options; None: it was not asked.
     longest: the longest pair that fits, with the lengths of prompt and answers in the same proportion; None: not asked,
-        or none fits.
+        or none fits. positions: that the model has.
+    flops_before: of a step before `--fit` chose.
     """
 
     title: str
@@ -46,6 +47,14 @@ class RunPlan:
     alone: Sequence[tuple[Lowering, StepMemory]] = ()
     chosen: Chosen | None = None
     longest: PairTokens | None = None
+    positions: int | None = None
+    flops_before: int = 0
+
+    @property
+    def reaches_positions(self) -> bool:
+        """Whether it is the model that ends the longest pair, and not memory."""
+        assert self.longest is not None
+        return self.positions is not None and max(self.longest.sequences) > self.positions - STEP
 
     @property
     def fits(self) -> bool:
@@ -62,9 +71,10 @@ class RunPlan:
             lines += self.told_of_choice
         if self.longest is not None:
             prompt, chosen, rejected = self.longest
+            by = f", as long as the model has positions ({self.positions:,})" if self.reaches_positions else ""
             lines.append(
-                f"the longest pair of this kind that fits: {prompt:,} tokens of prompt, answers of {chosen:,} and "
-                f"{rejected:,}"
+                f"the longest pairs of this kind that fit: {prompt:,} tokens of prompt, answers of {chosen:,} and "
+                f"{rejected:,}{by}"
             )
         return "\n".join(lines)
 
@@ -80,7 +90,8 @@ class RunPlan:
             lines.append(f"--fit chose {one.option}: {sizes}, for {one.costs} ({price:+.0%} operations)")
             before = lowered
         if self.limit is not None and before.bytes > self.limit.bytes:
-            lines.append(f"which is {in_words(before.bytes - self.limit.bytes)} more than there is; {NUMBERS_CHANGE}")
+            more = in_words(before.bytes - self.limit.bytes)
+            lines.append(f"--fit: by the plan that is {more} more than there is; {NUMBERS_CHANGE}")
         return lines or ["--fit: it fits as it is"]
 
     def as_json(self) -> dict[str, Any]:
@@ -122,9 +133,9 @@ def _buys(plan: RunPlan, one: Lowering, lowered: StepMemory) -> str:
 
 
 def longest_pair(
-    run: FakeRun, shape: PairTokens, options: StepOptions, budget: int, most: int | None
+    run: FakeRun, shape: PairTokens, options: StepOptions, budget: int, most: int | None, count: int = 1
 ) -> PairTokens | None:
-    """The longest pair in the proportions of `shape` whose step fits.
+    """The longest pair in the proportions of `shape` of which a step of `count` fits.
 
     Args:
         budget: bytes.
@@ -136,7 +147,7 @@ def longest_pair(
         return PairTokens(*(max(1, round(part * tokens / whole)) for part in shape))
 
     def needs(tokens: int) -> int:
-        return run.step(made_pairs(*scaled(tokens)), options).bytes
+        return run.step(made_pairs(*scaled(tokens), count), options).bytes
 
     low, high = STEP, None
     at_low = needs(low)
@@ -163,7 +174,7 @@ def longest_pair(
 
 
 def save_picture(
-    run: FakeRun, shape: PairTokens, options: StepOptions, plan: RunPlan, path: Path
+    run: FakeRun, shape: PairTokens, options: StepOptions, plan: RunPlan, path: Path, count: int = 1
 ) -> Mapping[int, StepMemory]:
     """Bytes by part against tokens of the longer answer with its prompt, up to the plan's; returns what is drawn."""
     matplotlib.use("Agg")
@@ -173,7 +184,7 @@ def save_picture(
     found = {}
     for share in (0.125, 0.25, 0.5, 0.75, 1.0):
         size = PairTokens(*(max(1, round(part * share)) for part in shape))
-        found[max(size.sequences)] = run.step(made_pairs(*size), options)
+        found[max(size.sequences)] = run.step(made_pairs(*size, count), options)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     names = [name for name in PARTS if any(memory.parts.get(name) for memory in found.values())]
     colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]

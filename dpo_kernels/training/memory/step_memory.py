@@ -118,7 +118,8 @@ class FakeRun:
     policy, reference: fused models whose parameters are fake tensors of `mode`; reference None: there is no second one.
     scores: whether the reference's log-probs are computed in a step.
     is_compact: whether the process is one after `device_memory.keep_compact`.
-    can_tile, can_split: whether the policy's MLPs can run over slices, and a step in parts.
+    can_tile, can_split, can_bucket, can_precompute: whether the policy's MLPs can run over slices, a step in parts, its
+        answers each in a row, and the reference before training.
     quantised: bytes that the weights of linear layers take less than they seem to, and of the largest of them in full.
     """
 
@@ -135,6 +136,8 @@ class FakeRun:
     is_compact: bool = True
     can_tile: bool = True
     can_split: bool = True
+    can_bucket: bool = True
+    can_precompute: bool = True
     quantised: tuple[int, int] = (0, 0)
 
     def step(self, pairs: Mapping[str, Tensor], options: StepOptions) -> StepMemory:
