@@ -510,7 +510,8 @@ def test_two_hundred_steps_leak_nothing(tmp_path):
     trainer.train()
     assert len(held.tensors) == 4
     (count, size), (later, larger) = held.tensors[1], held.tensors[3]  # both at the end of an epoch
-    assert (later, larger) == (count, pytest.approx(size, abs=10_000))  # the batch at hand is longer or shorter
+    assert later - count < 20  # a tensor a step would be 100; what other tests left may go meanwhile
+    assert larger - size < 10_000  # the batch at hand is longer or shorter
     entry = logs(tmp_path)[-1]
     assert 0 < entry["memory_mib"] <= 1.01 * entry["peak_memory_mib"]
 
@@ -523,4 +524,4 @@ def test_a_leak_is_found(tmp_path):
     own = trainer.compute_loss
     trainer.compute_loss = lambda *a, **k: kept.append(own(*a, **k)) or kept[-1]
     trainer.train()
-    assert held.tensors[0] != held.tensors[-1]
+    assert held.tensors[-1][0] - held.tensors[0][0] >= 20
