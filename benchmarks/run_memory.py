@@ -111,10 +111,9 @@ def _inside(run: Run) -> dict[str, Any]:
     import transformers
 
     from dpo_kernels.training import DPOConfig, DPOTrainer
-    from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, held, keep_compact
-    from dpo_kernels.training.memory.fake_models import fake_mode, make_fake
+    from dpo_kernels.training.memory.device_memory import keep_compact
     from dpo_kernels.training.memory.pairs import made_pairs
-    from dpo_kernels.training.memory.step_memory import FakeRun, StepOptions
+    from dpo_kernels.training.memory.step_memory import StepOptions
 
     name, sizes = KINDS[run.kind]
     config = getattr(transformers, f"{name}Config")(**sizes)
@@ -128,37 +127,56 @@ def _inside(run: Run) -> dict[str, Any]:
         lora = _lora(run.lora)
         pairs = made_pairs(*run.pair, run.pairs)
         keep_compact()  # as train.py does where memory is short
-        libraries = held(torch.device("cpu")) + CPU_LIBRARIES
-        mode = fake_mode()
-        policy = make_fake(mode, config, dtype, peft_config=lora, memory_budget=args.memory_budget_bytes)
-        has_reference = args.loss_options.needs_reference and lora is None
-        reference = make_fake(mode, config, dtype, memory_budget=args.memory_budget_bytes) if has_reference else None
-        trainer = None
-
-        def real() -> Any:
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-        layout = _layout(policy, run, args)
-        optimizer = str(getattr(args.optim, "value", args.optim))
-        plan = FakeRun(
-            mode, policy, reference, layout, scores=args.loss_options.needs_reference,
-            mixed_precision=torch.bfloat16 if args.bf16 else None, optimizer=optimizer,
-            accumulates=args.gradient_accumulation_steps > 1, libraries=libraries,
-        ).step(pairs, StepOptions.of(args))  # fmt: skip
-        del policy, reference
+        fake = fake_run(config, args, run.pair, dtype, lora)
+        plan, layout, has_reference = fake.step(pairs, StepOptions.of(args)), fake.layout, fake.reference is not None
+        del fake
         items = [{key: tensor[0] for key, tensor in pairs.items()}] * (
             2 * run.pairs * args.gradient_accumulation_steps)  # fmt: skip
-        model = real()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         second = None
         if has_reference:
-            second = real()
+            second = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
             second.load_state_dict(model.state_dict())
         trainer = DPOTrainer(model, second, args, items, peft_config=lora)
         assert trainer.layout == layout, (trainer.layout, layout)
         trainer.train()
+    return {"planned": plan.bytes, "measured": most_resident(), "parts": dict(plan.parts)}
+
+
+def fake_run(config: Any, args: Any, pair: tuple[int, int, int], dtype: Any, lora: Any = None) -> Any:
+    """The `FakeRun` of a run in this process on its CPU, whose pairs all have these lengths.
+
+    Args:
+        config: of transformers. args: `DPOConfig`. dtype: of the weights. lora: `LoraConfig`.
+    """
+    import torch
+
+    from dpo_kernels.training.layout_check import expected
+    from dpo_kernels.training.layouts import PairTokens
+    from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, held
+    from dpo_kernels.training.memory.fake_models import fake_mode, make_fake
+    from dpo_kernels.training.memory.optimizers import name_of
+    from dpo_kernels.training.memory.step_memory import FakeRun
+
+    libraries = held(torch.device("cpu")) + CPU_LIBRARIES
+    mode = fake_mode()
+    policy = make_fake(mode, config, dtype, peft_config=lora, memory_budget=args.memory_budget_bytes)
+    has_reference = args.loss_options.needs_reference and lora is None
+    reference = make_fake(mode, config, dtype, memory_budget=args.memory_budget_bytes) if has_reference else None
+    layout = expected(
+        policy, args.layout, [PairTokens(*pair)], args.per_device_train_batch_size, args.answers_at_once
+    )  # fmt: skip
+    return FakeRun(
+        mode, policy, reference, layout, scores=args.loss_options.needs_reference,
+        mixed_precision=torch.bfloat16 if args.bf16 else None, optimizer=name_of(args),
+        accumulates=args.gradient_accumulation_steps > 1, libraries=libraries,
+    )  # fmt: skip
+
+
+def most_resident() -> int:
+    """Bytes: the most that was ever resident of this process (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    most = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return {"planned": plan.bytes, "measured": most, "parts": dict(plan.parts)}
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def _lora(rank: int) -> Any:
@@ -167,13 +185,6 @@ def _lora(rank: int) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear")
-
-
-def _layout(policy: Any, run: Run, args: Any) -> Any:
-    from dpo_kernels.training.layout_check import expected
-    from dpo_kernels.training.layouts import PairTokens
-
-    return expected(policy, args.layout, [PairTokens(*run.pair)], run.pairs, args.answers_at_once)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,8 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, AdapterOptions, DPOConfig]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("give --output_dir: with several processes they have to agree on one")
         given["output_dir"] = [str(OUTPUT / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")]
+    if plans and given.get("plan_device") == ["cuda"] and not torch.cuda.is_available():
+        given = {"use_cpu": ["True"], **given}  # transformers checks bf16 against this machine otherwise
     script, adapter, config = parser.dataclasses(given)
     _check_together(script, adapter, config, set(given))
     return script, adapter, config
@@ -210,7 +212,8 @@ def _check_together(script: ScriptArguments, adapter: AdapterOptions, config: DP
             f"--eval_strategy is {when!r}, and there are no held-out pairs to evaluate; give --eval_size 0.1, or "
             "--eval_data_path FILE"
         )
-    check_impl(config.impl, config.device)
+    if script.plan_device in (None, config.device.type):
+        check_impl(config.impl, config.device)
     for name in ("plan_pair", "plan_device"):
         if getattr(script, name) is not None and not script.plan:
             raise ValueError(f"{name} does nothing without --plan")

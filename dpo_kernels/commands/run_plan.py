@@ -19,13 +19,14 @@ from dpo_kernels.training.budget import COMPUTE
 from dpo_kernels.training.config import WITH_ANSWERS_AT_ONCE
 from dpo_kernels.training.layouts import PairTokens, most_tokens
 from dpo_kernels.training.loading import load_config, max_positions
+from dpo_kernels.training.memory import optimizers
 from dpo_kernels.training.memory.device_memory import CPU_LIBRARIES, GPU_LIBRARIES, Limit, held, keep_compact, limit_of
 from dpo_kernels.training.memory.fake_models import fake_mode, make_fake, quantised_bytes
-from dpo_kernels.training.memory.lower import Chosen
+from dpo_kernels.training.memory.lower import WORTH, Chosen
 from dpo_kernels.training.memory.pairs import longest_pairs, made_pairs, pair_sizes
 from dpo_kernels.training.memory.rehearsal import rehearse
 from dpo_kernels.training.memory.run_plan import RunPlan, longest_pair, make_plan, save_picture, too_little
-from dpo_kernels.training.memory.step_memory import LIBRARIES, FakeRun, PlanError, StepOptions
+from dpo_kernels.training.memory.step_memory import LIBRARIES, FakeRun, PlanError, StepMemory, StepOptions
 from dpo_kernels.training.mlp_tiles import TilingError, find_mlps
 from dpo_kernels.training.token_batches import token_batches
 from dpo_kernels.units import in_words, parse_bytes
@@ -62,6 +63,7 @@ def show_plan(
         )
     options = StepOptions.of(config)
     plan = make_plan(run, pairs, _title(script, config, run, shape, dataset), options, limit, fits=script.fit)
+    plan = replace(plan, others=_others(plan, run, pairs, (script, adapter, config, dataset, example)))
     now = plan.options if plan.chosen is None else plan.chosen.options
     count, positions = len(pairs["x_chosen"]), max_positions(run.policy.config)
     longest = None if limit is None else longest_pair(run, shape, now, limit.bytes, positions, count)
@@ -150,8 +152,10 @@ def rehearsed(
             )
         raise ValueError(too_little(_compared(plan, script, adapter, trainer.args, dataset, example), found.bytes))
     left = f", of {in_words(limit.bytes)} ({limit.why})" if limit is not None else ""
+    more = f" and what {optimizers.name_of(trainer.args)} keeps, which is not known here" if found.unknown else ""
     return (
-        f"memory: the longest batch holds {in_words(found.bytes)}{by_plan}{left}; its step takes {found.seconds:.1f} s"
+        f"memory: the longest batch holds {in_words(found.bytes)}{more}{by_plan}{left}; its step takes "
+        f"{found.seconds:.1f} s"
     )
 
 
@@ -162,7 +166,48 @@ def _compared(
     run = fake_run(script, adapter, config, config.device, dataset, example)
     run.libraries = plan.memory.parts.get(LIBRARIES, 0)  # now there are weights in this process
     _, pairs = _pairs(script, config, run, dataset)
-    return make_plan(run, pairs, plan.title, StepOptions.of(config), plan.limit)
+    found = make_plan(run, pairs, plan.title, StepOptions.of(config), plan.limit)
+    return replace(found, others=_others(found, run, pairs, (script, adapter, config, dataset, example)))
+
+
+def _others(
+    plan: RunPlan, run: FakeRun, pairs: Mapping[str, Tensor], given: tuple[Any, ...]
+) -> list[tuple[str, StepMemory]]:
+    """What options would leave that change numbers, each alone, of those that buy something; the best first.
+
+    Args:
+        given: script, adapter, config, dataset and example, as of `fake_run`.
+    """
+    script, adapter, config, dataset, example = given
+    device, runs = run.device, {}
+
+    def changed(script: ScriptArguments, adapter: AdapterOptions) -> FakeRun:
+        made = fake_run(script, adapter, config, device, dataset, example)
+        return replace(made, libraries=run.libraries)
+
+    if run.optimizer.startswith("adamw_torch"):
+        runs["--optim adamw_bnb_8bit"] = lambda: replace(run, optimizer="adamw_bnb_8bit")
+        if device.type != "cpu":
+            runs["--optim paged_adamw_8bit"] = lambda: replace(run, optimizer="paged_adamw_8bit")
+    is_quantised = adapter.load_in_4bit or adapter.load_in_8bit
+    if weights_dtype(script, adapter, device) == torch.float32 and not is_quantised and not model_options(script):
+        runs["--dtype bfloat16"] = lambda: changed(replace(script, dtype="bfloat16"), adapter)
+    has_adapter = adapter.use_peft or base_of(script.start or "") is not None
+    if not has_adapter:
+        runs["--use_peft"] = lambda: changed(script, replace(adapter, use_peft=True))
+    if not is_quantised and script.start is not None:
+        with_peft = adapter if has_adapter else replace(adapter, use_peft=True)
+        name = "--load_in_4bit true" if has_adapter else "--use_peft --load_in_4bit true"
+        runs[name] = lambda: changed(script, replace(with_peft, load_in_4bit=True))
+    found = []
+    for name, make in runs.items():
+        try:
+            other = make().step(pairs, plan.options)
+        except ValueError:  # not of this model
+            continue
+        if other.bytes < (1 - WORTH) * plan.memory.bytes:
+            found.append((name, other))
+    return sorted(found, key=lambda one: one[1].bytes)
 
 
 def take(chosen: Chosen, config: DPOConfig, run: FakeRun) -> None:
@@ -219,17 +264,38 @@ def fake_run(
         mode, policy, reference, _layout(config, policy, script, dataset),
         scores=config.loss_options.needs_reference, device=device,
         mixed_precision=COMPUTE.get("bf16" if config.bf16 else "fp16" if config.fp16 else "no"),
-        optimizer=str(getattr(config.optim, "value", config.optim)),
+        optimizer=optimizers.name_of(config),
         accumulates=config.gradient_accumulation_steps > 1,
         libraries=held(torch.device("cpu")) + CPU_LIBRARIES if device.type == "cpu" else GPU_LIBRARIES,
         can_precompute=not config.sync_ref_model, can_bucket=config.layout in ("auto", "bucketed", "padded"),
         can_split=_can_split(config, policy),
         can_tile=config.disable_dropout and not config.torch_compile and _can_tile(mode, policy),
     )  # fmt: skip
+    option, nested = _quantisation(adapter, of_model)
+    if option is not None:
+        run.quantised = quantised_bytes(policy, option, nested, dtype.itemsize)
+    return run
+
+
+def _quantisation(adapter: AdapterOptions, config: Any) -> tuple[str | None, bool]:
+    """How the weights are quantised, by the options or by the checkpoint itself, and whether its scales are too.
+
+    Raises:
+        PlanError: in a way whose bytes are not known here.
+    """
+    of_model = getattr(config, "quantization_config", None)
+    of_model = of_model if isinstance(of_model, dict) or of_model is None else of_model.to_dict()
     for option in ("load_in_4bit", "load_in_8bit"):
         if getattr(adapter, option):
-            run.quantised = quantised_bytes(policy, option, adapter.use_bnb_nested_quant, dtype.itemsize)
-    return run
+            return option, adapter.use_bnb_nested_quant
+        if (of_model or {}).get(option):
+            return option, bool((of_model or {}).get("bnb_4bit_use_double_quant"))
+    if of_model is not None:
+        raise PlanError(
+            f"the checkpoint's weights are quantised ({of_model.get('quant_method', 'of an unknown kind')}), and the "
+            "plan knows those of bitsandbytes alone"
+        )
+    return None, False
 
 
 def _can_split(config: DPOConfig, policy: Any) -> bool:

@@ -176,6 +176,8 @@ class DPOConfig(TrainingArguments):
         """
         for name, value in options.items():
             setattr(self, name, value)
+            if name == "gradient_checkpointing" and hasattr(self, "activation_checkpointing"):
+                self.activation_checkpointing = value  # its name since transformers 5.24, which the trainer goes by
         self.memory_budget_bytes = parse_bytes(self.memory_budget)
         self._check_tiles()
         self._check_sync()

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
 from dpo_kernels.training.memory.device_memory import held
+from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError, is_out_of_memory
 from dpo_kernels.training.memory.rescue import Rescue
 from dpo_kernels.training.mlp_tiles import Tiled, tile_mlps
 from dpo_kernels.training.model import FusedHead
@@ -235,7 +237,12 @@ class DPOTrainer(SavingTrainer):
             return
         if self.token_batches is not None:  # accelerate tells those that it knows
             self.token_batches.set_epoch(epoch)
-        super()._run_epoch(model, epoch, *args, **kwargs)
+        try:
+            super()._run_epoch(model, epoch, *args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error) or self.args.world_size > 1:
+                raise
+            raise self._rescue.between_steps(error) from error
 
     def counts(self) -> tuple[dict[str, Tensor], Any]:
         """What the log will say of the batches since its last entry, and the loss of the step so far."""
@@ -307,9 +314,11 @@ class DPOTrainer(SavingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
+        return self._rescue.evaluate(partial(self._evaluated, model), self._prepare_inputs(inputs))
+
+    @torch.no_grad()
+    def _evaluated(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
         longer = inputs["mask_chosen"].sum(1) - inputs["mask_rejected"].sum(1)  # by so many tokens is the chosen answer
         metrics = torch.cat([metrics, longer.to(metrics)[:, None]], 1)
         return loss.detach(), metrics, metrics.new_zeros(len(metrics))  # no labels, but Trainer wants some

@@ -22,11 +22,10 @@ from dpo_kernels.commands.run_plan import take
 from dpo_kernels.training import FusedHead
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.layouts import Layout, PairTokens
-from dpo_kernels.training.memory import checkpointing, device_memory, lower, rescue, run_plan, step_memory
+from dpo_kernels.training.memory import checkpointing, device_memory, lower, run_plan, step_memory
 from dpo_kernels.training.memory.device_memory import Limit
 from dpo_kernels.training.memory.fake_models import fake_mode, make_fake, quantised_bytes
 from dpo_kernels.training.memory.live_bytes import GRADIENTS, HOST, LiveBytes
-from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError, is_out_of_memory
 from dpo_kernels.training.memory.pairs import longest_pairs, made_pairs
 from dpo_kernels.training.memory.rehearsal import rehearse
 from dpo_kernels.training.memory.step_memory import (
@@ -300,14 +299,20 @@ def test_a_plan_is_told_in_words_as_json_and_as_a_picture(tmp_path):
     assert sorted(drawn) == [*drawn]
     assert drawn[308].bytes == plan.memory.bytes
     sentence = run_plan.too_little(plan)
-    for part in ("too little. --", "--dtype bfloat16", "Nothing was trained"):
+    for part in ("too little. --", "is left to you: a smaller --max_length", "Nothing was trained"):
         assert part in sentence, part
+    others = [("--dtype bfloat16", dataclasses.replace(plan.memory, parts={WEIGHTS: plan.memory.bytes - 3 * MIB}))]
+    plan = dataclasses.replace(plan, others=others)
+    assert "with other numbers, each alone:" in str(plan)
+    assert "is left to you: --dtype bfloat16 buys 3.00 MiB, a smaller --max_length" in run_plan.too_little(plan)
+    assert plan.as_json()["others"][0]["option"] == "--dtype bfloat16"
 
 
 def test_what_fit_chose_is_what_a_trainer_runs(tmp_path):
     run = fake_run(reference=True)
     chosen = lower.fit(run, made_pairs(8, 1500, 1500), StepOptions(memory_budget=BUDGET), 1)
-    trainer_args = make_trainer(tmp_path / "a", pairs=Trees()).args
+    trainer = make_trainer(tmp_path / "a", pairs=Trees(), max_steps=1)
+    trainer_args = trainer.args
     take(chosen, trainer_args, run)
     assert (trainer_args.gradient_checkpointing, trainer_args.answers_at_once) == (True, 1)
     assert trainer_args.layout == "bucketed"
@@ -316,6 +321,8 @@ def test_what_fit_chose_is_what_a_trainer_runs(tmp_path):
     told = dataclasses.replace(chosen.options, mlp_tiles="auto")
     take(dataclasses.replace(chosen, options=told), trainer_args, run)
     assert trainer_args.tiles == "auto"
+    trainer.train()
+    assert checkpointing.is_on(trainer.model)
 
 
 def test_what_a_run_cannot_do_is_not_chosen():
@@ -393,91 +400,6 @@ def test_the_longest_batch_is_the_one_with_the_most_tokens():
     found = longest_pairs(Trees(), Layout("shared", "branches"), 1)
     assert found["x_chosen"].shape == (1, 51)  # 21 and 30 against 19
     assert longest_pairs(Trees(), Layout("padded"), 2)["x_chosen"].shape[0] == 2
-
-
-# Out of memory
-
-
-class Full:
-    """A policy that has no memory left in the backward of some batches."""
-
-    def __init__(self, trainer, at, error=None):
-        self.trainer, self.at, self.calls = trainer, set(at), 0
-        self.error = error or RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
-        self.own = trainer.compute_loss
-        trainer.compute_loss = self.compute_loss
-
-    def compute_loss(self, model, inputs, **kwargs):
-        loss = self.own(model, inputs, **kwargs)
-        if model.training:
-            self.calls += 1
-            if self.calls in self.at:
-                loss.register_hook(self.fail)
-        return loss
-
-    def fail(self, grad):
-        raise self.error
-
-
-@pytest.mark.parametrize(
-    ("accumulated", "at", "step", "error"),
-    [
-        (1, 2, 2, None),
-        (1, 2, 2, MemoryError()),
-        (3, 6, 3, torch.OutOfMemoryError("CUDA out of memory")),  # the second of three batches; step 2 has one
-    ],
-    ids=str,
-)
-def test_a_step_without_memory_is_run_again_one_part_lower(tmp_path, accumulated, at, step, error):
-    options = {"pairs": Trees(), "max_steps": 4, "gradient_accumulation_steps": accumulated, "layout": "bucketed",
-               "per_device_train_batch_size": 1, "num_train_epochs": 20}  # fmt: skip
-    usual = make_trainer(tmp_path / "usual", **options)
-    usual.train()
-    trainer = make_trainer(tmp_path / "full", **options)
-    Full(trainer, [at], error)
-    with pytest.warns(
-        UserWarning, match=f"step {step}: memory did not suffice .*run again with --gradient_checkpointing"
-    ):
-        trainer.train()
-    assert checkpointing.is_on(trainer.model)
-    for name, weight in weights(usual).items():
-        torch.testing.assert_close(weights(trainer)[name], weight, rtol=0, atol=1e-6)
-    assert [e["loss"] for e in logs(tmp_path / "full")] == pytest.approx([e["loss"] for e in logs(tmp_path / "usual")])
-    assert [e["rewards/margins"] for e in logs(tmp_path / "full")] == pytest.approx(
-        [e["rewards/margins"] for e in logs(tmp_path / "usual")], abs=1e-5
-    )
-    assert [e["lowered"] for e in logs(tmp_path / "full", "lowered")] == ["--gradient_checkpointing true"]
-
-
-def test_what_a_run_can_be_lowered_by(tmp_path):
-    trainer = make_trainer(tmp_path, pairs=Trees(), layout="shared")
-    told = [one.split(" ")[0] + " " + one.split(" ")[1] for one in rescue.lower(trainer)]
-    assert told == ["--gradient_checkpointing true", "--mlp_tiles auto", "--answers_at_once 2", "--answers_at_once 1"]
-    assert trainer.layout == Layout("bucketed", answers_at_once=1) == trainer.reference.layout
-    trainer.train()
-    assert logs(tmp_path)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
-
-
-def test_without_memory_even_then_the_last_step_is_saved(tmp_path):
-    trainer = make_trainer(tmp_path, pairs=Trees(), layout="bucketed", max_steps=5)
-    Full(trainer, [3, 4])
-    with (
-        pytest.warns(UserWarning, match="memory did not suffice"),
-        pytest.raises(OutOfMemoryError, match=r"nor with --gradient_checkpointing true .* saved in .*checkpoint-2"),
-    ):
-        trainer.train()
-    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
-    again = make_trainer(tmp_path, pairs=Trees(), layout="bucketed", max_steps=5)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 5
-
-
-def test_another_error_is_no_lack_of_memory(tmp_path):
-    trainer = make_trainer(tmp_path, pairs=Trees(), layout="bucketed")
-    Full(trainer, [1], RuntimeError("a kernel is wrong"))
-    with pytest.raises(RuntimeError, match="a kernel is wrong"):
-        trainer.train()
-    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 # Over a run

@@ -20,9 +20,9 @@ CGROUPS = (
 )  # fmt: skip
 # Bytes that libraries hold beside tensors: on a CPU beyond what a process holds before it has a model (kernels that are
 # built as they are needed, threads; measured); on a GPU its context and cuBLAS's workspaces, an estimate.
-CPU_LIBRARIES, GPU_LIBRARIES = 128 * 2**20, 640 * 2**20
+CPU_LIBRARIES, GPU_LIBRARIES = 96 * 2**20, 640 * 2**20
 # Bytes from which on glibc's malloc asks the system for memory of a block's own: at most, and after `keep_compact`.
-USUAL, COMPACT = 32 * 2**20, 4 * 2**20
+USUAL, COMPACT = 32 * 2**20, 2 * 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h
 NO_LIMIT = 2**60  # what limits of no meaning exceed
 EVERY = 0.002  # seconds between two looks, where the system does not remember the most

@@ -11,21 +11,22 @@ from typing import Any
 import torch
 
 from dpo_kernels.training.head_check import random_numbers_kept
-from dpo_kernels.training.memory import checkpointing
+from dpo_kernels.training.memory import checkpointing, optimizers
 from dpo_kernels.training.memory.device_memory import held, peak_within
 from dpo_kernels.training.memory.out_of_memory import is_out_of_memory
 from dpo_kernels.training.memory.pairs import longest_pairs
-from dpo_kernels.training.memory.step_memory import optimizer_bytes
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """bytes: the most that the process held, with what the optimizer will keep; None: the memory did not suffice.
-    seconds: that the step took. why: what the system said where it did not suffice."""
+    seconds: that the step took. why: what the system said where it did not suffice. unknown: whether the optimizer will
+    keep more, nobody here knows how much."""
 
     bytes: int | None
     seconds: float
     why: str = ""
+    unknown: bool = False
 
 
 def rehearse(trainer: Any) -> Rehearsal | None:
@@ -55,7 +56,9 @@ def rehearse(trainer: Any) -> Rehearsal | None:
             _step(trainer, model, inputs)
         del inputs
         known = held(device) if device.type == "cuda" else 0
-        found = Rehearsal(max(most[0], known) + optimizer_bytes(trainer), time.perf_counter() - start)
+        name = optimizers.name_of(args)
+        kept = 0 if optimizers.is_on_host(name, device.type) else optimizers.kept_bytes(name, model)
+        found = Rehearsal(max(most[0], known) + (kept or 0), time.perf_counter() - start, unknown=kept is None)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

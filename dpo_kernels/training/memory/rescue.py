@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.memory import checkpointing
 from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError, is_out_of_memory
 from dpo_kernels.training.mlp_tiles import TilingError, tile_mlps
+from dpo_kernels.training.resume import newest_whole
 from dpo_kernels.warn import warn
 
 Step = Callable[[Any, dict[str, Any], Any], Tensor]
+Evaluation = Callable[[dict[str, Any]], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Rescue:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._begun: Begun | None = None
+        self._evaluated_at_once: int | None = None  # pairs, where a whole batch did not fit
 
     def run(self, step: Step, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """`Trainer.training_step`, given as `step`.
@@ -62,7 +66,7 @@ class Rescue:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or trainer.args.world_size > 1:
                 raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = _said(error)
         # Out of the block above nothing holds the tensors of the step any more.
         self._forget()
         told = next(lower(trainer), None)
@@ -74,7 +78,7 @@ class Rescue:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                said = (str(error).splitlines() or [type(error).__name__])[0]
+                said = _said(error)
             else:
                 trainer.note({"lowered": told})
                 return loss
@@ -90,14 +94,56 @@ class Rescue:
             "fits, or with a smaller --max_length"
         )
 
+    def evaluate(self, step: Evaluation, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, metrics and labels of a batch of held-out pairs; of its halves where the memory does not suffice.
+
+        Pairs know nothing of each other, so that the numbers are the same. What is said holds for the next batches too.
+
+        Raises:
+            OutOfMemoryError: it does not suffice for a pair; says where the last step is saved, and what to turn.
+        """
+        trainer, pairs = self.trainer, len(inputs["x_chosen"])
+        at_once = self._evaluated_at_once or pairs
+        while True:
+            try:
+                parts = [step(_of_pairs(inputs, i, i + at_once)) for i in range(0, pairs, at_once)]
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or trainer.args.world_size > 1 or trainer.aux_loss.weight > 0:
+                    raise
+                said = _said(error)
+            self._forget(gradients=False)
+            if at_once == 1:
+                saved = f" The last step is saved in {trainer.save_checkpoint()}." if trainer.is_in_train else ""
+                raise OutOfMemoryError(
+                    f"memory did not suffice for the evaluation of one pair ({said}).{saved} Give a smaller "
+                    "--memory_budget or --max_length, or leave the evaluation out (--eval_strategy no)"
+                )
+            at_once = self._evaluated_at_once = (at_once + 1) // 2
+            warn(f"memory did not suffice for the evaluation of a batch ({said}); it goes on with {at_once} at once")
+        sizes = torch.tensor([len(metrics) for _, metrics, _ in parts])
+        losses, metrics, labels = zip(*parts, strict=True)
+        mean = (torch.stack(losses) * sizes.to(losses[0])).sum() / pairs
+        return mean, torch.cat(metrics), torch.cat(labels)
+
+    def between_steps(self, error: BaseException) -> OutOfMemoryError:
+        """What is said where the memory did not suffice after a step's backward and before the next forward."""
+        state, folder = self.trainer.state, newest_whole(Path(str(self.trainer.args.output_dir)))
+        last = "no checkpoint was saved yet" if folder is None else f"the last checkpoint is {folder}"
+        return OutOfMemoryError(
+            f"after step {state.global_step}: memory did not suffice for the optimizer, or for saving "
+            f"({_said(error)}). Some of the weights may have changed, so that they are not saved; {last}. An optimizer "
+            "keeps less with --optim adamw_bnb_8bit or --use_peft"
+        )
+
     def _again(self, begun: Begun, step: Step, model: Any) -> Tensor:
         self.trainer.set_counts(begun.counts)
         _set_random_state(begun.random)
         losses = [step(model, dict(inputs), num_items) for inputs, num_items in begun.parts]
         return losses[-1]
 
-    def _forget(self) -> None:
-        for p in self.trainer.model.parameters():
+    def _forget(self, gradients: bool = True) -> None:
+        for p in self.trainer.model.parameters() if gradients else ():
             p.grad = None
         gc.collect()
         dpo_kernels.empty_cache()
@@ -139,6 +185,14 @@ def _in_smaller_parts(trainer: Any) -> Layout | None:
     if now > 2:
         return replace(layout, answers_at_once=2)
     return replace(layout, name="padded" if layout.name == "padded" else "bucketed", attention=None, answers_at_once=1)
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _of_pairs(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
+    return {name: tensor[begin:end] for name, tensor in inputs.items()}
 
 
 def _has_gradients(model: Any) -> bool:

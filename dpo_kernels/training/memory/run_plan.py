@@ -20,10 +20,7 @@ from dpo_kernels.units import in_words
 
 STEP = 64  # tokens that the longest pair is known to
 TRIES = 8  # steps that looking for it may take
-NUMBERS_CHANGE = (
-    "what changes numbers is left to you: --dtype bfloat16 or --load_in_4bit for weights, --use_peft or --optim "
-    "adamw_bnb_8bit for gradients and optimizer, a smaller --max_length"
-)
+NUMBERS_CHANGE = "what changes numbers is left to you: "
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class RunPlan:
     options: what the run does about memory; memory: with them.
     limit: what the run may hold, None: nothing is known.
     alone: what each other thing to do about memory would leave, the best first.
+    others: what options would leave that change the numbers of the run, by their names; the best first.
     chosen: what `--fit` chose, over options; None: it was not asked.
     longest: the longest pair that fits, with the lengths of prompt and answers in the same proportion; None: not asked,
         or none fits. positions: that the model has.
@@ -45,6 +43,7 @@ class RunPlan:
     memory: StepMemory
     limit: Limit | None = None
     alone: Sequence[tuple[Lowering, StepMemory]] = ()
+    others: Sequence[tuple[str, StepMemory]] = ()
     chosen: Chosen | None = None
     longest: PairTokens | None = None
     positions: int | None = None
@@ -67,6 +66,9 @@ class RunPlan:
         if self.alone:
             lines.append("with one thing more, each alone:")
             lines += [f"  {in_words(lowered.bytes):>10}  {_buys(self, one, lowered)}" for one, lowered in self.alone]
+        if self.others:
+            lines.append("with other numbers, each alone:")
+            lines += [f"  {in_words(other.bytes):>10}  {_gives(self, name, other)}" for name, other in self.others]
         if self.chosen is not None:
             lines += self.told_of_choice
         if self.longest is not None:
@@ -91,7 +93,7 @@ class RunPlan:
             before = lowered
         if self.limit is not None and before.bytes > self.limit.bytes:
             more = in_words(before.bytes - self.limit.bytes)
-            lines.append(f"--fit: by the plan that is {more} more than there is; {NUMBERS_CHANGE}")
+            lines.append(f"--fit: by the plan that is {more} more than there is; {_numbers_change(self)}")
         return lines or ["--fit: it fits as it is"]
 
     def as_json(self) -> dict[str, Any]:
@@ -102,6 +104,7 @@ class RunPlan:
             "title": self.title, "options": asdict(self.options), "memory": of(self.memory),
             "limit": None if self.limit is None else asdict(self.limit),
             "alone": [{"option": one.option, "costs": one.costs, "memory": of(memory)} for one, memory in self.alone],
+            "others": [{"option": name, "memory": of(memory)} for name, memory in self.others],
             "chosen": None if self.chosen is None else {
                 "options": asdict(self.chosen.options), "memory": of(self.chosen.memory),
                 "steps": [{"option": one.option, "memory": of(memory)} for one, memory in self.chosen.steps],
@@ -123,13 +126,22 @@ def too_little(plan: RunPlan, measured: int | None = None) -> str:
     choose = f"{buys}; --fit chooses among them" if buys else "No option buys more at the same numbers"
     return (
         f"a step of the longest batch needs {in_words(needs)} ({how}), and there is {in_words(plan.limit.bytes)} "
-        f"({plan.limit.why}): {in_words(needs - plan.limit.bytes)} too little. {choose}; {NUMBERS_CHANGE}. Nothing was "
-        "trained, nothing is lost"
+        f"({plan.limit.why}): {in_words(needs - plan.limit.bytes)} too little. {choose}; {_numbers_change(plan)}. "
+        "Nothing was trained, nothing is lost"
     )
 
 
 def _buys(plan: RunPlan, one: Lowering, lowered: StepMemory) -> str:
     return f"{one.option} buys {in_words(plan.memory.bytes - lowered.bytes)} for {one.costs}"
+
+
+def _gives(plan: RunPlan, name: str, other: StepMemory) -> str:
+    return f"{name} buys {in_words(plan.memory.bytes - other.bytes)}"
+
+
+def _numbers_change(plan: RunPlan) -> str:
+    options = [_gives(plan, name, other) for name, other in plan.others]
+    return NUMBERS_CHANGE + ", ".join([*options, "a smaller --max_length"])
 
 
 def longest_pair(
@@ -229,7 +241,7 @@ def make_plan(
     memory = run.step(pairs, options)
     alone = lower.each(run, pairs, options, memory) if compares else []
     chosen = lower.fit(run, pairs, options, limit.bytes) if fits and limit is not None else None
-    return RunPlan(title, options, memory, limit, alone, chosen)
+    return RunPlan(title, options, memory, limit, alone, chosen=chosen)
 
 
 def _parts(memory: StepMemory) -> list[str]:

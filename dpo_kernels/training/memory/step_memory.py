@@ -25,7 +25,7 @@ from dpo_kernels.overrides import override
 from dpo_kernels.training.attention import rows_are_sequences, use_branches
 from dpo_kernels.training.batch import IGNORE_INDEX, PairBatch
 from dpo_kernels.training.layouts import Layout
-from dpo_kernels.training.memory import checkpointing, device_memory
+from dpo_kernels.training.memory import checkpointing, device_memory, optimizers
 from dpo_kernels.training.memory.live_bytes import ATTENTION, GRADIENTS, HOST, LiveBytes
 from dpo_kernels.training.mlp_tiles import check_tiles, tile_mlps
 from dpo_kernels.training.output_head import find_head
@@ -48,13 +48,6 @@ LIKE = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         torch.ops.aten._scaled_dot_product_flash_attention_backward,
 }  # fmt: skip
-# Of an optimizer: numbers kept for each that is trained, and their bytes (None: the weight's dtype).
-OPTIMIZERS: dict[str, tuple[float, int | None]] = {
-    "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_bnb_8bit": (2, 1), "adamw_8bit": (2, 1),
-    "ademamix": (3, None), "ademamix_8bit": (3, 1), "lion_32bit": (1, 4), "lion_8bit": (1, 1), "sgd": (0, None),
-    "adagrad": (1, None), "rmsprop": (1, None), "adafactor": (0, None),
-}  # fmt: skip
-PAGED = "paged_"  # before the name: kept on the host
 ARCH = ("cuda", 9)  # what a plan for a GPU takes it for where there is none
 
 
@@ -117,6 +110,7 @@ class FakeRun:
 
     policy, reference: fused models whose parameters are fake tensors of `mode`; reference None: there is no second one.
     scores: whether the reference's log-probs are computed in a step.
+    optimizer: as `optimizers.name_of` has it.
     is_compact: whether the process is one after `device_memory.keep_compact`.
     can_tile, can_split, can_bucket, can_precompute: whether the policy's MLPs can run over slices, a step in parts, its
         answers each in a row, and the reference before training.
@@ -144,7 +138,8 @@ class FakeRun:
         """The memory of a step of these pairs, real tensors as `PairCollator` makes them.
 
         Raises:
-            PlanError: the model's forward depends on numbers, or fails without them.
+            PlanError: the model's forward depends on numbers, or fails without them; or what its optimizer keeps is not
+                known.
             ValueError: the options do not go with the model or its layout.
         """
         layout = replace(BUCKETED if options.bucketed else self.layout, answers_at_once=options.answers_at_once)
@@ -230,7 +225,7 @@ class FakeRun:
         found[WEIGHTS] += _size(frozen) - self.quantised[0]
         if self.reference is not None and not options.precompute_ref_log_probs:
             found[REFERENCE] += _size([*self.reference.parameters(), *self.reference.buffers()]) - self.quantised[0]
-        found[OPTIMIZER] += 0 if self._is_paged else self._optimizer_bytes(trained)
+        found[OPTIMIZER] += 0 if self._is_paged else self._optimizer_bytes()
         found[RUNNING] += self.quantised[1]
         found[BATCH] += sum(t.nbytes for t in pairs.values()) + others
         if self.device.type == "cpu":
@@ -241,15 +236,18 @@ class FakeRun:
         return {name: found[name] for name in PARTS if found[name]}
 
     def _host(self, tracker: StepBytes) -> int:
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        return tracker.most_on_host + (self._optimizer_bytes(trained) if self._is_paged else 0)
+        return tracker.most_on_host + (self._optimizer_bytes() if self._is_paged else 0)
 
     @property
     def _is_paged(self) -> bool:
-        return self.optimizer.startswith(PAGED) and self.device.type != "cpu"
+        return optimizers.is_on_host(self.optimizer, self.device.type)
 
-    def _optimizer_bytes(self, trained: list[Tensor]) -> int:
-        return _kept_by(self.optimizer, trained)
+    def _optimizer_bytes(self) -> int:
+        found = optimizers.kept_bytes(self.optimizer, self.policy)
+        if found is None:
+            known = ", ".join(sorted((*optimizers.KEPT, optimizers.FACTORED)))
+            raise PlanError(f"what the optimizer {self.optimizer!r} keeps is not known here; known are {known}")
+        return found
 
 
 class StepBytes(LiveBytes):
@@ -329,19 +327,6 @@ def to_host(tracker: LiveBytes, model: nn.Module) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.clone()):
         yield
-
-
-def optimizer_bytes(trainer: Any) -> int:
-    """What the optimizer of a trainer will keep on its device, and does not keep yet."""
-    name, device = str(getattr(trainer.args.optim, "value", trainer.args.optim)), trainer.args.device
-    if name.startswith(PAGED) and device.type != "cpu":
-        return 0
-    return _kept_by(name, [p for p in trainer.model.parameters() if p.requires_grad])
-
-
-def _kept_by(optimizer: str, trained: list[Tensor]) -> int:
-    numbers, size = OPTIMIZERS.get(optimizer.removeprefix(PAGED), (2, None))
-    return int(sum(numbers * t.numel() * (size or t.element_size()) for t in trained))
 
 
 def _fused(model: Any) -> Any:
