@@ -195,18 +195,15 @@ def _shard(shard: object, hidden: Tensor, weight: Tensor, labels: Tensor) -> Non
             f"less than {hidden.ndim - 1}"
         )
     _tensor("labels", labels)
-    whole = list(hidden.shape)
-    if labels.ndim == hidden.ndim - 1:
-        piece = chunk(labels.shape[dim], shard.ranks, shard.rank)
-        if piece.stop - piece.start == whole[dim]:
-            whole[dim] = labels.shape[dim]
-    if labels.shape != torch.Size(whole[:-1]):
+    size = labels.shape[dim] if labels.ndim == hidden.ndim - 1 else 0
+    piece = chunk(size, shard.ranks, shard.rank)
+    if labels.ndim != hidden.ndim - 1 or piece.stop - piece.start != hidden.shape[dim]:
         raise ValueError(
             f"labels are {_shape(labels)}, hidden {_shape(hidden)}, its dimension {dim} split over {shard.ranks} "
             f"ranks of which this is {shard.rank}; expected labels of all ranks' hidden states, and a piece of them as "
             "torch.chunk makes it"
         )
-    _labels("hidden", hidden.new_empty(()).expand(whole), labels)
+    _labels("hidden", hidden.new_empty(()).expand(*hidden.shape[:dim], size, *hidden.shape[dim + 1 :]), labels)
 
 
 def check_low_rank(given: object, hidden: Tensor, weight: Tensor) -> None:

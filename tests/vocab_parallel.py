@@ -67,10 +67,15 @@ def differences(listed: list[Case], to: str) -> None:
     Path(to, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
+def spawn(ranks: int, function: Any, *arguments: Any) -> None:
+    """function(*arguments) on each rank; the last argument is a folder to write to."""
+    mp.spawn(as_rank, (ranks, f"{arguments[-1]}/store", function, arguments), ranks)
+
+
 def on_ranks(ranks: int, function: Any, *arguments: Any) -> list[Any]:
     """What each rank wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(as_rank, (ranks, f"{folder}/store", function, (*arguments, folder)), ranks)
+        spawn(ranks, function, *arguments, folder)
         return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
 
