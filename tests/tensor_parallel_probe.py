@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import assert_close
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -87,6 +88,17 @@ def check_tensor_parallel(name: str, config: dict, ids: torch.Tensor, labels: to
     assert_close(model(input_ids=ids).logits, alone(input_ids=ids).logits, 1e-5, f"{name} unfused")
 
 
+def check_adapters() -> None:
+    """A LoRA on a head that is split is refused."""
+    on_head = get_peft_model(loaded(make_model("Llama"), tp_plan="auto"), LoraConfig(r=4, target_modules=["lm_head"]))
+    try:
+        FusedHead(on_head)
+    except HeadError as error:
+        assert "tensor parallelism has split the weight below the adapter" in str(error), error
+    else:
+        raise AssertionError("an adapter on a split head was taken")
+
+
 def check_pytorch_styles(ids: torch.Tensor, labels: torch.Tensor) -> None:
     """PyTorch's own hooks around a head: outputs gathered, or refused."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -119,6 +131,9 @@ def main() -> None:
         for name, config in NAMES:
             check_tensor_parallel(name, config, ids, labels, tp_plan="auto")
         check_pytorch_styles(ids, labels)
+        check_adapters()
+        config = DistributedConfig(fsdp_size=2)
+        check_tensor_parallel("Llama", {}, ids, labels, distributed_config=config)
     print(f"rank {dist.get_rank()}: as one process", flush=True)
     dist.barrier()
     sys.stdout.flush()

@@ -24,7 +24,6 @@ from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.head_adapter import refusal
 from dpo_kernels.training.head_check import check_head
 from dpo_kernels.training.output_head import (
-    PARALLEL_FORWARD,
     FusedForward,
     HeadError,
     OutputHead,
@@ -33,8 +32,8 @@ from dpo_kernels.training.output_head import (
     find_head,
     fused_class,
     fused_forward_of,
-    is_parallel,
 )
+from dpo_kernels.training.parallel_head import PARALLEL_FORWARD, is_parallel
 
 
 class FusedHead:
@@ -77,8 +76,7 @@ class FusedHead:
             )
         if why := refusal(head):
             raise HeadError(f"the output head {type(head).__name__} of {type(model).__name__} cannot be fused: {why}")
-        given = vars(head).get("forward")
-        if given is not None and "_old_forward" not in vars(head) and not is_parallel(given):
+        if "forward" in vars(head) and "_old_forward" not in vars(head) and not is_parallel(head):
             raise HeadError(
                 f"something has put a forward of its own on the output head {type(head).__name__} of this model: make "
                 "the FusedHead before it is wrapped"
@@ -91,7 +89,7 @@ class FusedHead:
         for copy in _copies(model, head):
             copy.fused = self
             copy.__class__ = fused_class(type(copy))
-            if is_parallel(vars(copy).get("forward")):
+            if is_parallel(copy):
                 vars(copy)[PARALLEL_FORWARD] = vars(copy).pop("forward")
             if "_old_forward" in vars(copy):  # accelerate's hooks call the forward that they found
                 copy._old_forward = types.MethodType(OutputHead.forward, copy)

@@ -17,11 +17,10 @@ from dpo_kernels.dtensors import alike_on_all_ranks, whole_value
 from dpo_kernels.statistics import TokenStats
 from dpo_kernels.training.attention import Spans, masks, uses_branches, without_masks
 from dpo_kernels.training.head_adapter import low_rank_of
+from dpo_kernels.training.parallel_head import PARALLEL_FORWARD
 
 # What a model without get_output_embeddings calls its head.
 HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")
-# Where a fused head keeps the forward that tensor parallelism has put on it.
-PARALLEL_FORWARD = "_parallel_forward"
 # What the trainer gives a model that takes it.
 DISPENSABLE = ("attention_mask", "output_router_logits", "use_cache")
 
@@ -177,11 +176,6 @@ class OutputHead(nn.Module):
 def own_head_forward(head: OutputHead) -> Any:
     """The forward that a head had before it was fused: its class's, or what tensor parallelism has put around that."""
     return vars(head).get(PARALLEL_FORWARD) or types.MethodType(type(head).plain.forward, head)
-
-
-def is_parallel(forward: Any) -> bool:
-    """Whether a forward is one that transformers has put on a layer whose weight it has split over ranks."""
-    return getattr(forward, "__module__", "") == "transformers.distributed.tensor_parallel"
 
 
 def fused_class(plain: Any) -> Any:
