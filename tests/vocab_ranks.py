@@ -16,6 +16,7 @@ from helpers import ALL, make_head
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_kernels import LowRank, TokenStats, VocabShard, plan, token_stats
 from dpo_kernels.functional import least_budget
@@ -241,6 +242,23 @@ def counted(sizes: dict[str, int]) -> Iterator[None]:
     finally:
         for name, function in kept.items():
             setattr(dist, name, function)
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts what DTensors send, as `counted` does."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.__name__ if isinstance(func, torch._ops.OpOverload) else ""
+        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+            if name.startswith(kind) and func.namespace == "_c10d_functional":
+                largest = max(t.nbytes for t in (args[0], made))
+                self.sizes[kind] = self.sizes.get(kind, 0) + largest
+        return made
 
 
 def on_a_ring(sizes: dict[str, int], ranks: int) -> float:
