@@ -67,8 +67,8 @@ def _finish_jacobian(call: Call, done: Finished, total: Tensor, label_weight: Te
 class InputGrads(NamedTuple):
     """Gradients in the inputs' own shapes and dtypes; None where not wanted.
 
-    Where the vocabulary is split over ranks, those of hidden (M, D) and of low_rank_a are this rank's parts of a sum, in
-    the accumulation dtype.
+    Where the vocabulary is split over ranks, those of hidden (M, D) and of low_rank_a are this rank's parts of a sum,
+    in the accumulation dtype.
     """
 
     hidden: Tensor | None

@@ -315,7 +315,7 @@ class Workload:
         """See `Plan`."""
         if not self.ranks:
             return ()
-        hidden = self.labels * self.hidden_size
+        hidden = -(-self.labels // self.ranks) * self.ranks * self.hidden_size  # the last piece is filled up
         made = [
             ("all-reduce, maxima", self.wide * (self.tokens + 3)),
             ("all-reduce, sums", self.wide * ((2 + self.statistics) * self.tokens + 1)),
@@ -451,7 +451,8 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
         gemms += 2 * (share - 1) * (s.grads.low_rank or s.grads.hidden)
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
-        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()), s.rank, s.ranks, s.exchanges(),
+        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()), s.rank, s.ranks,
+        s.exchanges(),
     )  # fmt: skip
 
 

@@ -35,14 +35,10 @@ KINDS = ("log_probs", "statistics", "d hidden", "d weight", "d bias", "d low_ran
 
 def cases(impl: str) -> list[Case]:
     if impl == "triton":
-        small = {"shape": (40, 16, 131)}
-        return [
-            *(
-                Case(impl, mode, outputs=FEW if mode != "recompute" else EVERY, **small)
-                for mode in ("score", "frozen", "keep", "recompute")
-            ),  # type: ignore[arg-type]  # noqa: E501
-            Case(impl, "keep", form="dtensor", hidden="split", rank=3, **small),  # type: ignore[arg-type]
-        ]
+        shape = (40, 16, 131)
+        made = [Case(impl, mode, outputs=FEW, shape=shape) for mode in ("score", "frozen", "keep")]
+        made.append(Case(impl, "recompute", outputs=EVERY, shape=shape))
+        return [*made, Case(impl, "keep", form="dtensor", hidden="split", rank=3, shape=shape)]
     made = [Case(impl, mode, dtype, outputs) for mode in MODES for dtype in (torch.float32, torch.bfloat16)
             for outputs in ((), FEW)]  # fmt: skip
     made += [Case(impl, mode, outputs=EVERY) for mode in ("score", "recompute")]

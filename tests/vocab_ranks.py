@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from helpers import ALL, make_head
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_kernels import LowRank, TokenStats, VocabShard, plan, token_stats
 from dpo_kernels.functional import least_budget
@@ -219,46 +220,32 @@ def same_on_ranks(tensor: Tensor) -> bool:
 
 @contextmanager
 def counted(sizes: dict[str, int]) -> Iterator[None]:
-    """Counts the bytes that `torch.distributed`'s functions are given, or make, whichever is more, by kind."""
-    kept = {}
+    """Counts the bytes that collectives are given, or make, whichever is more, by kind; DTensors' own too."""
+    kept: list[tuple[Any, str, Any]] = []
 
-    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*tensors: Any, **options: Any) -> Any:
-            largest = max(t.nbytes for t in tensors if isinstance(t, Tensor))
-            sizes[name] = sizes.get(name, 0) + largest
-            return function(*tensors, **options)
+            made = function(*tensors, **options)
+            largest = max(t.nbytes for t in (*tensors, made) if isinstance(t, Tensor))
+            sizes[kind] = sizes.get(kind, 0) + largest
+            return made
 
         return counting
 
-    for name, kind in (
-        ("all_reduce", "all_reduce"), ("all_gather_single", "all_gather"), ("all_gather_into_tensor", "all_gather"),
-        ("reduce_scatter_single", "reduce_scatter"), ("reduce_scatter_tensor", "reduce_scatter"),
-    ):  # fmt: skip
-        if hasattr(dist, name):
-            kept[name] = getattr(dist, name)
-            setattr(dist, name, wrapped(kind, kept[name]))
+    for kind, names in (
+        ("all_reduce", ("all_reduce",)),
+        ("all_gather", ("all_gather_single", "all_gather_into_tensor", "all_gather_tensor")),
+        ("reduce_scatter", ("reduce_scatter_single", "reduce_scatter_tensor")),
+    ):
+        for module, name in itertools.product((dist, functional), names):
+            if hasattr(module, name):
+                kept.append((module, name, getattr(module, name)))
+                setattr(module, name, wrapped(kind, getattr(module, name)))
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(dist, name, function)
-
-
-class CountedOperators(TorchDispatchMode):
-    """Counts what DTensors send, as `counted` does."""
-
-    def __init__(self, sizes: dict[str, int]) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        name = func.__name__ if isinstance(func, torch._ops.OpOverload) else ""
-        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
-            if name.startswith(kind) and func.namespace == "_c10d_functional":
-                largest = max(t.nbytes for t in (args[0], made))
-                self.sizes[kind] = self.sizes.get(kind, 0) + largest
-        return made
+        for module, name, function in kept:
+            setattr(module, name, function)
 
 
 def on_a_ring(sizes: dict[str, int], ranks: int) -> float:

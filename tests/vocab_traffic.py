@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import loss_parallel
-from vocab_ranks import CountedOperators, _mesh, counted, shard_weight
+from vocab_ranks import _mesh, counted, shard_weight
 
 from dpo_kernels import VocabShard, hidden_to_log_probs, plan
 from dpo_kernels.functional import least_budget
@@ -24,7 +24,11 @@ from dpo_kernels.vocab_shard import chunk
 
 SHAPE = (1024, 256, 50_000)
 # Of a mode: gradients, and whether the budget is the least.
-HELD = {"frozen": (("hidden",), False), "keep": (("hidden", "weight"), False), "recompute": (("hidden", "weight"), True)}
+HELD = {
+    "frozen": (("hidden",), False),
+    "keep": (("hidden", "weight"), False),
+    "recompute": (("hidden", "weight"), True),
+}
 
 
 def parts(hidden_dim: int | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -48,7 +52,7 @@ def sent(function: Callable[[], object]) -> dict[str, Any]:
     dist.barrier()
     before = _on_the_wire()
     dist.barrier()  # whose own bytes are part of both numbers' noise
-    with counted(sizes), CountedOperators(sizes):
+    with counted(sizes):
         function()
     dist.barrier()
     return {"sizes": sizes, "wire": _on_the_wire() - before}
