@@ -114,7 +114,7 @@ class Exchange:
         place = torch.arange(len(self.labels), device=maximum.device)
         tokens = self.labels + self.shard.first_row
         digest = ((tokens + 7919 * place) % DIGESTS).square().sum() % DIGESTS  # exact in float32
-        said = torch.stack([digest.new_tensor(int(status)), digest, -digest]).to(maximum.dtype)
+        said = torch.stack([torch.full_like(digest, int(status)), digest, -digest]).to(maximum.dtype)
         sent = torch.cat([maximum, said])
         dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.shard.group)
         return sent

@@ -166,6 +166,7 @@ def _summed(call: Call, parts: driver.InputGrads) -> driver.InputGrads:
     assert shard is not None
     if hidden is not None and shard.hidden_dim is not None:
         hidden = collectives.scatter_hidden(hidden, call.tokens.index, call.hidden.shape, shard).to(call.hidden.dtype)
+        hidden = hidden.contiguous()
     elif hidden is not None:
         hidden = spread_rows(collectives.sum_over_ranks(hidden, shard), call.tokens.index, call.hidden)
     if a is not None and call.low_rank is not None:

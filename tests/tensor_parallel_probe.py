@@ -25,6 +25,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from dpo_kernels.training import FusedHead
 from dpo_kernels.training.output_head import HeadError, OutputHead
+from dpo_kernels.training.parallel_head import ranks_of
 
 NAMES = [("Llama", {}), ("Qwen3", {"tie_word_embeddings": True}), ("Gemma2", {}), ("Phi", {"num_key_value_heads": 4})]
 
@@ -72,7 +73,10 @@ def check_tensor_parallel(name: str, config: dict, ids: torch.Tensor, labels: to
     model = loaded(alone, **options)
     before = vars(model.lm_head).get("forward")
     assert isinstance(model.lm_head.weight, DTensor), f"{name}: the head is whole"
+    ranks = 2 if options.get("tp_plan") or options["distributed_config"].tp_size == 2 else None
+    assert ranks_of(model.lm_head) == ranks
     fused, exact = FusedHead(model), FusedHead(alone)
+    assert ranks_of(model.lm_head) == ranks
     exact.check(alone)
     fused.check(model)
     assert fused.transform == exact.transform

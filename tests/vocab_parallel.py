@@ -142,7 +142,7 @@ def sent(ranks: int) -> list[str]:
 
 
 def row(impl: str, ranks: int, dtype: torch.dtype, listed: list[Case], found: list[Any]) -> str:
-    worst = dict.fromkeys(KINDS, 0.0)
+    worst: dict[str, float] = {}
     same, count = True, 0
     for i, case in enumerate(listed):
         if case.dtype == dtype:
@@ -150,8 +150,8 @@ def row(impl: str, ranks: int, dtype: torch.dtype, listed: list[Case], found: li
             for values, same_bits in (of_rank[i] for of_rank in found):
                 same &= same_bits
                 for name, value in values.items():
-                    worst[kind_of(name)] = max(worst[kind_of(name)], value)
-    numbers = " | ".join(f"{worst[kind]:.1e}" for kind in KINDS)
+                    worst[kind_of(name)] = max(worst.get(kind_of(name), 0.0), value)
+    numbers = " | ".join(f"{worst[kind]:.1e}" if kind in worst else "" for kind in KINDS)
     return f"| {impl} | {ranks} | {str(dtype)[6:]} | {count} | {numbers} | {'equal' if same else 'DIFFER'} |"
 
 
