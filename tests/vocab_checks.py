@@ -11,6 +11,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from vocab_ranks import EVERY, FEW, Case, _mesh, compare, counted, inputs_of, plan_of, same_on_ranks, shard_weight
+from vocab_ranks import EVERY, FEW, Case, _mesh, call, compare, counted, inputs_of, plan_of, same_on_ranks, shard_weight
 
 from dpo_kernels import (
     FusedLinearDPOLoss,
@@ -27,10 +29,12 @@ from dpo_kernels import (
     VocabShard,
     hidden_to_log_probs,
     logits_to_log_probs,
+    ops,
     plan,
     reference,
     token_stats,
 )
+from dpo_kernels.call import Grads, Options
 from dpo_kernels.vocab_shard import chunk
 
 IMPLS = ("cpp", "torch")
@@ -317,6 +321,15 @@ def check_dtensors() -> None:
                 near(grad.double(), exact_grad)
 
 
+def check_a_mesh_of_two_dimensions() -> None:
+    """One of them of a single rank, which splits nothing; both of two would split rows twice."""
+    here = Here()
+    for shape, placements in (((2, 1), (Shard(0), Replicate())), ((1, 2), (Replicate(), Shard(0)))):
+        mesh = init_device_mesh("cpu", shape)
+        weight, bias = (distribute_tensor(t, mesh, placements) for t in (here.weight, here.bias))
+        near(hidden_to_log_probs(here.hidden, weight, here.labels, bias).double(), here.exact().log_probs)
+
+
 def check_dtensors_that_are_placed_otherwise() -> None:
     here = Here()
     mesh, whole = _mesh(), distribute_tensor(here.weight, _mesh(), [Replicate()])
@@ -410,15 +423,36 @@ def check_compiled() -> None:
     near(hidden.grad, exact.grad)
 
 
+def check_operators() -> None:
+    """What torch.compile asks of an operator; hidden states whole and split."""
+    here = Here(tokens=20)
+    for dim in (None, 0):
+        hidden = here.hidden if dim is None else here.hidden[chunk(20, 2, dist.get_rank())]
+        shard = VocabShard(None, here.part.start, V, dim)
+        for grads in (Grads(hidden=True), Grads(hidden=True, weight=True, bias=True)):
+            options = Options(grads=grads, outputs=("is_top1",), shard=shard)
+            assert Options.decode(*options.encode()) == replace(
+                options, shard=replace(shard, process_group=shard.group)
+            )
+            tensors = [hidden.clone(), here.weight[here.part].clone(), here.bias[here.part].clone()]
+            tensors = [t.requires_grad_(w) for t, w in zip(tensors, grads.as_list(), strict=False)]
+            arguments = (*tensors, None, None, here.labels, *options.encode())
+            torch.library.opcheck(ops.token_stats_op, arguments)
+
+
+def check_triton() -> None:
+    """In its interpreter."""
+    for mode in ("frozen", "keep"):
+        made = compare(Case("triton", mode, outputs=FEW, shape=(40, 16, 131)))
+        assert made.same_bits
+        assert max(made.values.values()) < 1e-5, made.values
+
+
 def check_what_is_sent() -> None:
     """As the plan says, to the byte: nothing of the size of the vocabulary."""
     for hidden in ("whole", "split"):
         for mode, outputs in (("score", EVERY), ("frozen", ()), ("keep", FEW)):
-            from vocab_ranks import call
-
-            case = Case("cpp", mode, torch.bfloat16, outputs, hidden=hidden, shape=(150, 24, 515), rank=0)
-            if hidden == "split":
-                case = Case("cpp", mode, torch.bfloat16, outputs, hidden=hidden, shape=(150, 24, 515))
+            case = Case("cpp", mode, torch.bfloat16, outputs, hidden=hidden, shape=(150, 24, 515))
             part = chunk(515, 2, dist.get_rank())
             shard = VocabShard(None, part.start, 515, 1 if hidden == "split" else None)
             sizes: dict[str, int] = {}
