@@ -59,7 +59,6 @@ class Exchange:
                 are looked at with DPO_KERNELS_VALIDATE=1 alone; without it the last gives NaN.
         """
         labels, outputs, shard, own = self.labels, self.outputs, self.shard, state.part()
-        own = own._replace(maximum=torch.where(own.maximum.isnan(), -torch.inf, own.maximum))  # the sums hold the NaN
         here = (labels >= 0) & (labels < self.rows)
         label_logit = torch.where(here, own.label_logit, 0)
         again = out_of_reach(own.maximum) or out_of_reach(label_logit)
@@ -81,6 +80,8 @@ class Exchange:
         dist.all_reduce(sent, group=shard.group)
         whole = dict(zip(sums, sent[:-1].view(len(sums), len(labels)), strict=True))
         whole["total"] = torch.where(self._parts_fit(sent[-1]), whole["total"], torch.nan)
+        # A row with NaN has no largest logit, as in one process, whatever the all-reduce made of it.
+        whole["maximum"] = torch.where(whole["total"].isnan(), torch.nan, maximum)
         known = (labels >= -shard.first_row) & (labels < shard.vocab_size - shard.first_row)
         whole["label_logit"] = torch.where(known, whole["label_logit"], torch.nan)
         if "is_top1" in outputs:

@@ -229,6 +229,22 @@ def check_rows_without_a_number() -> None:
             assert same_on_ranks(got.is_top1)
 
 
+def check_nan_of_one_entry() -> None:
+    """On one rank alone: every row is NaN on both, the row whose label it is too, and no label is the top one."""
+    for entry in (3, V - 2):
+        here = Here()
+        here.labels[0] = entry
+        here.bias[entry] = torch.nan
+        here.bias[7] = 50.0
+        here.labels[1] = 7
+        for impl in IMPLS:
+            got = here.local(impl=impl, outputs=EVERY)
+            assert got.log_probs.isnan().all()
+            assert got.entropy.isnan().all()
+            assert not got.is_top1.any()
+            assert all(same_on_ranks(value) for value in got)
+
+
 def check_infinite_weights_of_other_labels() -> None:
     """A frozen head's gradient takes the label's weight, and no other row in its place."""
     here = Here(cut=66)
