@@ -10,7 +10,7 @@ SANITIZED ?= $(wildcard tests/backends/test_cpp*.py) tests/test_fuzz.py \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test coverage thorough lint fuzz breadth faults sanitize bench lowest docs wheel clean
+.PHONY: install train test coverage thorough lint fuzz breadth faults ranks sanitize bench lowest docs wheel clean
 
 install: $(STAMP)
 
@@ -60,6 +60,12 @@ breadth: $(STAMP)
 KILLS ?= 50
 faults: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/faults.py --kills $(KILLS) --seed $(SEED) --write docs/faults.md
+
+# A vocabulary over 1 to 4 processes against one: differences, bits, bytes held and sent; a small part in Triton's
+# interpreter. A quarter of an hour on 2 cores. The suite has a fixed part of it on 2 processes.
+ranks: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/vocab_parallel.py
+	OMP_NUM_THREADS=$(THREADS) TRITON_INTERPRET=1 $(BIN)/python tests/vocab_parallel.py --impls triton --ranks 2
 
 # The threads alone under the thread sanitizer, all kernels under those of addresses and undefined behaviour.
 # A report of any ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the

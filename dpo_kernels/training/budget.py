@@ -18,6 +18,7 @@ from dpo_kernels.training.data_report import column
 from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.head_adapter import rank_of
 from dpo_kernels.training.output_head import OutputHead, find_head
+from dpo_kernels.training.parallel_head import ranks_of
 
 PROBED = 128  # tokens that the checks at start give a model at most
 OF_REFERENCE = "the reference's pass"
@@ -97,7 +98,7 @@ def head_call(args: DPOConfig, model: Any, batch: Longest, trains: bool, device:
         "grads": grads, "outputs": ("log_sum_sq_probs",) if args.use_weighting else (),
         "softcap": _softcap(model, head),
         "compute_dtype": COMPUTE.get(str(args.mixed_precision), weight.dtype), "device": device, "impl": args.impl,
-        "labels": batch.labels, "rank": rank_of(head),
+        "labels": batch.labels, "rank": rank_of(head), "ranks": ranks_of(head),
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.call import LowRank
+from dpo_kernels.training.parallel_head import is_parallel
 
 
 def is_lora(head: Any) -> bool:
@@ -44,6 +45,11 @@ def refusal(head: Any) -> str | None:
         if biased := [name for name, layer in head.lora_B.items() if layer.bias is not None]:
             return (
                 f"the adapter {biased[0]!r} has a bias of its own (lora_bias), which would not be trained; leave it out"
+            )
+        if is_parallel(head.base_layer):
+            return (
+                "tensor parallelism has split the weight below the adapter, whose own matrices are whole; leave the "
+                "head out of the targets"
             )
         if hasattr(head.base_layer.weight, "ds_id"):
             return "DeepSpeed ZeRO-3 has partitioned the weight below the adapter; leave the head out of the targets"

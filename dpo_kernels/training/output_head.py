@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.call import LowRank, Transform
+from dpo_kernels.dtensors import alike_on_all_ranks, whole_value
 from dpo_kernels.statistics import TokenStats
 from dpo_kernels.training.attention import Spans, masks, uses_branches, without_masks
 from dpo_kernels.training.head_adapter import low_rank_of
+from dpo_kernels.training.parallel_head import PARALLEL_FORWARD
 
 # What a model without get_output_embeddings calls its head.
 HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")
@@ -36,6 +38,7 @@ class Request:
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
     keeps_hidden: bool = False  # what reaches the head in a call without labels
+    alone: bool = False  # what the head's class makes of the rows that this rank is given, no other rank asked
     hidden: Tensor | None = None
     stats: TokenStats | None = None  # of the same call; the fields besides log_probs have no gradient
 
@@ -138,11 +141,17 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         request = self.fused.request
+        if request.labels is None and request.probe is None and not request.alone:
+            if request.keeps_hidden:
+                request.hidden = whole_value(hidden)
+            return own_head_forward(self)(hidden, *args, **kwargs)
+        made = self._asked(request, whole_value(hidden), *args, **kwargs)
+        return alike_on_all_ranks(made, hidden)
+
+    def _asked(self, request: Request, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if request.probe is not None:
             return request.probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
         if request.labels is None:
-            if request.keeps_hidden:
-                request.hidden = hidden
             return type(self).plain.forward(self, hidden, *args, **kwargs)
         if request.places is not None:
             hidden = hidden.flatten(0, -2)[None, request.places]
@@ -162,6 +171,11 @@ class OutputHead(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_head, (type(self).plain,), vars(self)
+
+
+def own_head_forward(head: OutputHead) -> Any:
+    """The forward that a head had before it was fused: its class's, or what tensor parallelism has put around that."""
+    return vars(head).get(PARALLEL_FORWARD) or types.MethodType(type(head).plain.forward, head)
 
 
 def fused_class(plain: Any) -> Any:
