@@ -181,7 +181,7 @@ def test_no_grad_takes_one_gemm_and_saves_nothing(target, monkeypatch):
     head = target.head(9, 16, 30)
     plans = []
     forward = driver.forward
-    monkeypatch.setattr(driver, "forward", lambda call, made, tiles: plans.append(made) or forward(call, made, tiles))
+    monkeypatch.setattr(driver, "forward", lambda call, made, *rest: plans.append(made) or forward(call, made, *rest))
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             stats = token_stats(head.hidden, head.weight, head.labels)
