@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from dpo_kernels.losses import LossOptions, check_options
+from dpo_kernels.training.engines import check_asked, read_parallelism
 from dpo_kernels.training.mlp_tiles import Tiles, check_tiles
 from dpo_kernels.units import parse_bytes
 from dpo_kernels.warn import warn
@@ -134,9 +135,16 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "What backward needs of the policy's forward waits in host memory."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
+    parallelism_config: dict | str | None = field(  # type: ignore[assignment, type-arg]  # made accelerate's own
+        default=None,
+        metadata={"help": "accelerate's sizes of a mesh of devices, as JSON: '{\"dp_shard_size\": 2, \"cp_size\": 2}'."},
+    )
 
     def __post_init__(self) -> None:
+        parallelism: Any = read_parallelism(self.parallelism_config)
+        self.parallelism_config = parallelism
         super().__post_init__()
+        check_asked(self)
         self.memory_budget_bytes = parse_bytes(self.memory_budget)
         parse_bytes(self.run_memory_budget, "run_memory_budget")
         if isinstance(self.loss_type, str):

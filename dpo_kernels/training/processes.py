@@ -2,16 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from dpo_kernels.training import mlp_tiles
 from dpo_kernels.training.model import FusedHead
+
+
+WAIT = 600.0  # seconds that a process that has ended well waits for the others: the main one writes a report
+LEAVE = 20.0  # seconds that leaving may take
+
+
+@contextmanager
+def together(wait: float = WAIT) -> Iterator[None]:
+    """What runs inside ends its part in the group of processes, if one was made, before Python ends.
+
+    Threads of gloo that are still there when a process ends may abort it (torch 2.13). After an ordinary end all wait
+    for each other, at most `wait` seconds, so that none takes away what another still needs; after an error or a signal
+    a process leaves at once, and the others hear of it: with gloo from the broken connection, else from the launcher.
+    """
+    try:
+        yield
+    except BaseException:
+        leave()
+        raise
+    leave(wait)
+
+
+def leave(wait: float = 0.0) -> None:
+    """Ends this process' part in the group of processes; nothing where there is none.
+
+    Args:
+        wait: seconds to wait until all others are here too; one that has died, or does not come, is waited for no
+            longer.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if wait > 0:
+        with suppress(RuntimeError):  # what all backends raise of a peer that is gone, and of a time that is over
+            waiting = dist.barrier(async_op=True)
+            if waiting is not None:
+                waiting.wait(timedelta(seconds=wait))
+    # Messages that will never come may keep NCCL here, and an error shall be an end.
+    leaving = threading.Thread(target=_destroy, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE)
+
+
+def _destroy() -> None:
+    with suppress(RuntimeError, ValueError, AssertionError):
+        dist.destroy_process_group()
 
 
 def is_partitioned(accelerator: Accelerator) -> bool:

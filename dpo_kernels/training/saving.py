@@ -39,7 +39,7 @@ class SavingTrainer(Trainer):
         with self._writing("the model", staged, target):
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
-            self.save_model(str(staged), _internal_call=True)
+            self._save_whole(str(staged))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.has_own_card or (target / "README.md").exists():
@@ -49,6 +49,14 @@ class SavingTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
+
+    def _save_whole(self, folder: str) -> None:
+        """The whole model, also where each process has a part of it and checkpoints are in parts."""
+        if not self.is_fsdp_enabled:
+            return self.save_model(folder, _internal_call=True)
+        whole = self.accelerator.get_state_dict(self.model_wrapped)  # by all processes; the main one gets it
+        with self._silenced.as_they_were():
+            return self._save(folder, state_dict=whole)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if not self.has_own_card:

@@ -23,6 +23,7 @@ from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
+from dpo_kernels.training.engines import asked_for, check_runs_as
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
 from dpo_kernels.training.memory.device_memory import held
@@ -64,6 +65,7 @@ class DPOTrainer(SavingTrainer):
     Raises:
         HeadError: a fused head would compute a model's log-probs wrong; found by a check at start.
         TilingError: args.mlp_tiles, and a model has no MLP that can be run in slices.
+        EngineError: accelerate would run something else than the FSDP or DeepSpeed that was asked for.
         ValueError: no reference is given, or an option is out of range or does nothing here.
     """
 
@@ -100,6 +102,7 @@ class DPOTrainer(SavingTrainer):
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
             compute_metrics=mean_metrics,
         )  # fmt: skip
+        check_runs_as(asked_for(args), self.accelerator)
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         if args.activation_offloading:
             check_offloading(args.device, self.is_fsdp_enabled or is_partitioned(self.accelerator))
