@@ -54,6 +54,7 @@ def choose(
     balances: bool = False,
     gives_mask: bool = False,
     is_sharded: bool = False,
+    in_parts: bool = False,
     answers_at_once: int | None = None,
 ) -> Choice:
     """The layout of a run. Where it goes in parts, auto is bucketed: there a part can be a single answer.
@@ -67,13 +68,19 @@ def choose(
         balances: whether a load-balancing loss is asked for.
         gives_mask: whether models are given an attention mask where rows are padded.
         is_sharded: whether the run uses FSDP.
+        in_parts: whether the model's weights are in parts (ZeRO-3), so that it cannot be compared.
         answers_at_once: as of `Layout`.
 
     Raises:
         LayoutError: a layout is asked for by name, and the model would be trained wrong in it.
     """
     padded = replace(PADDED, gives_mask=gives_mask, answers_at_once=answers_at_once)
-    if wanted == "padded":
+    if in_parts and wanted not in ("auto", "padded"):
+        raise LayoutError(
+            f"--layout {wanted}: {type(model).__name__} has its weights in parts (ZeRO-3), and no gradients to compare "
+            "before the run; leave it out, or use ZeRO-2 or FSDP2"
+        )
+    if wanted == "padded" or in_parts:
         return Choice(padded, "" if answers_at_once is None else f"layout: {padded.told}")
     if wanted == "auto" and answers_at_once is not None:
         wanted = "bucketed"

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from dpo_kernels.training import mlp_tiles
+from dpo_kernels.training import mlp_tiles, partitioned
 from dpo_kernels.training.model import FusedHead
 
 
@@ -69,6 +69,25 @@ def is_partitioned(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def on_models(accelerator: Accelerator, compute: Callable[[], Any], *models: Any) -> Any:
+    """`from_main`, for what runs models forward or reads their weights. Where weights are in parts all processes
+    compute, each module's weights whole for as long as it runs, and the main one's word counts."""
+    if not partitioned.any_partitioned(*models):
+        return from_main(accelerator, compute)
+    with partitioned.by_module(*models):
+        try:
+            own: Any = compute()
+        except ValueError as error:
+            own = error
+
+    def word() -> Any:
+        if isinstance(own, ValueError):
+            raise own
+        return own
+
+    return from_main(accelerator, word)
+
+
 def anywhere(accelerator: Accelerator, here: bool) -> bool:
     """Whether it is so on any process; all of them get the same answer."""
     if accelerator.num_processes == 1:
@@ -110,10 +129,10 @@ def find_mlps(accelerator: Accelerator, model: nn.Module) -> mlp_tiles.Found:
 
 def check_head(accelerator: Accelerator, head: FusedHead, model: nn.Module, deterministic: bool) -> None:
     """`FusedHead.check` on the main process, which may be the only one that has loaded the weights; the others take its
-    word."""
+    word. Of weights in parts on all processes, which have to gather them together."""
 
     def check() -> Any:
         head.check(model, deterministic)
         return head.transform
 
-    head.transform = from_main(accelerator, check)
+    head.transform = on_models(accelerator, check, model)

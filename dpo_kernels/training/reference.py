@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,8 @@ from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.mlp_tiles import tile_mlps
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
-from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned
+from dpo_kernels.training.partitioned import any_partitioned, own_part, shape_of, whole
+from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned, on_models
 
 
 class Reference:
@@ -153,22 +155,30 @@ class FrozenModel(Reference):
         layout: Layout,
         is_sharded: bool,
     ) -> None:
-        self.accelerator, self.is_sharded = accelerator, is_sharded
+        self.in_parts = any_partitioned(model)
+        self.accelerator, self.is_sharded = accelerator, is_sharded or self.in_parts
         is_exact = args.disable_dropout and not args.torch_compile  # else equal weights may give other numbers
-        self.starts_equal = is_exact and from_main(accelerator, lambda: _same_weights(policy, model))
+        self.starts_equal = is_exact and self._starts_as(policy, model)
         self._fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
         if args.precompute_ref_log_probs:
-            self._fingerprint = from_main(accelerator, lambda: model_fingerprint(model))
+            self._fingerprint = on_models(accelerator, lambda: model_fingerprint(model), model)
         model.requires_grad_(False).eval()
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl)
         check_head(accelerator, self.head, model, deterministic=False)  # it never trains
         if args.tiles is not None:
             tile_mlps(model, args.tiles, find_mlps(accelerator, model))
-        self.layout = from_main(accelerator, lambda: of_reference(model, policy, layout))
+        self.layout = on_models(accelerator, lambda: of_reference(model, policy, layout), model)
         use_branches(model, self.layout.attention == "branches")
         self.model: nn.Module = self._prepared(model)
 
+    def _starts_as(self, policy: nn.Module, model: nn.Module) -> bool:
+        if self.in_parts:
+            return not anywhere(self.accelerator, not _same_weights(policy, model))
+        return bool(from_main(self.accelerator, lambda: _same_weights(policy, model)))
+
     def _prepared(self, model: nn.Module) -> nn.Module:
+        if self.in_parts:
+            return _with_engine(model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if not self.is_sharded:
             return model.to(self.accelerator.device)
         if self.accelerator.is_fsdp2:
@@ -251,7 +261,7 @@ class OwnStart(Reference):
     ) -> None:
         self.policy, self.accelerator, self.layout = policy, accelerator, layout
         self.is_sharded, self.wrapped = is_sharded, wrapped
-        is_off = is_base or from_main(accelerator, lambda: adapters.changes_nothing(policy))
+        is_off = is_base or on_models(accelerator, lambda: adapters.changes_nothing(policy), policy)
         is_exact = args.disable_dropout and not args.torch_compile and not adapters.is_quantised(policy)
         self.starts_equal = is_exact and not is_base
         self._values: dict[str, Tensor] | None = None  # None: the adapter is off
@@ -269,14 +279,14 @@ class OwnStart(Reference):
             self._values = {name: p.detach().clone() for name, p in adapters.trained_parameters(policy).items()}
         self._fingerprint = ""
         if args.precompute_ref_log_probs:
-            self._fingerprint = from_main(accelerator, self._hash)
+            self._fingerprint = on_models(accelerator, self._hash, policy)
 
     def score(self, batch: PairBatch, required: bool = True) -> Tensor:
         modes = [module for module in self.policy.modules() if module.training]
         try:
             self.policy.eval()
             with self._as_it_was(), self.accelerator.autocast():
-                model = self.wrapped() if self.is_sharded else self.policy
+                model = self.wrapped() if self.is_sharded or is_partitioned(self.accelerator) else self.policy
                 return batch.lying(self.layout).run(model)["log_probs"]
         finally:
             for module in modes:
@@ -387,8 +397,9 @@ def model_fingerprint(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]
     digest = hashlib.sha256(json.dumps(facts).encode())
     parameters = model.named_parameters() if parameters is None else parameters
     for name, tensor in (*parameters, *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tensor.dtype} {shape_of(tensor)}".encode())
+        with whole([tensor]):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -396,4 +407,18 @@ def _same_weights(model: nn.Module, other: nn.Module) -> bool:
     if type(model) is not type(other):
         return False
     pairs = zip(model.parameters(), other.parameters(), strict=False)
-    return all(a.shape == b.shape and torch.equal(a, b.to(a.device)) for a, b in pairs)
+    return all(shape_of(a) == shape_of(b) and torch.equal(own_part(a), own_part(b).to(a.device)) for a, b in pairs)
+
+
+def _with_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """A model in parts, that DeepSpeed makes whole as it runs; it is not trained."""
+    import deepspeed
+
+    zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
+    zero = {name: value for name, value in zero.items() if value != "auto"}
+    kinds = {name: config[name] for name in ("bf16", "fp16", "wall_clock_breakdown") if name in config}
+    config = {**kinds, "zero_optimization": copy.deepcopy(zero), "train_micro_batch_size_per_gpu": 1}
+    engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()
+    return engine
+

@@ -34,7 +34,8 @@ from dpo_kernels.training.offloading import Offloading, check_offloading
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
 from dpo_kernels.training.precompute import with_ref_log_probs
-from dpo_kernels.training.processes import check_head, find_mlps, from_main, is_partitioned
+from dpo_kernels.training.partitioned import any_partitioned, numbers_in
+from dpo_kernels.training.processes import check_head, find_mlps, from_main, is_partitioned, on_models
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
 from dpo_kernels.training.report.metrics import peak_memory_mib
@@ -111,7 +112,7 @@ class DPOTrainer(SavingTrainer):
         self.tiled: Tiled | None = None
         if args.tiles is not None:
             self.tiled = tile_mlps(model, args.tiles, find_mlps(self.accelerator, model))
-        self.aux_loss = from_main(self.accelerator, lambda: aux_loss.decide(model, args.router_aux_loss_coef))
+        self.aux_loss = on_models(self.accelerator, lambda: aux_loss.decide(model, args.router_aux_loss_coef), model)
         # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
         # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
@@ -123,9 +124,10 @@ class DPOTrainer(SavingTrainer):
         pairs = train_dataset if train_dataset is not None else eval_dataset
         # A compiled model would be compiled again for the lengths of each step.
         layout = "padded" if args.layout == "auto" and args.torch_compile else args.layout
+        in_parts = any_partitioned(model)
         choice = from_main(self.accelerator, lambda: layout_check.choose(
             model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
-            balances=balances, gives_mask=gives_mask, is_sharded=self.is_fsdp_enabled,
+            balances=balances, gives_mask=gives_mask, is_sharded=self.is_fsdp_enabled, in_parts=in_parts,
             answers_at_once=args.answers_at_once,
         ))  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told
@@ -334,7 +336,7 @@ class DPOTrainer(SavingTrainer):
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """6 flop a parameter and token, forward and backward (Kaplan et al. 2020, arXiv:2001.08361)."""
         if not hasattr(self, "_parameters"):
-            self._parameters = sum(p.numel() for p in self.model.parameters())
+            self._parameters = sum(map(numbers_in, self.model.parameters()))
         return 6 * self._parameters * PairBatch(inputs, self.layout).positions
 
     @property
