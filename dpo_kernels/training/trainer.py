@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
-from dpo_kernels.training import adapters, aux_loss, checkpoints, gradient_cache, layout_check, resume
+from dpo_kernels.training import adapters, aux_loss, checkpoints, gradient_cache, layout_check, resume, zero_checkpoints
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, Surrounding, keep_pairs
 from dpo_kernels.training.budget import check_budget, reference_batch_size
@@ -181,6 +181,8 @@ class DPOTrainer(SavingTrainer):
             self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
             self._facts["options"]["layout"] = self.layout.name
             checkpoint = from_main(self.accelerator, lambda: self._checked(resume_from_checkpoint))
+            if checkpoint is not None and self.is_deepspeed_enabled:
+                self._fit_to_processes(checkpoint)
             with self._signal.listening():
                 result = super().train(checkpoint, *args, **kwargs)
         if self.interrupted and self._signal.number == signal.SIGINT:
@@ -210,6 +212,12 @@ class DPOTrainer(SavingTrainer):
         resume.check_data(wanted, self.train_dataset, self.args.allow_changed_data)
         resume.warn_of_changes(Path(wanted), self._facts or {})
         return wanted
+
+    def _fit_to_processes(self, checkpoint: str) -> None:
+        """Makes a checkpoint of DeepSpeed's fit for as many processes as there are."""
+        if from_main(self.accelerator, lambda: zero_checkpoints.is_for_others(checkpoint, self.args.world_size)):
+            from_main(self.accelerator, lambda: zero_checkpoints.convert(checkpoint))
+            zero_checkpoints.load_universal(self.accelerator.state.deepspeed_plugin)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with checkpoints.reading(resume_from_checkpoint):
