@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.mlp_tiles import tile_mlps
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
-from dpo_kernels.training.partitioned import any_partitioned, own_part, shape_of, whole
+from dpo_kernels.training.partitioned import any_partitioned, by_module, own_part, shape_of, whole
 from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned, on_models
 
 
@@ -39,6 +39,7 @@ class Reference:
 
     model: nn.Module | None = None  # a second model, where the form has one
     starts_equal = False  # to the bit: policy and reference at the first step
+    runs_together = False  # whether `score` is for all processes at once: each has a part of the weights
 
     @torch.no_grad()
     def log_probs(self, batch: PairBatch, required: bool = True) -> Tensor | None:
@@ -157,6 +158,7 @@ class FrozenModel(Reference):
     ) -> None:
         self.in_parts = any_partitioned(model)
         self.accelerator, self.is_sharded = accelerator, is_sharded or self.in_parts
+        self.runs_together = self.is_sharded
         is_exact = args.disable_dropout and not args.torch_compile  # else equal weights may give other numbers
         self.starts_equal = is_exact and self._starts_as(policy, model)
         self._fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
@@ -195,8 +197,6 @@ class FrozenModel(Reference):
         use_branches(self.model, layout.attention == "branches")
 
     def identity(self) -> str:
-        if self.is_sharded:
-            raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
         if not self._fingerprint:
             raise ValueError("this reference was made without precompute_ref_log_probs, so its weights have no key")
         return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}{_of_layout(self.layout)}"
@@ -261,6 +261,7 @@ class OwnStart(Reference):
     ) -> None:
         self.policy, self.accelerator, self.layout = policy, accelerator, layout
         self.is_sharded, self.wrapped = is_sharded, wrapped
+        self.runs_together = any_partitioned(policy)
         is_off = is_base or on_models(accelerator, lambda: adapters.changes_nothing(policy), policy)
         is_exact = args.disable_dropout and not args.torch_compile and not adapters.is_quantised(policy)
         self.starts_equal = is_exact and not is_base
@@ -287,7 +288,9 @@ class OwnStart(Reference):
             self.policy.eval()
             with self._as_it_was(), self.accelerator.autocast():
                 model = self.wrapped() if self.is_sharded or is_partitioned(self.accelerator) else self.policy
-                return batch.lying(self.layout).run(model)["log_probs"]
+                # Before training there is no engine that makes weights whole.
+                with by_module(model) if model is self.policy else nullcontext():
+                    return batch.lying(self.layout).run(model)["log_probs"]
         finally:
             for module in modes:
                 module.training = True
@@ -343,7 +346,10 @@ class OwnStart(Reference):
 
     def identity(self) -> str:
         if self.is_sharded:
-            raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
+            raise ValueError(
+                "precompute_ref_log_probs: the reference is the policy with its adapter off, which FSDP shards when "
+                "training begins; leave it off, or give the reference as a second model (ref_model)"
+            )
         return f"{self._fingerprint} {self.accelerator.mixed_precision}{_of_layout(self.layout)}"
 
     def _hash(self) -> str:

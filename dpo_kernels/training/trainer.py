@@ -397,6 +397,8 @@ class DPOTrainer(SavingTrainer):
         def scored(dataset: DPODataset) -> DPODataset:
             return with_ref_log_probs(dataset, self.reference, self.accelerator, reference_batch_size(self.args))
 
+        if self.is_deepspeed_enabled and not any_partitioned(self.model):  # its engine would do it, later
+            self.model.to(self.args.device)
         self.train_dataset = _each(self.train_dataset, scored)
         self.eval_dataset = _each(self.eval_dataset, scored)
         self.reference = Precomputed(freed=True)
