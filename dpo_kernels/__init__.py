@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dpo_kernels.losses import DPOLoss, FusedLinearDPOLoss, dpo_loss
     from dpo_kernels.planner import Plan
     from dpo_kernels.statistics import TokenStats
+    from dpo_kernels.vocab_shard import VocabShard
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _MODULES = {
     "losses": ("DPOLoss", "FusedLinearDPOLoss", "dpo_loss"),
     "planner": ("Plan",),
     "statistics": ("TokenStats",),
+    "vocab_shard": ("VocabShard",),
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "LowRank",
     "Plan",
     "TokenStats",
+    "VocabShard",
     "available_impls",
     "dpo_loss",
     "empty_cache",

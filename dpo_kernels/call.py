@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels.vocab_shard import VocabShard
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What may want a gradient, in the order of `Grads`.
@@ -81,6 +83,7 @@ class Options:
     ignore_index: None where every label counts.
     compute_dtype: what the operands of every product are rounded to (autocast's dtype, else the inputs' own);
         products, statistics and sums are float32, or float64 for float64.
+    shard: the part of the vocabulary that this rank holds; None: it holds all of it.
     """
 
     ignore_index: int | None = -100
@@ -91,6 +94,7 @@ class Options:
     memory_budget: int | None = None
     impl: str | None = None
     inplace_backward: bool = False
+    shard: VocabShard | None = None
 
     def encode(self) -> tuple[list[float], list[int], list[bool], str]:
         """As the last four arguments of an operator. Numbers stay numbers: torch.compile can keep them symbolic."""
@@ -100,36 +104,42 @@ class Options:
         limits = {"ignore_index": self.ignore_index, "memory_budget": self.memory_budget}
         given = [name for name, value in limits.items() if value is not None]
         flags = "inplace_backward" if self.inplace_backward else ""
-        parts = (",".join(self.outputs), DTYPE_NAMES[self.compute_dtype], self.impl or "", flags, ",".join(given))
         values = [0 if value is None else value for value in limits.values()]
-        return numbers, values, self.grads.as_list(), ";".join(parts)
+        where, group = ([], "") if self.shard is None else self.shard.encode()
+        parts = (
+            ",".join(self.outputs), DTYPE_NAMES[self.compute_dtype], self.impl or "", flags, ",".join(given), group,
+        )  # fmt: skip
+        return numbers, values + where, self.grads.as_list(), ";".join(parts)
 
     @staticmethod
     def decode(numbers: Sequence[float], limits: Sequence[int], wants_grad: Sequence[bool], spec: str) -> Options:
-        known, given = _decode(spec)
-        ignore_index, memory_budget = limits
+        known, given, group = _decode(spec)
+        ignore_index, memory_budget, *where = limits
         return replace(
             known, transform=Transform(*numbers), grads=Grads(*wants_grad),
             ignore_index=ignore_index if "ignore_index" in given else None,
             memory_budget=memory_budget if "memory_budget" in given else None,
+            shard=VocabShard.decode(where, group) if where else None,
         )  # fmt: skip
 
 
 @functools.cache
-def _decode(spec: str) -> tuple[Options, tuple[str, ...]]:
-    outputs, compute_dtype, impl, flags, given = (part.split(",") if part else [] for part in spec.split(";"))
+def _decode(spec: str) -> tuple[Options, tuple[str, ...], str]:
+    *lists, group = spec.split(";", 5)  # torch may put anything into a group's name
+    outputs, compute_dtype, impl, flags, given = (part.split(",") if part else [] for part in lists)
     options = Options(
         outputs=tuple(outputs), compute_dtype=DTYPES[compute_dtype[0]], impl=impl[0] if impl else None,
         inplace_backward=bool(flags),
     )  # fmt: skip
-    return options, tuple(given)
+    return options, tuple(given), group
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The M tokens whose label counts, of labels of any shape.
 
-    labels: (M,) int64. index: (M,) their flat positions; None where all count.
+    labels: (M,) int64; where the vocabulary is split over ranks, relative to the first row that is here, and out of
+        range where the label is elsewhere. index: (M,) their flat positions; None where all count.
     masked: sizes may not depend on data (a CUDA graph is captured). All tokens take part, ignored ones with a stand-in
         label, and their results and gradients are set to 0.
     """
@@ -161,6 +171,10 @@ class Tokens:
         index = None if index is None else index.contiguous()  # a hook on saved tensors may have strided it
         return Tokens((flat if index is None else flat.index_select(0, index)).long().contiguous(), index)
 
+    def seen_from(self, shard: VocabShard | None) -> Tokens:
+        """The same, their labels relative to a rank's first row."""
+        return self if shard is None else replace(self, labels=self.labels - shard.first_row)
+
     @property
     def count(self) -> int:
         return len(self.labels)
@@ -184,7 +198,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Call:
-    """One checked call. hidden (..., D), weight (V, D), bias (V,) or None; any strides. low_rank: its scale is 1."""
+    """One checked call. hidden (..., D), weight (V, D), bias (V,) or None; any strides. low_rank: its scale is 1.
+
+    Where the vocabulary is split over ranks, V is of this rank, and hidden is whole.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -211,7 +228,12 @@ class Call:
         return accumulate_dtype(self.hidden.dtype)
 
     @property
+    def shard(self) -> VocabShard | None:
+        return self.options.shard
+
+    @property
     def vocab_size(self) -> int:
+        """Rows of the weight that are here."""
         return self.weight.shape[0]
 
     @property

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from dpo_kernels.call import DTYPE_NAMES, INPUTS, Grads, LowRank, Transform, autocasts, flat_labels, ignored, whole
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
+from dpo_kernels.vocab_shard import VocabShard, chunk
 
 FLOATS = tuple(DTYPE_NAMES)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -127,13 +128,23 @@ def logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     _labels("logits", logits, labels)
 
 
-def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> None:
-    """hidden (..., D), weight (V, D), labels (...), bias (V,) or None; one device, one dtype unless autocast is on."""
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    low_rank: LowRank | None = None,
+    shard: VocabShard | None = None,
+) -> None:
+    """hidden (..., D), weight (V, D), labels (...), bias (V,) or None; one device, one dtype unless autocast is on.
+
+    shard: V is of this rank, and hidden its piece where it is split too.
+    """
     for name, tensor in (("hidden", hidden), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
         _tensor(name, tensor)
         _floating(name, tensor)
     first_derivatives(hidden, weight, bias, labels)
-    if weight.ndim != 2 or weight.shape[0] == 0:
+    if weight.ndim != 2 or (weight.shape[0] == 0 and shard is None):
         raise ValueError(f"weight is {_shape(weight)}; expected (V, D) with V >= 1")
     if hidden.ndim < 1 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden is {_shape(hidden)}; expected (..., D) with D >= 1")
@@ -141,7 +152,10 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, lo
         raise ValueError(
             f"hidden has {hidden.shape[-1]} features, weight {weight.shape[1]}: {_shape(hidden)} x {_shape(weight)}"
         )
-    _labels("hidden", hidden, labels)
+    if shard is None:
+        _labels("hidden", hidden, labels)
+    else:
+        _shard(shard, hidden, weight, labels)
     _same_device("weight", weight, "hidden", hidden)
     if bias is not None:
         if bias.shape != weight.shape[:1]:
@@ -159,6 +173,37 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, lo
             raise TypeError(
                 f"{name} is {tensor.dtype}, hidden {hidden.dtype}; cast one to the other, or run under torch.autocast"
             )
+
+
+def _shard(shard: object, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """A rank's part of the vocabulary, and its piece of the hidden states where they are split too."""
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard is {type(shard).__name__}; expected dpo_kernels.VocabShard(process_group, ...)")
+    first, rows = shard.first_row, weight.shape[0]
+    if first + rows > shard.vocab_size:
+        raise ValueError(
+            f"weight {_shape(weight)} from row {first} on ends at {first + rows}; expected at most the "
+            f"{shard.vocab_size} rows of the shard's vocabulary"
+        )
+    dim = shard.hidden_dim
+    if dim is None:
+        _labels("hidden", hidden, labels)
+        return
+    if dim >= hidden.ndim - 1:
+        raise ValueError(
+            f"hidden is {_shape(hidden)}, hidden_dim of the shard {dim}; expected a dimension before the features, "
+            f"less than {hidden.ndim - 1}"
+        )
+    _tensor("labels", labels)
+    size = labels.shape[dim] if labels.ndim == hidden.ndim - 1 else 0
+    piece = chunk(size, shard.ranks, shard.rank)
+    if labels.ndim != hidden.ndim - 1 or piece.stop - piece.start != hidden.shape[dim]:
+        raise ValueError(
+            f"labels are {_shape(labels)}, hidden {_shape(hidden)}, its dimension {dim} split over {shard.ranks} "
+            f"ranks of which this is {shard.rank}; expected labels of all ranks' hidden states, and a piece of them as "
+            "torch.chunk makes it"
+        )
+    _labels("hidden", hidden.new_empty(()).expand(*hidden.shape[:dim], size, *hidden.shape[dim + 1 :]), labels)
 
 
 def check_low_rank(given: object, hidden: Tensor, weight: Tensor) -> None:

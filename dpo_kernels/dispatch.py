@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import driver, overrides
-from dpo_kernels.backends.base import Backend, Execution, Saved
+from dpo_kernels import collectives, driver, overrides
+from dpo_kernels.backends.base import Backend, Execution, Saved, State
 from dpo_kernels.backends.cpp import CppBackend
 from dpo_kernels.backends.pytorch import PyTorchBackend
 from dpo_kernels.backends.triton import TritonBackend
 from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens
+from dpo_kernels.layout import spread_rows
 from dpo_kernels.planner import Capabilities, Workload, plan
+from dpo_kernels.statistics import Finished
 from dpo_kernels.warn import warn
 
 FALLBACK = "torch"
@@ -94,6 +97,8 @@ def forward(call: Call) -> tuple[Execution, Saved]:
     chosen = choose(call.options.impl, call.hidden.device, call.hidden.dtype, call.vocab_size)
     if chosen.declines_head(call.hidden, call.weight):
         chosen = BACKENDS[FALLBACK]
+    if call.shard is not None:
+        return _forward_over_ranks(chosen, call)
     execution, saved = _run(chosen, call)
     if chosen.out_of_reach(saved.maximum):
         del saved
@@ -102,7 +107,30 @@ def forward(call: Call) -> tuple[Execution, Saved]:
     return execution, saved
 
 
-def _run(backend: Backend, call: Call) -> tuple[Execution, Saved]:
+def _forward_over_ranks(chosen: Backend, call: Call) -> tuple[Execution, Saved]:
+    """Each rank has its own back end and plan. What all have to do alike, the exchange tells them."""
+    try:
+        return _exchange(chosen, call)
+    except collectives.RunAgainError:
+        chosen.empty_cache()
+        return _exchange(BACKENDS[FALLBACK], call)
+
+
+def _exchange(backend: Backend, call: Call) -> tuple[Execution, Saved]:
+    assert call.shard is not None
+    exchange = collectives.Exchange(
+        call.shard, call.vocab_size, call.tokens.labels, call.outputs, call.accumulate_dtype
+    )  # fmt: skip
+    try:
+        return _run(backend, call, lambda state: exchange.finish(state, backend.out_of_reach))
+    except Exception:
+        exchange.fail()
+        raise
+
+
+def _run(
+    backend: Backend, call: Call, join: Callable[[State], Finished] | None = None
+) -> tuple[Execution, Saved]:
     hidden, options = call.hidden, call.options
     plain = not (call.bias is not None or options.transform.softcap is not None or options.outputs)
     configuration = backend.configure(hidden.device, hidden.shape[-1], options.compute_dtype, not plain)
@@ -110,13 +138,19 @@ def _run(backend: Backend, call: Call) -> tuple[Execution, Saved]:
     workload = Workload(
         call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, options.compute_dtype, options.grads,
         entropy="entropy" in options.outputs, softcap=options.transform.softcap is not None, labels=call.label_count,
-        capabilities=capable, rank=call.rank,
+        capabilities=capable, rank=call.rank, statistics=len(options.outputs), **_split(call),
     )  # fmt: skip
     copied = hidden.numel() * hidden.element_size() if call.tokens.masked else 0  # without what is ignored (ops.py)
     made = plan(workload, options.memory_budget, copied)
     execution = Execution(backend.name, capable, configuration, made, call.tokens.index is None, call.tokens.masked)
     with _as_decided(hidden):
-        return execution, driver.forward(call, made, backend.tile_ops(call, made, execution))
+        return execution, driver.forward(call, made, backend.tile_ops(call, made, execution), join)
+
+
+def _split(call: Call) -> dict[str, Any]:
+    """What a plan has to know of the ranks."""
+    shard = call.shard
+    return {} if shard is None else {"ranks": shard.ranks, "hidden_split": shard.hidden_dim is not None}
 
 
 def backward(call: Call, wanted: Grads, execution: Execution, grads: TokenGrads, saved: Saved) -> driver.InputGrads:
@@ -124,7 +158,21 @@ def backward(call: Call, wanted: Grads, execution: Execution, grads: TokenGrads,
     assert execution.plan is not None
     ops = BACKENDS[execution.backend].tile_ops(call, execution.plan, execution)
     with _as_decided(call.hidden):
-        return driver.backward(call, wanted, execution.plan, ops, grads, saved)
+        made = driver.backward(call, wanted, execution.plan, ops, grads, saved)
+        return made if call.shard is None else _summed(call, made)
+
+
+def _summed(call: Call, parts: driver.InputGrads) -> driver.InputGrads:
+    """Of parts of sums over ranks the gradients."""
+    shard, hidden, a = call.shard, parts.hidden, parts.low_rank_a
+    assert shard is not None
+    if hidden is not None and shard.hidden_dim is not None:
+        hidden = collectives.scatter_hidden(hidden, call.tokens.index, call.hidden.shape, shard).to(call.hidden.dtype)
+    elif hidden is not None:
+        hidden = spread_rows(collectives.sum_over_ranks(hidden, shard), call.tokens.index, call.hidden)
+    if a is not None and call.low_rank is not None:
+        a = collectives.sum_over_ranks(a, shard).to(call.low_rank.a.dtype)
+    return parts._replace(hidden=hidden, low_rank_a=a)
 
 
 def logits_forward(

@@ -19,10 +19,14 @@ from dpo_kernels.backends.base import LogitsGradient, Saved, SavedTile, Tile, Ti
 from dpo_kernels.call import Call, Grads, TokenGrads
 from dpo_kernels.layout import take_rows
 from dpo_kernels.planner import Plan, Sweep
+from dpo_kernels.statistics import Finished
 
 
-def forward(call: Call, plan: Plan, ops: TileOps) -> Saved:
-    """Statistics of the tokens that count, and what the mode saves for backward."""
+def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished] | None = None) -> Saved:
+    """Statistics of the tokens that count, and what the mode saves for backward.
+
+    join: from the state of a part of the vocabulary to rows that know all of it, where the others are on other ranks.
+    """
     operands = _Operands(call, plan, ops)
     state = ops.new_state(operands.labels)
     wide = operands.wide
@@ -37,34 +41,35 @@ def forward(call: Call, plan: Plan, ops: TileOps) -> Saved:
                 ops.accumulate_jacobian(state, tile, jacobian[rows])
             else:
                 ops.accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
+    done = state.finish() if join is None else join(state)
     if plan.mode == "frozen":
         for rows in plan.token_spans:
-            # A label beyond the vocabulary (its log-prob is NaN already) must not reach past the weight.
-            label = operands.labels[rows].clamp(0, plan.vocab_size - 1)
-            label_weight = operands.convert(call.weight.index_select(0, label))
-            _finish_jacobian(call, ops, state, rows, jacobian[rows], label_weight)
-    done = state.finish()
+            ops.settle_jacobian(state, rows, jacobian[rows])
+            _finish_jacobian(call, done.rows(rows), jacobian[rows], operands.label_weight(rows))
     label_logit = done.label_logit.clone()  # not a row of the whole state
     return Saved(done.stats, done.maximum, done.log_sum, label_logit, exps, maxima, jacobian)
 
 
-def _finish_jacobian(call: Call, ops: TileOps, state: Any, rows: slice, total: Tensor, label_weight: Tensor) -> None:
+def _finish_jacobian(call: Call, done: Finished, total: Tensor, label_weight: Tensor) -> None:
     """total, sum of exp(z - m) W times the cap's derivative, becomes d log_prob / d hidden.
 
     label_weight (n, D): W at the labels. At the label the derivative is 1 - p = -expm1(log p): 1 - p loses every digit
     where the model is sure.
     """
-    done = ops.settle_jacobian(state, rows, total)
     at_label = torch.expm1(done.stats.log_probs).neg_()
     derivative = call.transform.cap_derivative(done.label_logit)
     if derivative is not None:
         at_label *= derivative
-    total.mul_(done.others.neg_()[:, None]).addcmul_(at_label[:, None], label_weight)
+    total.mul_(done.others.neg()[:, None]).addcmul_(at_label[:, None], label_weight)
     total.mul_(call.transform.slope)
 
 
 class InputGrads(NamedTuple):
-    """Gradients in the inputs' own shapes and dtypes; None where not wanted."""
+    """Gradients in the inputs' own shapes and dtypes; None where not wanted.
+
+    Where the vocabulary is split over ranks, those of hidden (M, D) and of low_rank_a are this rank's parts of a sum, in
+    the accumulation dtype.
+    """
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -78,13 +83,13 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
     if plan.mode == "frozen":
         return InputGrads(_scale_jacobian(call, wanted, plan, grads, saved.jacobian), None, None)
     operands = _Operands(call, plan, ops)
-    index, wide = call.tokens.index, operands.wide
+    wide = operands.wide
     through = call.low_rank is not None and (wanted.hidden or wanted.low_rank)
     low_rank = _LowRankGradient(call, plan, operands, ops) if through else None
-    hidden = _Gradient("hidden", call.hidden, wide, index, ops, plan.tokens) if wanted.hidden else None
+    hidden = _hidden_gradient(call, plan, wide, ops) if wanted.hidden else None
     if hidden is not None and low_rank is not None:
         hidden.complete = low_rank.add_to_hidden
-    weight = _Gradient("weight", call.weight, wide, None, ops, plan.tokens) if wanted.weight else None
+    weight = _Gradient("weight", call.weight, wide, None, ops, plan.tokens if plan.vocab_size else 0) if wanted.weight else None
     sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)
     for i, sweep in enumerate(plan.sweeps):
         first = i == 0
@@ -92,7 +97,7 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
         now = sums if first else sums._replace(bias=None)
         _sweep(part, plan, ops, operands, grads, saved, now)
     return InputGrads(
-        None if hidden is None else hidden.out.view(call.hidden.shape),
+        None if hidden is None else _in_shape(call, hidden),
         None if weight is None else weight.out,
         sums.bias if sums.bias is None or call.bias is None else sums.bias.to(call.bias.dtype),
         *(low_rank.finish() if low_rank is not None and wanted.low_rank else ()),
@@ -146,10 +151,22 @@ def _sweep(
 def _scale_jacobian(call: Call, wanted: Grads, plan: Plan, grads: TokenGrads, jacobian: Tensor) -> Tensor | None:
     if not wanted.hidden:
         return None
-    gradient = _Gradient("hidden", call.hidden, jacobian, call.tokens.index)
+    gradient = _hidden_gradient(call, plan, jacobian)
     for rows in plan.token_spans:
         gradient.write(rows, jacobian[rows] * grads.grad_log_probs[rows, None])
-    return gradient.out.view(call.hidden.shape)
+    return _in_shape(call, gradient)
+
+
+def _hidden_gradient(call: Call, plan: Plan, wide: Tensor, ops: TileOps | None = None) -> _Gradient:
+    """Of a part of the vocabulary: a row for each token that counts, for ranks to sum."""
+    if call.shard is None:
+        return _Gradient("hidden", call.hidden, wide, call.tokens.index, ops, plan.tokens)
+    rows = wide.new_empty(()).expand(plan.tokens, plan.hidden_size)
+    return _Gradient("hidden", rows, wide, None, ops, plan.tokens if plan.vocab_size else 0)
+
+
+def _in_shape(call: Call, hidden: _Gradient) -> Tensor:
+    return hidden.out.view(call.hidden.shape) if call.shard is None else hidden.out
 
 
 class _Operands:
@@ -193,6 +210,15 @@ class _Operands:
         return self._weight.get(
             columns, lambda: self.call.weight[columns], self.convert if low_rank is None else beside
         )
+
+    def label_weight(self, rows: slice) -> Tensor:
+        """W at the labels, (n, D); 0 where a label is not here: on another rank, or beyond the vocabulary, where its
+        log-prob is NaN already."""
+        label, last = self.labels[rows], self.plan.vocab_size - 1
+        if last < 0:
+            return self.wide.new_zeros((len(label), self.plan.hidden_size), dtype=self.dtype)
+        taken = self.convert(self.call.weight.index_select(0, label.clamp(0, last)))
+        return taken.masked_fill_(((label < 0) | (label > last))[:, None], 0)
 
     def taken(self, rows: slice) -> Tensor:
         """Hidden states (n, D) as they were given."""
@@ -271,7 +297,8 @@ class _LowRankGradient:
         for rows in self.plan.token_spans:
             hidden = self.operands.taken(rows).to(self.operands.call.compute_dtype)
             of_a.addmm_(self.of_rows[rows].T, hidden.to(of_a.dtype))
-        return of_a.to(self.given.a.dtype), self.of_b.to(self.given.b.dtype)
+        of_a = of_a if self.operands.call.shard is not None else of_a.to(self.given.a.dtype)
+        return of_a, self.of_b.to(self.given.b.dtype)
 
 
 class _Gradient:

@@ -11,13 +11,15 @@ from torch import Tensor
 from dpo_kernels import (
     checks,
     dispatch,
+    dtensors,
     flops,
     ops,  # noqa: F401  (registers the operators)
     planner,
 )
-from dpo_kernels.call import Grads, LowRank, Options, compute_dtype
+from dpo_kernels.call import Grads, LowRank, Options, compute_dtype, whole
 from dpo_kernels.layout import is_one_of_several, overlaps
 from dpo_kernels.statistics import TokenStats
+from dpo_kernels.vocab_shard import VocabShard
 
 
 def logits_to_log_probs(
@@ -85,6 +87,7 @@ def hidden_to_log_probs(
     low_rank: LowRank | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Log-probabilities of the labels straight from hidden states and the head's weight; logits are never held.
 
@@ -107,19 +110,26 @@ def hidden_to_log_probs(
         memory_budget: bytes that forward and backward together may hold beyond inputs, outputs and the gradients
             returned. None: 1 GiB, or twice the bytes of hidden and weight where that is more. More budget, fewer GEMMs.
         impl: "triton", "cpp", "torch", or None for the fastest that can run.
+        shard: `VocabShard`, where weight, bias and low_rank.b are this rank's rows of a vocabulary that is split over
+            ranks; None: they are whole. A weight that is a DTensor with `Shard(0)` says so itself (bias and low_rank.b
+            alike; hidden plain, `Replicate` or `Shard` of a dimension before the features), and its gradient is one
+            too. Each rank computes its part, with any implementation and budget; two small all-reduces a forward and
+            one of the hidden states' gradient, in float32, are exchanged (docs/scale.md).
 
     Returns:
-        (...), float32, or float64 for float64 inputs.
+        (...), float32, or float64 for float64 inputs; a plain tensor, the same on every rank to the last bit.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range, or the memory budget is
             too small to run at all (says the least that works).
         IndexError: a label outside [0, V), on the CPU or with DPO_KERNELS_VALIDATE=1; else, on a GPU, its row is NaN.
-        RuntimeError: `impl` cannot run here; double backward.
+        RuntimeError: `impl` cannot run here; double backward; another rank failed (on CPUs; on GPUs the others wait
+            for it, as in any collective).
     """
     return token_stats(
         hidden, weight, labels, bias, outputs=(), ignore_index=ignore_index, temperature=temperature,
         logit_scale=logit_scale, softcap=softcap, low_rank=low_rank, memory_budget=memory_budget, impl=impl,
+        shard=shard,
     ).log_probs  # fmt: skip
 
 
@@ -137,6 +147,7 @@ def token_stats(
     low_rank: LowRank | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """Log-probs of the labels and, in the same pass, the statistics named in `outputs`.
 
@@ -152,8 +163,10 @@ def token_stats(
     Raises:
         ValueError, TypeError: also where `outputs` has a name that does not exist, or is a string.
     """
-    checks.head(hidden, weight, labels, bias, low_rank)
     names = checks.outputs(outputs)
+    given = dtensors.Head(hidden, weight, labels, bias, low_rank, shard)
+    hidden, weight, labels, bias, low_rank, shard = dtensors.local_head(given)
+    checks.head(hidden, weight, labels, bias, low_rank, shard)
     # The scale goes with the smaller matrix.
     a, b = (None, None) if low_rank is None else (low_rank.a * low_rank.scale, low_rank.b)
     tracked = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, a, b)]
@@ -165,6 +178,7 @@ def token_stats(
         compute_dtype=compute_dtype(hidden.dtype, hidden.device),
         memory_budget=checks.memory_budget(memory_budget),
         impl=impl,
+        shard=shard,
     )
     flops.register()
     made = torch.ops.dpo_kernels.token_stats(hidden, weight, bias, a, b, labels, *options.encode())
@@ -187,6 +201,8 @@ def plan(
     impl: str | None = None,
     labels: int | None = None,
     rank: int = 0,
+    ranks: int | None = None,
+    hidden_split: bool = False,
 ) -> planner.Plan:
     """What `hidden_to_log_probs` or `token_stats` will do here: mode, tiles, GEMMs and bytes. Print it.
 
@@ -207,6 +223,9 @@ def plan(
         impl: as in the call; None is the implementation that a call without one would take.
         labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
         rank: of a low-rank adapter of the weight; 0 without one.
+        ranks: over which the vocabulary is split, as `torch.chunk` does; the plan is that of the first, whose part is
+            the largest. None: it is not split.
+        hidden_split: whether the hidden states are split over them too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range; the budget is too small to run at all (names the
@@ -215,7 +234,8 @@ def plan(
     """
     workload = _workload(
         tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,
-        compute_dtype=compute_dtype, device=device, impl=impl, labels=labels, rank=rank,
+        compute_dtype=compute_dtype, device=device, impl=impl, labels=labels, rank=rank, ranks=ranks,
+        hidden_split=hidden_split,
     )  # fmt: skip
     return planner.plan(workload, checks.memory_budget(memory_budget))
 
@@ -239,14 +259,21 @@ def _workload(
     impl: str | None = None,
     labels: int | None = None,
     rank: int = 0,
+    ranks: int | None = None,
+    hidden_split: bool = False,
 ) -> planner.Workload:
     device, compute = torch.device(device), dtype if compute_dtype is None else compute_dtype
     checks.dtypes(dtype=dtype, compute_dtype=compute)
     tokens, hidden_size, vocab_size, labels, rank = checks.sizes(tokens, hidden_size, vocab_size, labels, rank)
+    if ranks is not None:
+        vocab_size = -(-vocab_size // whole("ranks", ranks, 1))
+    elif hidden_split:
+        raise ValueError("hidden_split is True, ranks None; say over how many ranks they are split")
     backend = dispatch.choose(impl, device, dtype, vocab_size)
     configuration = backend.configure(device, hidden_size, compute, False)
     return planner.Workload(
         tokens, hidden_size, vocab_size, dtype, compute, checks.grads(grads),
         entropy="entropy" in checks.outputs(outputs), softcap=softcap is not None, labels=labels,
         capabilities=dispatch.capabilities(backend, device, configuration), rank=rank,
+        statistics=len(checks.outputs(outputs)), ranks=ranks or 0, hidden_split=hidden_split,
     )  # fmt: skip

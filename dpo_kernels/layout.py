@@ -22,6 +22,15 @@ def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) 
     tensor[torch.unravel_index(where, tensor.shape[:-1])] = values.to(tensor.dtype)
 
 
+def spread_rows(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
+    """Rows (M, C) -> a new tensor of like's shape and dtype, 0 where `index` (M,) names no row; None: all are there."""
+    if index is None:
+        return rows.view(like.shape).to(like.dtype)
+    out = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    out.view(-1, like.shape[-1]).index_copy_(0, index, rows.to(like.dtype))
+    return out
+
+
 def in_rows(matrix: Tensor) -> bool:
     """Whether the numbers of a row lie side by side; rows may lie any distance apart."""
     return matrix.stride(1) == 1 or matrix.shape[1] == 1

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import checks, dispatch
+from dpo_kernels import checks, collectives, dispatch
 from dpo_kernels.backends.base import Execution, Saved
 from dpo_kernels.call import Call, Grads, LowRank, Options, TokenGrads, Tokens, accumulate_dtype, ignored
 from dpo_kernels.planner import aligned
@@ -73,9 +73,10 @@ def token_stats_op(
 ) -> tuple[Tensor, ...]:
     """The fields of `TokenStats` (empty where not asked for), of the labels' shape; then `SAVED`."""
     options = Options.decode(*encoded)
-    checks.labels_in_range(labels, options.ignore_index, weight.shape[0])
+    shard = options.shard
+    checks.labels_in_range(labels, options.ignore_index, weight.shape[0] if shard is None else shard.vocab_size)
     head = (hidden, weight, bias, _low_rank(low_rank_a, low_rank_b))
-    call = _call(head, labels, Tokens.of(labels, options.ignore_index), options)
+    call = _call(head, labels, Tokens.of(labels, options.ignore_index).seen_from(shard), options)
     execution, made = dispatch.forward(call)
     tokens = call.tokens
     stats = (
@@ -355,6 +356,9 @@ def _call(
     head: tuple[Tensor, Tensor, Tensor | None, LowRank | None], labels: Tensor, tokens: Tokens, options: Options
 ) -> Call:
     hidden, weight, bias, low_rank = head
+    shard = options.shard
+    if shard is not None and shard.hidden_dim is not None:
+        hidden = collectives.gather_hidden(hidden, shard, labels.shape[shard.hidden_dim])
     if tokens.masked:
         # Not even NaN in a token that is ignored may reach the weight's gradient; the copy counts in the budget.
         hidden = hidden.masked_fill(ignored(labels, options.ignore_index).unsqueeze(-1), 0)
@@ -368,8 +372,8 @@ def _index(tokens: Tokens, labels: Tensor) -> Tensor:
 def _tokens(labels: Tensor, options: Options, execution: Execution, index: Tensor) -> Tokens:
     """The tokens that forward found; nothing waits for the device."""
     if execution.masked:
-        return Tokens.all_masked(labels, options.ignore_index)
-    return Tokens.found(labels, None if execution.all_count else index)
+        return Tokens.all_masked(labels, options.ignore_index).seen_from(options.shard)
+    return Tokens.found(labels, None if execution.all_count else index).seen_from(options.shard)
 
 
 def _token_grads(

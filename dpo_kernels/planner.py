@@ -74,6 +74,10 @@ class Plan:
     hold_hidden: the hidden states of all tokens are gathered and converted once, not tile by tile.
     one_pass: forward takes the vocabulary in one piece.
     parts: what is held at the peak, in bytes, by name; `memory` is the same as a mapping, `bytes` the sum.
+    ranks: over which the vocabulary is split, `vocab_size` of it here; 0 where it is not.
+    exchanges: the collectives of forward and backward, by name, and the bytes of what each of them is given or makes,
+        whichever is more. An all-reduce on a ring sends 2 (ranks - 1) / ranks of it from each rank, an all-gather or
+        reduce-scatter half that.
     """
 
     mode: str
@@ -93,6 +97,8 @@ class Plan:
     memory_budget: int
     parts: tuple[tuple[str, int], ...]
     rank: int = 0
+    ranks: int = 0
+    exchanges: tuple[tuple[str, int], ...] = ()
 
     @property
     def memory(self) -> Mapping[str, int]:
@@ -128,7 +134,8 @@ class Plan:
     @property
     def forward_spans(self) -> list[slice]:
         """The columns that forward takes at once."""
-        return [slice(0, self.vocab_size)] if self.one_pass and self.tokens else self.vocab_spans
+        whole = self.one_pass and self.tokens and self.vocab_size
+        return [slice(0, self.vocab_size)] if whole else self.vocab_spans
 
     @property
     def blocks(self) -> int:
@@ -140,7 +147,8 @@ class Plan:
         n, d, v = self.tokens, self.hidden_size, self.vocab_size
         lines = [
             f"{self.mode}: {n:,} tokens x {d:,} features x {v:,} vocabulary, {name}"
-            + (f", low rank {self.rank}" if self.rank else ""),
+            + (f", low rank {self.rank}" if self.rank else "")
+            + (f", one of {self.ranks} ranks" if self.ranks else ""),
             f"  GEMMs   {self.gemms:.3g} (of {2e-9 * n * d * v:,.0f} GFLOP each)",
             f"  tiles   {self.tile_tokens:,} tokens x {self.tile_vocab:,} vocabulary",
         ]
@@ -152,6 +160,7 @@ class Plan:
             lines.append(f"  sweep   {sweep.outer} outside, gradient of {wanted}")
         lines.append(f"  memory  {_mib(self.bytes)} of a budget of {_mib(self.memory_budget)}")
         lines += [f"          {_mib(size):>11}  {what}" for what, size in self.memory.items() if size]
+        lines += [f"  ranks   {_mib(size):>11}  {what}" for what, size in self.exchanges]
         return "\n".join(lines)
 
 
@@ -165,6 +174,9 @@ class Workload:
     softcap: whether logits are capped.
     labels: all of them, with those that are ignored, of which a few bytes are held too.
     rank: of the weight's low-rank adapter; 0 without one.
+    statistics: how many are asked for.
+    ranks: over which the vocabulary is split, vocab_size being what is here, which may be 0; 0 where it is not split.
+    hidden_split: whether the hidden states are too.
     """
 
     tokens: int
@@ -178,6 +190,9 @@ class Workload:
     labels: int
     capabilities: Capabilities
     rank: int = 0
+    statistics: int = 0
+    ranks: int = 0
+    hidden_split: bool = False
 
     @property
     def columns(self) -> int:
@@ -221,7 +236,7 @@ class Workload:
             (n, v) for n, v in self.capabilities.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size
         ]
         return [
-            (min(n, max(self.tokens, 1)), min(v, self.vocab_size)) for n, v in useful or [self.capabilities.tiles[-1]]
+            (min(n, max(self.tokens, 1)), min(v, max(self.vocab_size, 1))) for n, v in useful or [self.capabilities.tiles[-1]]
         ]
 
     def default_budget(self) -> int:
@@ -272,12 +287,49 @@ class Workload:
         single: a tile of all tokens is one product, which is its own sum."""
 
         def one(sweep: Sweep) -> int:
-            rows = 0 if self.in_place and not self.gathers else n if sweep.outer == "tokens" else self.tokens
+            here = self.ranks > 0 or (self.in_place and not self.gathers)  # `between_ranks` counts what is summed there
+            rows = 0 if here else n if sweep.outer == "tokens" else self.tokens
             own_sum = self.in_place or (single and self.capabilities.rounds and self.tokens <= n)
             columns = 0 if own_sum else v if sweep.outer == "vocab" else self.vocab_size
             return self.wide * self.hidden_size * (rows * sweep.hidden + columns * sweep.weight)
 
         return max((one(sweep) for sweep in sweeps), default=0)
+
+    def between_ranks(self) -> int:
+        """What is sent and what it is made of: a few numbers a token, then a sum for each that counts."""
+        if not self.ranks:
+            return 0
+        vectors = self.wide * self.tokens * (2 * (5 + self.statistics) + 20)
+        row = self.hidden_size * self.dtype.itemsize
+        whole = self.labels + self.ranks  # with what fills up the last piece
+        pieces = 2 * -(-whole // self.ranks)
+        hidden = row * (whole + pieces) if self.hidden_split else 0
+        if not self.grads.hidden:
+            return vectors + hidden + self.wide * self.rank * self.hidden_size
+        sums = 0 if self.in_place and not self.gathers and not self.hidden_split else self.wide * self.tokens
+        sums += self.wide * (whole + pieces) if self.hidden_split else 0
+        return vectors + hidden + sums * self.hidden_size + self.wide * self.rank * self.hidden_size
+
+    def exchanges(self) -> tuple[tuple[str, int], ...]:
+        """See `Plan`."""
+        if not self.ranks:
+            return ()
+        hidden = self.labels * self.hidden_size
+        made = [
+            ("all-reduce, maxima", self.wide * (self.tokens + 1)),
+            ("all-reduce, sums", self.wide * ((2 + self.statistics) * self.tokens + 1)),
+        ]
+        if self.hidden_split:
+            made.insert(0, ("all-gather, hidden states", self.dtype.itemsize * hidden))
+            if self.grads:
+                made.append(("all-gather, hidden states again", self.dtype.itemsize * hidden))
+        if self.grads.hidden and self.hidden_split:
+            made.append(("reduce-scatter, gradient of hidden states", self.wide * hidden))
+        elif self.grads.hidden:
+            made.append(("all-reduce, gradient of hidden states", self.wide * self.tokens * self.hidden_size))
+        if self.grads.low_rank:
+            made.append(("all-reduce, gradient of low_rank.a", self.wide * self.rank * self.hidden_size))
+        return tuple(made)
 
     def saved_row(self, v: int) -> int:
         return (
@@ -349,6 +401,7 @@ def _memory(s: Workload, tile: tuple[int, int], sweeps: tuple[Sweep, ...]) -> di
         "tile and operands": s.tile(n, v),
         "gradient accumulators": s.accumulators(n, v, sweeps),
         "low-rank adapter": s.low_rank(n, v),
+        "between ranks": s.between_ranks(),
         "d log_prob / d hidden": s.wide * s.tokens * s.hidden_size * s.frozen if not sweeps else 0,
     }
 
@@ -377,7 +430,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     kept = 0
     if sweeps and not s.entropy:
         kept = s.tokens
-        if left // s.saved_row(v) < s.tokens:
+        if s.saved_row(v) * s.tokens > left:
             # A gradient that one product makes is made of two where some tokens are kept.
             more = s.accumulators(n, v, sweeps, single=False) - memory["gradient accumulators"]
             step = s.capabilities.saved_multiple or n
@@ -397,7 +450,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
         gemms += 2 * (share - 1) * (s.grads.low_rank or s.grads.hidden)
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
-        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()), s.rank,
+        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()), s.rank, s.ranks, s.exchanges(),
     )  # fmt: skip
 
 

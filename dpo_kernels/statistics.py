@@ -1,7 +1,7 @@
 """The statistics of a row of logits: what is summed over the vocabulary, how two parts merge, how the label joins.
 
 A state covers a part of the vocabulary. States of two parts merge into the state of both, so tiles, programs on a GPU
-and (one day) ranks can each see a part. The names of the fields are the same in every language: `SoftmaxState` here,
+and ranks can each see a part. The names of the fields are the same in every language: `SoftmaxState` here,
 kernels/softmax_state.py for Triton, csrc/softmax_state.h for C++. The C++ state counts in base 2 and adds one field,
 `base`; a test compares the names.
 
@@ -75,6 +75,10 @@ class Finished(NamedTuple):
     log_sum: Tensor
     others: Tensor
     label_logit: Tensor
+
+    def rows(self, rows: slice) -> Finished:
+        """Views of some rows, without the optional statistics."""
+        return Finished(TokenStats(self.stats.log_probs[rows]), *(t[rows] for t in self[1:]))
 
 
 def empty_state(rows: int, outputs: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> SoftmaxState:

@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).parents[1] / "dpo_kernels"
 
 # From the bottom to the top. A file may import what lies below it, and its own layer where `inside` says so.
 LAYERS = (
-    ("call", "warn", "units"),
+    ("vocab_shard", "warn", "units"),
+    ("call",),
     ("layout", "statistics"),
-    ("overrides", "reference", "planner", "build"),
+    ("overrides", "reference", "planner", "build", "collectives"),
     ("kernels", "backends.base"),
     ("driver", "backends.pytorch"),
     ("backends.cpp", "backends.triton", "backends"),
     ("dispatch",),
-    ("checks",),
+    ("checks", "dtensors"),
     ("ops",),
     ("flops",),
     ("functional",),

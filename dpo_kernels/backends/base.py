@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
 from dpo_kernels.planner import Capabilities, Plan, Sweep
-from dpo_kernels.statistics import Finished, TokenStats
+from dpo_kernels.statistics import Finished, SoftmaxState, TokenStats
 
 MIB = 2**20
 
@@ -81,6 +81,12 @@ class State(Protocol):
     def finish(self) -> Finished:
         """Joins the label; the state covers the whole vocabulary."""
 
+    def part(self) -> SoftmaxState:
+        """As every back end and rank understands it; the state covers a part of the vocabulary."""
+
+    def scale_to(self, maximum: Tensor) -> Tensor:
+        """(M,): what brings this state's own sums to those relative to `maximum`, which is no smaller."""
+
 
 class TileOps(Protocol):
     """How a back end multiplies a tile, a = h W^T + b, and accumulates it; made for one call and one execution.
@@ -105,8 +111,8 @@ class TileOps(Protocol):
         """Like accumulate; total (n, D) is sum exp(z - m) W, times the cap's derivative, over the vocabulary so far. m
         is a number of the row that the back end knows."""
 
-    def settle_jacobian(self, state: Any, rows: slice, total: Tensor) -> Finished:
-        """Brings total to m = state.maximum and finishes those rows; only log_probs of their statistics are needed."""
+    def settle_jacobian(self, state: Any, rows: slice, total: Tensor) -> None:
+        """Brings total to the m that the state's sums of those rows are relative to."""
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None

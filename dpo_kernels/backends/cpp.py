@@ -7,6 +7,7 @@ float32 for float32 and float16.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile,
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
 from dpo_kernels.layout import as_matrix, in_rows
 from dpo_kernels.planner import Capabilities, Plan, Sweep
-from dpo_kernels.statistics import Finished, TokenStats
+from dpo_kernels.statistics import LOG_ZERO, Finished, SoftmaxState, TokenStats, finite
 
 # Rows whose largest logit is beyond this, either way, are not the kernels': float32 numbers beside it lie 0.06 apart,
 # and the kernels' exponents in base 2 are numbers of their own (csrc/softmax_state.h).
@@ -100,17 +101,34 @@ class CppState:
         self.fields = _ops().new_state(len(labels))
 
     def finish(self) -> Finished:
-        return self._finish(self.fields, self.labels, self.outputs)
-
-    def finish_rows(self, rows: slice) -> Finished:
-        return self._finish(self.fields[:, rows].contiguous(), self.labels[rows], ())
-
-    def _finish(self, fields: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Finished:
-        log_probs, maximum, log_sum, others, label_logit, *optional = _ops().finish(fields, labels, self.vocab_size)
+        made = _ops().finish(self.fields, self.labels, self.vocab_size)
+        log_probs, maximum, log_sum, others, label_logit, *optional = made
         stats = dict(zip(TokenStats._fields[1:], optional, strict=True))
         stats["is_top1"] = stats["is_top1"] > 0
-        wanted = TokenStats(log_probs, **{name: stats[name] for name in outputs})
+        wanted = TokenStats(log_probs, **{name: stats[name] for name in self.outputs})
         return Finished(wanted, maximum, log_sum, others, label_logit)
+
+    def part(self) -> SoftmaxState:
+        """From base 2 to the natural one. Exponents go through float64: rounded, they would cost sums their digits."""
+        given = dict(zip(_state_fields(), self.fields, strict=True))
+        base, total = self._log_base(), given["total"].double()
+        # The largest logit is known only beside its place.
+        maximum = given["maximum"] if "is_top1" in self.outputs else base.float()
+        up = base - finite(maximum).double()  # also where no logit is finite, and the sums are 0
+        scale = torch.where(given["total"] == 0, 1.0, up.exp())
+        shifted = scale * (given["shifted"] * math.log(2) + total * up.clamp(min=LOG_ZERO))
+        return SoftmaxState(
+            maximum=maximum, total=(total * scale).float(), label_logit=given["label_logit"], shifted=shifted.float(),
+            squares=(given["squares"] * scale.square()).float(), logits=given["logits"], argmax=given["argmax"].long(),
+        )  # fmt: skip
+
+    def scale_to(self, maximum: Tensor) -> Tensor:
+        return (self._log_base() - finite(maximum).double()).exp_().float()
+
+    def _log_base(self) -> Tensor:
+        """What the sums are relative to, float64; the smallest float32 of rows without a finite logit."""
+        base = self.fields[_state_fields().index("base")].double() * math.log(2)
+        return torch.where(base < -1e38, -torch.inf, base)
 
 
 class CppTileOps:
@@ -143,8 +161,8 @@ class CppTileOps:
         self._accumulate(state, tile, by_token=share, maxima=maxima, total=total)
         self.multiply(total, share, tile.weight, add=True)
 
-    def settle_jacobian(self, state: CppState, rows: slice, total: Tensor) -> Finished:
-        return state.finish_rows(rows)
+    def settle_jacobian(self, state: CppState, rows: slice, total: Tensor) -> None:
+        pass  # its base is a whole number that was never left
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
@@ -208,6 +226,11 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
 
 def _ops() -> Any:
     return torch.ops.dpo_kernels_cpp
+
+
+@functools.cache
+def _state_fields() -> tuple[str, ...]:
+    return tuple(_ops().state_fields())
 
 
 def _loaded() -> bool:

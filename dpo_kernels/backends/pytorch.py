@@ -133,6 +133,12 @@ class PyTorchState(NamedTuple):
     def finish(self) -> Finished:
         return finish(self.fields, self.labels, self.vocab_size, self.outputs)
 
+    def part(self) -> SoftmaxState:
+        return self.fields
+
+    def scale_to(self, maximum: Tensor) -> Tensor:
+        return (finite(self.fields.maximum) - finite(maximum)).exp_()
+
 
 class Accumulated(NamedTuple):
     """exps (n, v): exp(z - maximum) in place of z. maximum (n,): the tile's, made finite. scales: see `statistics`."""
@@ -173,8 +179,8 @@ class PyTorchTileOps:
         share = e if derivative is None else e.mul_(derivative)
         self.multiply(total, share.to(self.operand), tile.weight, add=True)
 
-    def settle_jacobian(self, state: PyTorchState, rows: slice, total: Tensor) -> Finished:
-        return finish(state.fields.rows(rows), state.labels[rows], state.vocab_size, ())
+    def settle_jacobian(self, state: PyTorchState, rows: slice, total: Tensor) -> None:
+        pass  # it is
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None

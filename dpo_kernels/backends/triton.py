@@ -149,8 +149,11 @@ class TritonState:
     def finish(self) -> Finished:
         return finish(self.fields, self.labels, self.vocab_size, self.outputs)
 
-    def finish_rows(self, rows: slice) -> Finished:
-        return finish(self.fields.rows(rows), self.labels[rows], self.vocab_size, ())
+    def part(self) -> SoftmaxState:
+        return self.fields
+
+    def scale_to(self, maximum: Tensor) -> Tensor:
+        return (finite(self.fields.maximum) - finite(maximum)).exp_()
 
 
 class TritonTileOps:
@@ -175,9 +178,8 @@ class TritonTileOps:
     def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
         raise NotImplementedError
 
-    def settle_jacobian(self, state: TritonState, rows: slice, total: Tensor) -> Finished:
+    def settle_jacobian(self, state: TritonState, rows: slice, total: Tensor) -> None:
         total.mul_((state.share_base(rows) - finite(state.fields.maximum[rows])).exp_()[:, None])
-        return state.finish_rows(rows)
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None

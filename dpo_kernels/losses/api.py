@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels import checks
+from dpo_kernels import checks, dtensors
 from dpo_kernels.call import accumulate_dtype
 from dpo_kernels.functional import hidden_to_log_probs, token_stats
 from dpo_kernels.losses.options import LossOptions, check_options
 from dpo_kernels.losses.pairs import Pairs, Sides, aggregate_log_probs, beyond_shared_length, pair_weights
 from dpo_kernels.losses.registry import DIVERGENCES
+from dpo_kernels.vocab_shard import VocabShard
 
 
 class DPOLoss(NamedTuple):
@@ -217,8 +218,12 @@ class FusedLinearDPOLoss(nn.Module):
         ref_hidden: Tensor | None = None,  # (2B, S, D')
         ref_weight: Tensor | None = None,  # (V, D')
         ref_bias: Tensor | None = None,  # (V,)
+        shard: VocabShard | None = None,
     ) -> DPOLoss:
         """The reference is given either as its log-probs, or as its hidden states and weight (and bias).
+
+        shard: as in `hidden_to_log_probs`; of the reference's weight too. Without it either may be a DTensor. The loss
+        is the same on every rank.
 
         Raises:
             ValueError: none of the two, both, or one where there is to be none; and as `hidden_to_log_probs` and
@@ -234,9 +239,12 @@ class FusedLinearDPOLoss(nn.Module):
             raise ValueError("give the reference either as ref_log_probs, or as ref_hidden and ref_weight")
         if ref_hidden is not None and ref_weight is not None:
             with torch.no_grad():
-                ref_log_probs = hidden_to_log_probs(ref_hidden, ref_weight, labels, ref_bias, **self.head_options)
+                ref_log_probs = hidden_to_log_probs(
+                    ref_hidden, ref_weight, labels, ref_bias, shard=shard, **self.head_options
+                )
+        labels = dtensors.whole(labels)
         outputs = ("log_sum_sq_probs",) if self.options.use_weighting else ()
-        stats = token_stats(hidden, weight, labels, bias, outputs=outputs, **self.head_options)
+        stats = token_stats(hidden, weight, labels, bias, outputs=outputs, shard=shard, **self.head_options)
         mask = labels != self.ignore_index
         pairs = make_pairs(ref_log_probs, stats.log_probs, mask, self.options, stats.log_sum_sq_probs)
         return _dpo_loss(pairs, self.options)

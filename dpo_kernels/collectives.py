@@ -1,0 +1,171 @@
+"""What ranks that hold a vocabulary together exchange: statistics of rows, hidden states, sums of gradients.
+
+Rank r has accumulated its own part of the vocabulary. Forward takes two all-reduces: one of maxima, one of the sums
+relative to the maximum of all; then each rank joins the label from the same numbers, so results are the same to the
+last bit. Backward takes one, of the hidden states' gradient, in the accumulation dtype.
+
+All ranks of a group make the same calls in the same order. A rank that fails before the first one says so in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_kernels.statistics import Finished, SoftmaxState, empty_state, finish, merge_into
+from dpo_kernels.vocab_shard import VocabShard, chunk
+
+# What a rank says beside its maxima.
+FINE, AGAIN, FAILED = 0.0, 1.0, 2.0
+# Numbers below it are exact in float32, and so are sums of a few thousand.
+CHECKSUMS = 2**12
+
+
+class State(Protocol):
+    """What a back end has accumulated; see `dpo_kernels.backends.base.State`."""
+
+    def part(self) -> SoftmaxState: ...
+
+    def scale_to(self, maximum: Tensor) -> Tensor: ...
+
+
+class RunAgainError(Exception):
+    """On some rank the numbers were out of reach of its kernels: all ranks compute with others."""
+
+
+class Exchange:
+    """The exchange of one forward. labels (M,): relative to the rank's first row."""
+
+    def __init__(self, shard: VocabShard, rows: int, labels: Tensor, outputs: tuple[str, ...], wide: torch.dtype):
+        self.shard, self.rows, self.labels, self.outputs, self.wide = shard, rows, labels, outputs, wide
+        self.met = False
+
+    def finish(self, state: State, out_of_reach: Callable[[Tensor], bool]) -> Finished:
+        """The state of this rank's part -> rows whose label has joined, over the whole vocabulary.
+
+        out_of_reach: of the back end, whether numbers are beyond what its kernels hold. `Finished.others` is for sums
+        that are relative to what this state's own are.
+
+        Raises:
+            RunAgainError: a rank's numbers are out of reach of its kernels; on all ranks.
+            RuntimeError: another rank failed.
+            ValueError: the ranks' parts are not the whole vocabulary once.
+        """
+        labels, outputs, shard, own = self.labels, self.outputs, self.shard, state.part()
+        own = own._replace(maximum=torch.where(own.maximum.isnan(), -torch.inf, own.maximum))  # the sums hold the NaN
+        here = (labels >= 0) & (labels < self.rows)
+        label_logit = torch.where(here, own.label_logit, 0)
+        again = out_of_reach(own.maximum) or out_of_reach(label_logit)
+        maximum = self._meet(own.maximum, AGAIN if again else FINE)
+
+        merged = empty_state(len(labels), outputs, self.wide, labels.device)._replace(maximum=maximum)
+        merge_into(merged, own, outputs)
+        sums = {"total": merged.total, "label_logit": label_logit}
+        if "entropy" in outputs:
+            sums["shifted"] = merged.shifted
+        if "log_sum_sq_probs" in outputs:
+            sums["squares"] = merged.squares
+        if "mean_logits" in outputs:
+            sums["logits"] = merged.logits
+        if "is_top1" in outputs:  # whether the largest of all stands here, before the label
+            sums["argmax"] = ((own.maximum == maximum) & (own.argmax < labels)).to(self.wide)
+        ends = _checksum(shard.first_row + self.rows) - _checksum(shard.first_row)
+        sent = torch.cat([*sums.values(), maximum.new_full((1,), ends)])
+        dist.all_reduce(sent, group=shard.group)
+        whole = dict(zip(sums, sent[:-1].view(len(sums), len(labels)), strict=True))
+        self._check_parts(sent[-1])
+
+        known = (labels >= -shard.first_row) & (labels < shard.vocab_size - shard.first_row)
+        whole["label_logit"] = torch.where(known, whole["label_logit"], torch.nan)
+        if "is_top1" in outputs:
+            whole["argmax"] = torch.where(whole["argmax"] > 0, labels - 1, labels + 1)
+        done = finish(merged._replace(**whole), labels, shard.vocab_size, outputs)
+        return done._replace(others=done.others * state.scale_to(maximum))
+
+    def fail(self) -> None:
+        """Tells the other ranks, where they still wait, that this one has an error of its own."""
+        if not self.met:
+            self._send(torch.full_like(self.labels, -torch.inf, dtype=self.wide), FAILED)
+
+    def _meet(self, maximum: Tensor, status: float) -> Tensor:
+        """The largest of all ranks' maxima. Whether all are fine is looked at on CPUs: on a GPU the host would wait."""
+        got = self._send(maximum, status)
+        if got.device.type == "cpu" and got[-1] != FINE:
+            if got[-1] == AGAIN:
+                raise RunAgainError
+            raise RuntimeError("another rank of this vocabulary failed in the same call; its error says why")
+        return got[:-1]
+
+    def _send(self, maximum: Tensor, status: float) -> Tensor:
+        self.met = True
+        sent = torch.cat([maximum, maximum.new_full((1,), status)])
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.shard.group)
+        return sent
+
+    def _check_parts(self, ends: Tensor) -> None:
+        """Parts that lie one behind the other from row 0 to row V: all ends but the last are starts."""
+        if ends.device.type != "cpu" and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
+            return
+        if ends.item() != _checksum(self.shard.vocab_size) - _checksum(0):
+            shard, rows = self.shard, self.rows
+            raise ValueError(
+                f"the ranks' parts are not the whole vocabulary once: this one (rank {shard.rank} of {shard.ranks}) "
+                f"has rows {shard.first_row} to {shard.first_row + rows} of {shard.vocab_size}; let "
+                "VocabShard.of(rows, process_group) count them"
+            )
+
+
+def sum_over_ranks(partial: Tensor, shard: VocabShard) -> Tensor:
+    """In place."""
+    dist.all_reduce(partial, group=shard.group)
+    return partial
+
+
+def gather_hidden(hidden: Tensor, shard: VocabShard, size: int) -> Tensor:
+    """This rank's piece of the hidden states -> all of them, `size` long in the dimension that is split."""
+    assert shard.hidden_dim is not None
+    own, ranks = hidden.movedim(shard.hidden_dim, 0), shard.ranks
+    step = -(-size // ranks)
+    sent = own.contiguous() if len(own) == step else own.new_zeros((step, *own.shape[1:])).index_copy_(
+        0, torch.arange(len(own), device=own.device), own
+    )  # fmt: skip
+    got = sent.new_empty((ranks * step, *own.shape[1:]))
+    _single("all_gather")(got, sent, group=shard.group)
+    return got[:size].movedim(0, shard.hidden_dim)
+
+
+def scatter_hidden(partial: Tensor, index: Tensor | None, shape: torch.Size, shard: VocabShard) -> Tensor:
+    """Sums the gradient of hidden states over ranks, and gives each its own piece of it.
+
+    partial (M, D): of the rows that count. index (M,): their places in hidden states of `shape`; None: all count.
+    """
+    assert shard.hidden_dim is not None
+    dim, ranks, size = shard.hidden_dim, shard.ranks, shape[shard.hidden_dim]
+    step = -(-size // ranks)
+    order = [dim, *(d for d in range(len(shape)) if d != dim)]
+    room = partial.new_zeros((ranks * step, *(shape[d] for d in order[1:])))
+    rows = room[:size].movedim(0, dim)  # in the order of the labels
+    if index is None:
+        rows.copy_(partial.view(shape))
+    else:
+        rows[torch.unravel_index(index, shape[:-1])] = partial
+    own = partial.new_empty((step, *room.shape[1:]))
+    _single("reduce_scatter")(own, room, group=shard.group)
+    span = chunk(size, ranks, shard.rank)
+    return own[: span.stop - span.start].movedim(0, dim)
+
+
+def _single(name: str) -> Any:
+    """all_gather and reduce_scatter of one tensor each, by the name that this torch gives them."""
+    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
+
+
+def _checksum(row: int) -> int:
+    """A number below CHECKSUMS, another for most rows."""
+    return (row * 2654435761 >> 8) % CHECKSUMS
