@@ -55,7 +55,8 @@ def check_model(name: str, options: dict, split: Split) -> None:
             dist.all_gather(others, log_probs.detach())
             assert all(torch.equal(other, log_probs) for other in others), "processes see other log-probs"
             for grad in grads:
-                dist.all_reduce(grad)  # each has the part of its tokens
+                dist.all_reduce(grad)  # each has the part of its tokens, to be averaged
+                grad /= dist.get_world_size()
         found.append((log_probs.detach(), loss.detach(), grads))
     for one, parts in zip(found[0][:2], found[1][:2], strict=True):
         assert_close(parts, one, 1e-5, name)

@@ -137,7 +137,7 @@ class DPOConfig(TrainingArguments):
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
     parallelism_config: dict | str | None = field(  # type: ignore[assignment, type-arg]  # made accelerate's own
         default=None,
-        metadata={"help": "accelerate's sizes of a mesh of devices, as JSON: '{\"dp_shard_size\": 2, \"cp_size\": 2}'."},
+        metadata={"help": "accelerate's sizes of a mesh, as JSON: '{\"cp_size\": 2, \"dp_shard_size\": 2}'."},
     )
 
     def __post_init__(self) -> None:

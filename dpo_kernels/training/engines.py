@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ParallelismConfig
+from accelerate.utils.operations import recursively_apply
+
+from dpo_kernels.training.sequence_parallel import Split
 
 ON_CPUS = (DistributedType.NO, DistributedType.MULTI_CPU)  # where accelerate knows DDP alone
 # Sizes that accelerate launch hands over: NAME_SIZE of the environment, after this.
@@ -61,9 +65,9 @@ def check_asked(args: Any) -> None:
     what = asked or "a mesh of devices (" + ", ".join(f"{name} {size}" for name, size in sizes.items()) + ")"
     if kind == DistributedType.MULTI_CPU:
         raise EngineError(
-            f"{what} was asked for, and this run is on CPUs, where accelerate runs DDP in its place: every process would "
-            "hold the whole model. Leave out use_cpu where there are GPUs, or leave out what asks for it: the config of "
-            "accelerate launch, --fsdp, --deepspeed, --parallelism_config. To try a recipe on CPUs: "
+            f"{what} was asked for, and this run is on CPUs, where accelerate runs DDP in its place: every process "
+            "would hold the whole model. Leave out use_cpu where there are GPUs, or leave out what asks for it: the "
+            "config of accelerate launch, --fsdp, --deepspeed, --parallelism_config. To try a recipe on CPUs: "
             "examples/scale/on_cpu.py"
         )
     raise EngineError(
@@ -81,8 +85,8 @@ def check_runs_as(asked: str, accelerator: Accelerator) -> None:
     runs = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}.get(kind, "")
     if runs != asked:
         raise EngineError(
-            f"{asked or 'DDP'} was asked for, and accelerate runs {runs or f'something else ({kind.value})'}; check the "
-            "config of accelerate launch, and --fsdp, --deepspeed and use_cpu"
+            f"{asked or 'DDP'} was asked for, and accelerate runs {runs or f'something else ({kind.value})'}; check "
+            "the config of accelerate launch, and --fsdp, --deepspeed and use_cpu"
         )
 
 
@@ -111,6 +115,63 @@ def read_parallelism(given: Any) -> ParallelismConfig | None:
         return ParallelismConfig(**values)
     except TypeError as error:
         raise ValueError(f"parallelism_config is {values}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How the processes of a run share the pairs of a step.
+
+    processes: all. copies: so many neighbours read the same pairs (tensor and context parallel).
+    """
+
+    processes: int
+    copies: int = 1
+
+    @property
+    def readers(self) -> int:
+        """Processes, or groups of them, that read pairs of their own."""
+        return self.processes // self.copies
+
+    def reader(self, process: int) -> int:
+        """Which of them a process belongs to."""
+        return process // self.copies
+
+    def one_of_each(self, gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """A gather of tensors over all processes, as one that takes each group's rows once."""
+
+        def once(given: Any) -> Any:
+            return recursively_apply(
+                lambda t: t.view(self.processes, -1, *t.shape[1:])[:: self.copies].flatten(0, 1), gather(given)
+            )
+
+        return gather if self.copies == 1 else once
+
+
+def ranks_of(accelerator: Accelerator, tp_size: int = 1) -> Ranks:
+    """
+    Args:
+        tp_size: of the model, where it was loaded in parts.
+    """
+    mesh = accelerator.parallelism_config
+    tp = max(tp_size, 1 if mesh is None else mesh.tp_size)
+    return Ranks(accelerator.num_processes, tp * (1 if mesh is None else mesh.cp_size))
+
+
+def split_of(accelerator: Accelerator) -> Split | None:
+    """How rows are split over processes; None: they are not.
+
+    Raises:
+        EngineError: sequences are asked to be split in a way that is not here.
+    """
+    mesh = accelerator.parallelism_config
+    if mesh is None or (mesh.cp_size == 1 and mesh.sp_size == 1):
+        return None
+    if mesh.sp_size > 1:
+        raise EngineError(
+            f"sp_size is {mesh.sp_size}: DeepSpeed's way to split sequences (Ulysses) takes batches of one sequence "
+            'alone, not of pairs; split them with FSDP2 and --parallelism_config \'{"cp_size": N}\''
+        )
+    return Split(accelerator.torch_device_mesh["cp"].get_group())
 
 
 def _is_on(name: str) -> bool:

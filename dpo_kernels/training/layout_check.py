@@ -22,6 +22,7 @@ from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers
 from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, most_tokens
 from dpo_kernels.training.loading import is_of_its_own_kind, max_positions
 from dpo_kernels.training.output_head import below_adapters, find_head, plain_forward
+from dpo_kernels.training.sequence_parallel import Split
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 REACH = re.compile(r".*(window|chunk_size|local_attention|index_(topk|budget)).*")  # what configs call how far one sees
@@ -129,6 +130,20 @@ def expected(
         if candidate.attention is None or not _known_reason(model, candidate):
             return replace(candidate, answers_at_once=answers_at_once)
     return padded
+
+
+def check_split(split: Split, model: Any, layout: Layout, balances: bool) -> None:
+    """
+    Raises:
+        LayoutError: a model cannot compute rows that are split over processes (cp_size); says why.
+    """
+    known = _known_reason(model, replace(layout, attention="branches"))
+    if layout.name != "padded" or layout.answers_at_once is not None:
+        known = f"rows are split in layout padded alone, whole batches at once, not in {layout.told}"
+    if balances:
+        known = f"the load-balancing loss of {type(model).__name__} is over all tokens"
+    if known:
+        raise LayoutError(f"cp_size is {split.parts}, which {type(model).__name__} cannot be trained with: {known}")
 
 
 def of_reference(model: Any, policy: Any, layout: Layout) -> Layout:

@@ -39,7 +39,7 @@ def own_part(parameter: Any) -> Tensor:
 
 
 def whole(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
-    """Within it the parameters are whole, to be read; entered by all processes alike, not within another of the same."""
+    """Within it the parameters are whole, to be read; entered by all processes alike, never twice at a time."""
     parts = [p for p in parameters if is_partitioned(p)]
     if not parts:
         return nullcontext()

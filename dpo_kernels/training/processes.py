@@ -17,7 +17,6 @@ from torch import nn
 from dpo_kernels.training import mlp_tiles, partitioned
 from dpo_kernels.training.model import FusedHead
 
-
 WAIT = 600.0  # seconds that a process that has ended well waits for the others: the main one writes a report
 LEAVE = 20.0  # seconds that leaving may take
 

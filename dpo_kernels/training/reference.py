@@ -27,6 +27,7 @@ from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
 from dpo_kernels.training.partitioned import any_partitioned, by_module, own_part, shape_of, whole
 from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned, on_models
+from dpo_kernels.training.sequence_parallel import Split, over
 
 
 class Reference:
@@ -39,6 +40,7 @@ class Reference:
 
     model: nn.Module | None = None  # a second model, where the form has one
     starts_equal = False  # to the bit: policy and reference at the first step
+    split: Split | None = None  # of rows over processes, the policy's
     runs_together = False  # whether `score` is for all processes at once: each has a part of the weights
 
     @torch.no_grad()
@@ -233,7 +235,7 @@ class FrozenModel(Reference):
 
     def _run(self, model: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():
-            return batch.lying(self.layout).run(model)["log_probs"]
+            return batch.lying(self.layout).run(over(model, self.split))["log_probs"]
 
 
 class OwnStart(Reference):
@@ -290,7 +292,7 @@ class OwnStart(Reference):
                 model = self.wrapped() if self.is_sharded or is_partitioned(self.accelerator) else self.policy
                 # Before training there is no engine that makes weights whole.
                 with by_module(model) if model is self.policy else nullcontext():
-                    return batch.lying(self.layout).run(model)["log_probs"]
+                    return batch.lying(self.layout).run(over(model, self.split))["log_probs"]
         finally:
             for module in modes:
                 module.training = True
@@ -335,7 +337,7 @@ class OwnStart(Reference):
         if not looks or not anywhere(self.accelerator, not torch.equal(log_probs, ref)):
             return
         with torch.no_grad(), self.accelerator.autocast():
-            again = batch.lying(self.layout).run(policy)["log_probs"]
+            again = batch.lying(self.layout).run(over(policy, self.split))["log_probs"]
         difference = (log_probs - ref).abs().max().item()
         if anywhere(self.accelerator, torch.equal(again, log_probs) or not difference <= 1e-2):
             raise HeadError(

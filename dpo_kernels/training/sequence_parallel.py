@@ -121,6 +121,19 @@ class _Shared(torch.autograd.Function):
         return total[dist.get_rank(ctx.group)], None
 
 
+class _Averaged(torch.autograd.Function):
+    """What it is given, with `times` its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, times: int) -> Tensor:
+        ctx.times = times
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0] * ctx.times, None
+
+
 def _gather(own: Tensor, group: Any) -> Tensor:
     """(n, ...) of (...)."""
     parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
@@ -130,6 +143,9 @@ def _gather(own: Tensor, group: Any) -> Tensor:
 
 def over(model: Callable[..., Any], split: Split | None) -> Callable[..., Any]:
     """A fused model as a function of whole rows, of which each process of the group computes its part.
+
+    Of a parameter's gradient each process has the part of its tokens, times their number: FSDP and DDP average them
+    over processes, where a sum is wanted.
 
     Args:
         model: fused, `use_branches` on; wrapped or not.
@@ -150,6 +166,7 @@ def over(model: Callable[..., Any], split: Split | None) -> Callable[..., Any]:
         output = model(input_ids=ids, labels=own_labels, position_ids=places, spans=split, **options)
         if "aux_loss" in output:
             raise ValueError("a load-balancing loss is over all tokens, which here are split over processes")
-        return {name: split.whole(values)[:, :length] for name, values in output.items()}
+        shares = {name: _Averaged.apply(values, split.parts) for name, values in output.items()}
+        return {name: split.whole(values)[:, :length] for name, values in shares.items()}
 
     return run

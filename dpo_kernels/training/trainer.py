@@ -23,7 +23,8 @@ from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
-from dpo_kernels.training.engines import asked_for, check_runs_as
+from dpo_kernels.training.engines import asked_for, check_runs_as, ranks_of, split_of
+from dpo_kernels.training.layout_check import check_split
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
 from dpo_kernels.training.memory.device_memory import held
@@ -33,13 +34,14 @@ from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.offloading import Offloading, check_offloading
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
-from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.partitioned import any_partitioned, numbers_in
+from dpo_kernels.training.precompute import with_ref_log_probs
 from dpo_kernels.training.processes import check_head, find_mlps, from_main, is_partitioned, on_models
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
 from dpo_kernels.training.report.metrics import peak_memory_mib
 from dpo_kernels.training.saving import SavingTrainer
+from dpo_kernels.training.sequence_parallel import over
 from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
 
 
@@ -104,6 +106,8 @@ class DPOTrainer(SavingTrainer):
             compute_metrics=mean_metrics,
         )  # fmt: skip
         check_runs_as(asked_for(args), self.accelerator)
+        self.ranks, self.split = ranks_of(self.accelerator), split_of(self.accelerator)
+        self.accelerator.gather = self.ranks.one_of_each(self.accelerator.gather)  # type: ignore[method-assign]
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         if args.activation_offloading:
             check_offloading(args.device, self.is_fsdp_enabled or is_partitioned(self.accelerator))
@@ -123,7 +127,7 @@ class DPOTrainer(SavingTrainer):
         gives_mask = (balances and not is_of_its_own_kind(model)) or "flash" in str(_attention(model))
         pairs = train_dataset if train_dataset is not None else eval_dataset
         # A compiled model would be compiled again for the lengths of each step.
-        layout = "padded" if args.layout == "auto" and args.torch_compile else args.layout
+        layout = "padded" if args.layout == "auto" and (args.torch_compile or self.split) else args.layout
         in_parts = any_partitioned(model)
         choice = from_main(self.accelerator, lambda: layout_check.choose(
             model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
@@ -131,14 +135,21 @@ class DPOTrainer(SavingTrainer):
             answers_at_once=args.answers_at_once,
         ))  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told
+        if self.split is not None:
+            check_split(self.split, model, self.layout, balances)
+        if args.tokens_per_batch is not None and self.ranks.copies > 1:
+            raise ValueError("tokens_per_batch does not work where processes read the same pairs (tp_size, cp_size)")
         self.token_batches: TokenBatches | None = None
         if args.tokens_per_batch is not None and train_dataset is not None:
             self.token_batches = token_batches(train_dataset, self.layout, args)
-        use_branches(model, self.layout.attention == "branches")
+        use_branches(model, self.layout.attention == "branches" or self.split is not None)
         self._reference_name = getattr(getattr(ref_model, "config", None), "_name_or_path", None)
         self.reference = reference_for(
             ref_model, model, self.accelerator, args, self.layout, self.is_fsdp_enabled, lambda: self.model_wrapped
         )
+        self.reference.split = self.split
+        if self.ref_model is not None and self.split is not None:
+            use_branches(self.ref_model, True)
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -287,7 +298,7 @@ class DPOTrainer(SavingTrainer):
         more: dict[str, Any] = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
         ref = self.reference.log_probs(batch, options.needs_reference)  # first: it may be missing
         around: Surrounding = self.offloading if self.offloading is not None and model.training else nullcontext
-        output = batch.run(model, around, **more)
+        output = batch.run(over(model, self.split), around, **more)
         policy = output["log_probs"]
         if model.training and batch.ref_log_probs is None and ref is not None:
             self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)
@@ -301,8 +312,8 @@ class DPOTrainer(SavingTrainer):
         if model.training:
             self._count(batch, metrics[: batch.pairs], output.get("aux_loss"))
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
-            # Gradients are averaged over processes, so that each multiplies its share by their number.
-            loss = loss * (batch.pairs * self.accelerator.num_processes / num_items_in_batch)
+            # Gradients are averaged over those that read pairs, so that each multiplies its share by their number.
+            loss = loss * (batch.pairs * self.ranks.readers / num_items_in_batch)
         if model.training:
             self._non_finite.add(loss.detach())
         return (loss, torch.cat([losses.detach()[:, None], metrics], 1)) if return_outputs else loss
@@ -333,7 +344,8 @@ class DPOTrainer(SavingTrainer):
             totals = dict(zip(names, self._reduce(torch.stack([self._sums[n].float() for n in names])), strict=True))
             self._sums.clear()
             pairs, batches = totals.pop("pairs"), totals.pop("batches")
-            logs["tokens_per_second"] = totals.pop("tokens") / (time.perf_counter() - self._steps_began)
+            tokens = totals.pop("tokens") / self.ranks.copies
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - self._steps_began)
             if "aux_loss" in totals:
                 logs["aux_loss"] = totals.pop("aux_loss") / batches
             logs |= {name: totals[name] / pairs for name in PAIR_METRICS}
@@ -357,6 +369,10 @@ class DPOTrainer(SavingTrainer):
         """The number of the signal that came to this process."""
         return self._signal.number
 
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """transformers' splits inputs of one sequence a row; here `sequence_parallel.over` does it."""
+        return nullcontext, inputs
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
@@ -367,7 +383,7 @@ class DPOTrainer(SavingTrainer):
         tokens = sum(batch.chosen_tokens for batch in batches)
         of_the_step = self.accelerator.reduce(torch.tensor([pairs, tokens], device=device), reduction="sum")
         self._tokens_per_chosen = of_the_step[1] / of_the_step[0]
-        return of_the_step[0]
+        return of_the_step[0] / self.ranks.copies
 
     def _leave_out_repeats(self, inputs: dict[str, Tensor]) -> None:
         """Takes out of an epoch's last batch, in place, the pairs that only fill it up.
@@ -377,7 +393,7 @@ class DPOTrainer(SavingTrainer):
         forward and backward, which the others wait for; it counts nowhere.
         """
         accelerator, held = self.accelerator, PairBatch(inputs).pairs
-        processes = accelerator.num_processes
+        processes = self.ranks.readers
         if processes == 1 or not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
             return
         if self.token_batches is not None:
@@ -388,7 +404,8 @@ class DPOTrainer(SavingTrainer):
         left = len(self.train_dataset) % (size * processes)  # not accelerate's remainder: a resume loses that
         if left == 0:
             return
-        own = max(0, min(left - accelerator.process_index * (held if accelerator.dispatch_batches else size), held))
+        before = self.ranks.reader(accelerator.process_index) * (held if accelerator.dispatch_batches else size)
+        own = max(0, min(left - before, held))
         keep_pairs(inputs, own)
 
     def _precompute(self) -> None:

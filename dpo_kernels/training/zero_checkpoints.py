@@ -50,8 +50,8 @@ def convert(checkpoint: str | os.PathLike[str]) -> None:
     if done.returncode != 0 or not made.is_dir():
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise CheckpointError(
-            f"{folder} is of {parts_of(folder)} processes, and DeepSpeed's converter for another number failed: {said}; "
-            "go on with as many processes as it was saved by (it knows optimizers of Adam's kind alone)"
+            f"{folder} is of {parts_of(folder)} processes, and DeepSpeed's converter for another number failed: {said};"
+            " go on with as many processes as it was saved by (it knows optimizers of Adam's kind alone)"
         )
     made.replace(folder / made.name)
     for left in made.parent.iterdir():
