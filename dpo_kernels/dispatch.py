@@ -128,9 +128,7 @@ def _exchange(backend: Backend, call: Call) -> tuple[Execution, Saved]:
         raise
 
 
-def _run(
-    backend: Backend, call: Call, join: Callable[[State], Finished] | None = None
-) -> tuple[Execution, Saved]:
+def _run(backend: Backend, call: Call, join: Callable[[State], Finished] | None = None) -> tuple[Execution, Saved]:
     hidden, options = call.hidden, call.options
     plain = not (call.bias is not None or options.transform.softcap is not None or options.outputs)
     configuration = backend.configure(hidden.device, hidden.shape[-1], options.compute_dtype, not plain)

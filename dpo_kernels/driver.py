@@ -89,7 +89,11 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
     hidden = _hidden_gradient(call, plan, wide, ops) if wanted.hidden else None
     if hidden is not None and low_rank is not None:
         hidden.complete = low_rank.add_to_hidden
-    weight = _Gradient("weight", call.weight, wide, None, ops, plan.tokens if plan.vocab_size else 0) if wanted.weight else None
+    weight = (
+        _Gradient("weight", call.weight, wide, None, ops, plan.tokens if plan.vocab_size else 0)
+        if wanted.weight
+        else None
+    )
     sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)
     for i, sweep in enumerate(plan.sweeps):
         first = i == 0

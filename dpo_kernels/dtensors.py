@@ -42,14 +42,16 @@ def local_head(given: Head) -> Head:
         raise ValueError("weight is a DTensor, which says which rows are here; leave shard out, or give local tensors")
     weight: Any = given.weight
     mesh, dim = weight.device_mesh, _split_dim(weight)
-    labels = whole(given.labels)
-    assert labels is not None
+    labels = whole_value(given.labels)
     hidden, hidden_dim = _hidden(given.hidden, weight, dim)
     rows = chunk(weight.shape[0], mesh.size(dim), mesh.get_local_rank(dim))
     low_rank = given.low_rank
     if low_rank is not None:
-        low_rank = LowRank(_alike("low_rank.a", low_rank.a, weight, dim, None),
-                           _alike("low_rank.b", low_rank.b, weight, dim, 0), low_rank.scale)
+        low_rank = LowRank(
+            _alike("low_rank.a", low_rank.a, weight, dim, None),
+            _alike("low_rank.b", low_rank.b, weight, dim, 0),
+            low_rank.scale,
+        )
     return Head(
         hidden, weight.to_local(), labels,
         None if given.bias is None else _alike("bias", given.bias, weight, dim, 0),
@@ -57,9 +59,25 @@ def local_head(given: Head) -> Head:
     )  # fmt: skip
 
 
-def whole(tensor: Tensor | None) -> Tensor | None:
-    """A DTensor's whole value, on every rank; what is none stays as it is."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[union-attr]
+def whole_value(tensor: Tensor) -> Tensor:
+    """A DTensor's, on every rank; what is no DTensor stays as it is."""
+    found: Any = tensor
+    return found.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; what is no DTensor stays as it is."""
+    found: Any = tensor
+    return found.to_local() if is_dtensor(tensor) else tensor
+
+
+def alike_on_all_ranks(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has, as a DTensor on the mesh of `like`, where that is one: hooks may expect it."""
+    if not is_dtensor(like):
+        return tensor
+    module: Any = sys.modules["torch.distributed.tensor"]
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return module.DTensor.from_local(tensor, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
 
 
 def is_dtensor(tensor: Any) -> bool:

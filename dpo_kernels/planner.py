@@ -236,7 +236,8 @@ class Workload:
             (n, v) for n, v in self.capabilities.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size
         ]
         return [
-            (min(n, max(self.tokens, 1)), min(v, max(self.vocab_size, 1))) for n, v in useful or [self.capabilities.tiles[-1]]
+            (min(n, max(self.tokens, 1)), min(v, max(self.vocab_size, 1)))
+            for n, v in useful or [self.capabilities.tiles[-1]]
         ]
 
     def default_budget(self) -> int:

@@ -54,10 +54,12 @@ def raises(kind: type[Exception], text: str, function: Callable[..., Any], *args
 class Here:
     """A head in one piece, and this rank's part of it."""
 
-    def __init__(self, tokens: int = 21, features: int = 12, cut: int | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, tokens: int = 21, features: int = 12, cut: int | None = None, dtype: torch.dtype = torch.float32
+    ):
         torch.manual_seed(0)
-        self.hidden = torch.randn(tokens, features).to(dtype)
-        self.weight, self.bias = torch.randn(V, features).to(dtype), torch.randn(V).to(dtype)
+        self.hidden = torch.randn(tokens, features)
+        self.weight, self.bias = torch.randn(V, features), torch.randn(V)
         self.labels = torch.randint(V, (tokens,))
         cut = -(-V // 2) if cut is None else cut
         self.part = (slice(0, cut), slice(cut, V))[dist.get_rank()]
@@ -108,7 +110,9 @@ def check_any_cut() -> None:
                 wants = [name in grads for name in ("hidden", "weight", "bias")]
                 own = [t.detach().clone().requires_grad_(w) for t, w in zip(leaves, wants, strict=True)]
                 part = [own[0], own[1][here.part], own[2][here.part]]
-                hidden_to_log_probs(part[0], part[1], here.labels, part[2], impl=impl, shard=here.shard).sum().backward()
+                hidden_to_log_probs(
+                    part[0], part[1], here.labels, part[2], impl=impl, shard=here.shard
+                ).sum().backward()
                 exact = [t.detach().double().requires_grad_() for t in leaves]
                 reference.hidden_to_log_probs(exact[0], exact[1], here.labels, exact[2]).sum().backward()
                 near(own[0].grad, exact[0].grad)

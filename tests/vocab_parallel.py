@@ -30,7 +30,10 @@ def cases(impl: str) -> list[Case]:
     if impl == "triton":
         small = {"shape": (40, 16, 131)}
         return [
-            *(Case(impl, mode, outputs=FEW if mode != "recompute" else EVERY, **small) for mode in ("score", "frozen", "keep", "recompute")),  # type: ignore[arg-type]  # noqa: E501
+            *(
+                Case(impl, mode, outputs=FEW if mode != "recompute" else EVERY, **small)
+                for mode in ("score", "frozen", "keep", "recompute")
+            ),  # type: ignore[arg-type]  # noqa: E501
             Case(impl, "keep", form="dtensor", hidden="split", rank=3, **small),  # type: ignore[arg-type]
         ]
     made = [Case(impl, mode, dtype, outputs) for mode in MODES for dtype in (torch.float32, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the ranks of a split vocabulary do in tests: the same calls as one process, their differences, what they send."""
+"""What the ranks of a split vocabulary do in tests: the calls of one process, their differences, what they send."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ class FusedLinearDPOLoss(nn.Module):
                 ref_log_probs = hidden_to_log_probs(
                     ref_hidden, ref_weight, labels, ref_bias, shard=shard, **self.head_options
                 )
-        labels = dtensors.whole(labels)
+        labels = dtensors.whole_value(labels)
         outputs = ("log_sum_sq_probs",) if self.options.use_weighting else ()
         stats = token_stats(hidden, weight, labels, bias, outputs=outputs, shard=shard, **self.head_options)
         mask = labels != self.ignore_index

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import reference
 from dpo_kernels.call import Transform
+from dpo_kernels.dtensors import local_part
 from dpo_kernels.training.head_adapter import is_lora, low_rank_of, own_names, parameters_of
 from dpo_kernels.training.output_head import Fused, HeadError, OutputHead, Request, accepted, find_head
 from dpo_kernels.training.partitioned import whole
@@ -144,15 +145,19 @@ def has_experts(model: Any) -> bool:
 def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
     """The head's own class, asked what it computes, against what the fused head takes it for: h W^T + b.
 
-    Of the first rows of the weight, so that a large vocabulary costs no more than a small one.
+    Of the first rows of the weight, so that a large vocabulary costs no more than a small one; of those that are here,
+    where it is split over ranks.
     """
     head: Any = find_head(model)
     assert isinstance(head, OutputHead)
     # Without the rows beyond; an adapter's a has none of the vocabulary. Its b is 0 at the start, which would hide a.
-    weights = {name: p if "lora_A" in name else p[:ROWS] for name, p in parameters_of(head).items()}
+    weights = {name: local_part(p) for name, p in parameters_of(head).items()}
+    weights = {name: p if "lora_A" in name else p[:ROWS] for name, p in weights.items()}
     weights = {name: torch.randn_like(p) / 8 if "lora_B" in name else p for name, p in weights.items()}
     weight, bias = own_names(head)
     rows = len(weights[weight])
+    if rows == 0:
+        return  # more ranks than rows
     labels = torch.arange(hidden[..., 0].numel(), device=hidden.device).view(hidden.shape[:-1]) % rows
     upstream = torch.linspace(-1.0, 1.0, labels.numel(), device=hidden.device).view_as(labels)
     t = fused.transform
@@ -162,7 +167,7 @@ def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
         in_training.lora_dropout.eval()  # whether it is on is looked at elsewhere
 
     def own(x: Tensor, given: dict[str, Tensor]) -> Tensor:
-        with fused.asking(Request()):
+        with fused.asking(Request(alone=True)):
             z = torch.func.functional_call(in_training, given, (x,)).float() * t.logit_scale
         z = z if t.softcap is None else t.softcap * torch.tanh(z / t.softcap)
         return reference.logits_to_log_probs(z / t.temperature, labels)

@@ -24,6 +24,7 @@ from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.head_adapter import refusal
 from dpo_kernels.training.head_check import check_head
 from dpo_kernels.training.output_head import (
+    PARALLEL_FORWARD,
     FusedForward,
     HeadError,
     OutputHead,
@@ -32,6 +33,7 @@ from dpo_kernels.training.output_head import (
     find_head,
     fused_class,
     fused_forward_of,
+    is_parallel,
 )
 from dpo_kernels.training.partitioned import shape_of
 
@@ -76,7 +78,8 @@ class FusedHead:
             )
         if why := refusal(head):
             raise HeadError(f"the output head {type(head).__name__} of {type(model).__name__} cannot be fused: {why}")
-        if "forward" in vars(head) and "_old_forward" not in vars(head):
+        given = vars(head).get("forward")
+        if given is not None and "_old_forward" not in vars(head) and not is_parallel(given):
             raise HeadError(
                 f"something has put a forward of its own on the output head {type(head).__name__} of this model: make "
                 "the FusedHead before it is wrapped"
@@ -89,6 +92,8 @@ class FusedHead:
         for copy in _copies(model, head):
             copy.fused = self
             copy.__class__ = fused_class(type(copy))
+            if is_parallel(vars(copy).get("forward")):
+                vars(copy)[PARALLEL_FORWARD] = vars(copy).pop("forward")
             if "_old_forward" in vars(copy):  # accelerate's hooks call the forward that they found
                 copy._old_forward = types.MethodType(OutputHead.forward, copy)
         self._model = weakref.ref(model)
@@ -125,6 +130,8 @@ class FusedHead:
         for copy in _copies(model, head):
             copy.__class__ = type(copy).plain
             del copy.fused
+            if PARALLEL_FORWARD in vars(copy):
+                vars(copy)["forward"] = vars(copy).pop(PARALLEL_FORWARD)
             if "_old_forward" in vars(copy):
                 vars(copy)["_old_forward"] = types.MethodType(type(copy).forward, copy)
         for holder in {id(m): m for m in (model, *model.modules())}.values():

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.call import LowRank, Transform
+from dpo_kernels.dtensors import alike_on_all_ranks, whole_value
 from dpo_kernels.statistics import TokenStats
 from dpo_kernels.training.attention import Spans, masks, uses_branches, without_masks
 from dpo_kernels.training.head_adapter import low_rank_of
 
 # What a model without get_output_embeddings calls its head.
 HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "output_layer", "output_projection")
+# Where a fused head keeps the forward that tensor parallelism has put on it.
+PARALLEL_FORWARD = "_parallel_forward"
 # What the trainer gives a model that takes it.
 DISPENSABLE = ("attention_mask", "output_router_logits", "use_cache")
 
@@ -36,6 +39,7 @@ class Request:
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
     keeps_hidden: bool = False  # what reaches the head in a call without labels
+    alone: bool = False  # what the head's class makes of the rows that this rank is given, no other rank asked
     hidden: Tensor | None = None
     stats: TokenStats | None = None  # of the same call; the fields besides log_probs have no gradient
 
@@ -138,11 +142,17 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         request = self.fused.request
+        if request.labels is None and request.probe is None and not request.alone:
+            if request.keeps_hidden:
+                request.hidden = whole_value(hidden)
+            return own_head_forward(self)(hidden, *args, **kwargs)
+        made = self._asked(request, whole_value(hidden), *args, **kwargs)
+        return alike_on_all_ranks(made, hidden)
+
+    def _asked(self, request: Request, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if request.probe is not None:
             return request.probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
         if request.labels is None:
-            if request.keeps_hidden:
-                request.hidden = hidden
             return type(self).plain.forward(self, hidden, *args, **kwargs)
         if request.places is not None:
             hidden = hidden.flatten(0, -2)[None, request.places]
@@ -162,6 +172,16 @@ class OutputHead(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_head, (type(self).plain,), vars(self)
+
+
+def own_head_forward(head: OutputHead) -> Any:
+    """The forward that a head had before it was fused: its class's, or what tensor parallelism has put around that."""
+    return vars(head).get(PARALLEL_FORWARD) or types.MethodType(type(head).plain.forward, head)
+
+
+def is_parallel(forward: Any) -> bool:
+    """Whether a forward is one that transformers has put on a layer whose weight it has split over ranks."""
+    return getattr(forward, "__module__", "") == "transformers.distributed.tensor_parallel"
 
 
 def fused_class(plain: Any) -> Any:
