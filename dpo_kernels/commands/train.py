@@ -201,8 +201,9 @@ def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOCon
     name, second = script.start, has_second_model(script, adapter, config)
     if name is None:
         return example, copy.deepcopy(example) if second else None
-    policy = load(script, adapter, name, config.device, is_trainable=True)
-    return policy, load(script, adapter, script.ref_weight or name, config.device) if second else None
+    tp = config.tp_size
+    policy = load(script, adapter, name, config.device, is_trainable=True, tp_size=tp)
+    return policy, load(script, adapter, script.ref_weight or name, config.device, tp_size=tp) if second else None
 
 
 def tell(

@@ -135,6 +135,10 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "What backward needs of the policy's forward waits in host memory."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
+    tp_size: int = field(
+        default=1,
+        metadata={"help": "Tensor parallel: so many processes share each layer; more shard it by FSDP2 besides."},
+    )
     parallelism_config: dict | str | None = field(  # type: ignore[assignment, type-arg]  # made accelerate's own
         default=None,
         metadata={"help": "accelerate's sizes of a mesh, as JSON: '{\"cp_size\": 2, \"dp_shard_size\": 2}'."},
@@ -155,6 +159,8 @@ class DPOConfig(TrainingArguments):
             if (value := getattr(self, name, allowed[0])) not in allowed:
                 known = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {known} only: {reason}")
+        if self.tp_size < 1:
+            raise ValueError(f"tp_size is {self.tp_size}; expected at least 1")
         self._check_sync()
         self._check_padding()
         if self.tokens_per_batch is not None:

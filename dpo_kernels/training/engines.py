@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ParallelismConfig
 from accelerate.utils.operations import recursively_apply
 
+from dpo_kernels.training.output_head import below_adapters
 from dpo_kernels.training.sequence_parallel import Split
 
 ON_CPUS = (DistributedType.NO, DistributedType.MULTI_CPU)  # where accelerate knows DDP alone
@@ -41,6 +42,8 @@ def asked_for(args: Any) -> str:
 def sizes_asked_for(args: Any) -> dict[str, int]:
     """The sizes of a mesh of devices that are not 1, from `parallelism_config` or what launched the run."""
     config = getattr(args, "parallelism_config", None)
+    if getattr(args, "tp_size", 1) > 1:
+        return {"tp_size": args.tp_size}
     if config is None and not _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return {}
     found = {
@@ -60,9 +63,15 @@ def check_asked(args: Any) -> None:
     if asked == "Megatron-LM":
         raise EngineError("this run was launched for Megatron-LM, which is not supported; use FSDP2 or DeepSpeed")
     kind = args.distributed_state.distributed_type if getattr(args, "distributed_state", None) is not None else None
+    if asked and getattr(args, "tp_size", 1) > 1:
+        raise EngineError(
+            f"tp_size is {args.tp_size}, and {asked} was asked for: with tp_size the model is loaded in parts, and "
+            "sharded by FSDP2 where there are more processes; leave out the config of accelerate launch, --fsdp and "
+            "--deepspeed, and start it with torchrun"
+        )
+    what = asked or "a mesh of devices (" + ", ".join(f"{name} {size}" for name, size in sizes.items()) + ")"
     if kind not in ON_CPUS or not (asked or sizes):
         return
-    what = asked or "a mesh of devices (" + ", ".join(f"{name} {size}" for name, size in sizes.items()) + ")"
     if kind == DistributedType.MULTI_CPU:
         raise EngineError(
             f"{what} was asked for, and this run is on CPUs, where accelerate runs DDP in its place: every process "
@@ -147,13 +156,39 @@ class Ranks:
         return gather if self.copies == 1 else once
 
 
-def ranks_of(accelerator: Accelerator, tp_size: int = 1) -> Ranks:
+def is_split_at_load(model: Any) -> bool:
+    """Whether transformers has split a model over processes as it loaded it (tp_size)."""
+    return bool(getattr(below_adapters(model), "is_distributed_loading_by_transformers", False))
+
+
+def is_sharded_at_load(model: Any) -> bool:
+    """Whether it has sharded it by FSDP2 besides."""
+    return is_split_at_load(model) and (getattr(below_adapters(model), "_fsdp_size", None) or 1) > 1
+
+
+def split_at_load(tp_size: int) -> Any:
+    """For `from_pretrained(distributed_config=...)`: tp_size neighbours share each layer, and where there are more
+    processes FSDP2 shards over the others.
+
+    Raises:
+        EngineError: processes that are no multiple of tp_size; a transformers that cannot.
     """
-    Args:
-        tp_size: of the model, where it was loaded in parts.
-    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes % tp_size:
+        raise EngineError(f"tp_size is {tp_size}, and there are {processes} processes; start a multiple of {tp_size}")
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(tp_size=tp_size, fsdp_size=processes // tp_size)
+    except (ImportError, TypeError) as error:
+        raise EngineError(
+            f"tp_size needs a transformers that splits models as it loads them, 5.24 does ({error})"
+        ) from error
+
+
+def ranks_of(accelerator: Accelerator, model: Any) -> Ranks:
     mesh = accelerator.parallelism_config
-    tp = max(tp_size, 1 if mesh is None else mesh.tp_size)
+    tp = max(getattr(below_adapters(model), "_tp_size", None) or 1, 1 if mesh is None else mesh.tp_size)
     return Ranks(accelerator.num_processes, tp * (1 if mesh is None else mesh.cp_size))
 
 

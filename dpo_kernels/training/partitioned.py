@@ -11,10 +11,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def is_partitioned(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
+
+
+def runs_together(*models: Any) -> bool:
+    """Whether processes have to run one of the models together: each has a part of its parameters, DeepSpeed's or a
+    DTensor's."""
+    parameters = (p for model in models if isinstance(model, nn.Module) for p in model.parameters())
+    return any(is_partitioned(p) or isinstance(p, DTensor) for p in parameters)
 
 
 def any_partitioned(*models: Any) -> bool:
@@ -34,6 +42,8 @@ def numbers_in(parameter: Any) -> int:
 
 def own_part(parameter: Any) -> Tensor:
     """What this process has of a parameter: all of it, where it is not in parts."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach()
     found: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter
     return found.detach()
 

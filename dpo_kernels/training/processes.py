@@ -70,8 +70,8 @@ def is_partitioned(accelerator: Accelerator) -> bool:
 
 def on_models(accelerator: Accelerator, compute: Callable[[], Any], *models: Any) -> Any:
     """`from_main`, for what runs models forward or reads their weights. Where weights are in parts all processes
-    compute, each module's weights whole for as long as it runs, and the main one's word counts."""
-    if not partitioned.any_partitioned(*models):
+    compute (of ZeRO-3's each module's are whole for as long as it runs), and the main one's word counts."""
+    if not partitioned.runs_together(*models):
         return from_main(accelerator, compute)
     with partitioned.by_module(*models):
         try:

@@ -19,13 +19,14 @@ from dpo_kernels.training import adapters
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.config import DPOConfig
+from dpo_kernels.training.engines import is_split_at_load
 from dpo_kernels.training.head_check import first_difference
 from dpo_kernels.training.layout_check import of_reference
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.mlp_tiles import tile_mlps
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
-from dpo_kernels.training.partitioned import any_partitioned, by_module, own_part, shape_of, whole
+from dpo_kernels.training.partitioned import any_partitioned, by_module, own_part, runs_together, shape_of, whole
 from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned, on_models
 from dpo_kernels.training.sequence_parallel import Split, over
 
@@ -160,7 +161,7 @@ class FrozenModel(Reference):
     ) -> None:
         self.in_parts = any_partitioned(model)
         self.accelerator, self.is_sharded = accelerator, is_sharded or self.in_parts
-        self.runs_together = self.is_sharded
+        self.runs_together = self.is_sharded or runs_together(model)
         is_exact = args.disable_dropout and not args.torch_compile  # else equal weights may give other numbers
         self.starts_equal = is_exact and self._starts_as(policy, model)
         self._fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
@@ -176,13 +177,15 @@ class FrozenModel(Reference):
         self.model: nn.Module = self._prepared(model)
 
     def _starts_as(self, policy: nn.Module, model: nn.Module) -> bool:
-        if self.in_parts:
+        if runs_together(policy, model):
             return not anywhere(self.accelerator, not _same_weights(policy, model))
         return bool(from_main(self.accelerator, lambda: _same_weights(policy, model)))
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         if self.in_parts:
             return _with_engine(model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if is_split_at_load(model):
+            return model
         if not self.is_sharded:
             return model.to(self.accelerator.device)
         if self.accelerator.is_fsdp2:
@@ -263,7 +266,7 @@ class OwnStart(Reference):
     ) -> None:
         self.policy, self.accelerator, self.layout = policy, accelerator, layout
         self.is_sharded, self.wrapped = is_sharded, wrapped
-        self.runs_together = any_partitioned(policy)
+        self.runs_together = runs_together(policy)
         is_off = is_base or on_models(accelerator, lambda: adapters.changes_nothing(policy), policy)
         is_exact = args.disable_dropout and not args.torch_compile and not adapters.is_quantised(policy)
         self.starts_equal = is_exact and not is_base
@@ -407,6 +410,7 @@ def model_fingerprint(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]
     for name, tensor in (*parameters, *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {shape_of(tensor)}".encode())
         with whole([tensor]):
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -23,7 +23,7 @@ from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
-from dpo_kernels.training.engines import asked_for, check_runs_as, ranks_of, split_of
+from dpo_kernels.training.engines import asked_for, check_runs_as, is_sharded_at_load, ranks_of, split_of
 from dpo_kernels.training.layout_check import check_split
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
@@ -106,7 +106,7 @@ class DPOTrainer(SavingTrainer):
             compute_metrics=mean_metrics,
         )  # fmt: skip
         check_runs_as(asked_for(args), self.accelerator)
-        self.ranks, self.split = ranks_of(self.accelerator), split_of(self.accelerator)
+        self.ranks, self.split = ranks_of(self.accelerator, model), split_of(self.accelerator)
         self.accelerator.gather = self.ranks.one_of_each(self.accelerator.gather)  # type: ignore[method-assign]
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         if args.activation_offloading:
@@ -128,12 +128,12 @@ class DPOTrainer(SavingTrainer):
         pairs = train_dataset if train_dataset is not None else eval_dataset
         # A compiled model would be compiled again for the lengths of each step.
         layout = "padded" if args.layout == "auto" and (args.torch_compile or self.split) else args.layout
-        in_parts = any_partitioned(model)
-        choice = from_main(self.accelerator, lambda: layout_check.choose(
+        in_parts, is_sharded = any_partitioned(model), self.is_fsdp_enabled or is_sharded_at_load(model)
+        choice = on_models(self.accelerator, lambda: layout_check.choose(
             model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
-            balances=balances, gives_mask=gives_mask, is_sharded=self.is_fsdp_enabled, in_parts=in_parts,
+            balances=balances, gives_mask=gives_mask, is_sharded=is_sharded, in_parts=in_parts,
             answers_at_once=args.answers_at_once,
-        ))  # fmt: skip
+        ), model)  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told
         if self.split is not None:
             check_split(self.split, model, self.layout, balances)
@@ -145,7 +145,7 @@ class DPOTrainer(SavingTrainer):
         use_branches(model, self.layout.attention == "branches" or self.split is not None)
         self._reference_name = getattr(getattr(ref_model, "config", None), "_name_or_path", None)
         self.reference = reference_for(
-            ref_model, model, self.accelerator, args, self.layout, self.is_fsdp_enabled, lambda: self.model_wrapped
+            ref_model, model, self.accelerator, args, self.layout, is_sharded, lambda: self.model_wrapped
         )
         self.reference.split = self.split
         if self.ref_model is not None and self.split is not None:
