@@ -24,6 +24,7 @@ from dpo_kernels.vocab_shard import VocabShard, chunk
 FINE, AGAIN, FAILED = 0.0, 1.0, 2.0
 # Numbers below it are exact in float32, and so are sums of a few thousand.
 CHECKSUMS = 2**12
+DIGESTS = 1048573  # a prime
 
 
 class State(Protocol):
@@ -54,18 +55,19 @@ class Exchange:
         Raises:
             RunAgainError: a rank's numbers are out of reach of its kernels; on all ranks.
             RuntimeError: another rank failed.
-            ValueError: the ranks' parts are not the whole vocabulary once.
+            ValueError: the ranks' parts are not the whole vocabulary once, or their labels differ. On GPUs all three
+                are looked at with DPO_KERNELS_VALIDATE=1 alone; without it the last gives NaN.
         """
         labels, outputs, shard, own = self.labels, self.outputs, self.shard, state.part()
         own = own._replace(maximum=torch.where(own.maximum.isnan(), -torch.inf, own.maximum))  # the sums hold the NaN
         here = (labels >= 0) & (labels < self.rows)
         label_logit = torch.where(here, own.label_logit, 0)
         again = out_of_reach(own.maximum) or out_of_reach(label_logit)
-        maximum = self._meet(own.maximum, AGAIN if again else FINE)
+        maximum, alike = self._meet(own.maximum, AGAIN if again else FINE)
 
         merged = empty_state(len(labels), outputs, self.wide, labels.device)._replace(maximum=maximum)
         merge_into(merged, own, outputs)
-        sums = {"total": merged.total, "label_logit": label_logit}
+        sums = {"total": torch.where(alike, merged.total, torch.nan), "label_logit": label_logit}
         if "entropy" in outputs:
             sums["shifted"] = merged.shifted
         if "log_sum_sq_probs" in outputs:
@@ -78,8 +80,7 @@ class Exchange:
         sent = torch.cat([*sums.values(), maximum.new_full((1,), ends)])
         dist.all_reduce(sent, group=shard.group)
         whole = dict(zip(sums, sent[:-1].view(len(sums), len(labels)), strict=True))
-        self._check_parts(sent[-1])
-
+        whole["total"] = torch.where(self._parts_fit(sent[-1]), whole["total"], torch.nan)
         known = (labels >= -shard.first_row) & (labels < shard.vocab_size - shard.first_row)
         whole["label_logit"] = torch.where(known, whole["label_logit"], torch.nan)
         if "is_top1" in outputs:
@@ -92,32 +93,43 @@ class Exchange:
         if not self.met:
             self._send(torch.full_like(self.labels, -torch.inf, dtype=self.wide), FAILED)
 
-    def _meet(self, maximum: Tensor, status: float) -> Tensor:
-        """The largest of all ranks' maxima. Whether all are fine is looked at on CPUs: on a GPU the host would wait."""
+    def _meet(self, maximum: Tensor, status: float) -> tuple[Tensor, Tensor]:
+        """The largest of all ranks' maxima, and whether their labels are the same ones."""
         got = self._send(maximum, status)
-        if got.device.type == "cpu" and got[-1] != FINE:
-            if got[-1] == AGAIN:
+        status_of_all, most, least = got[-3:]
+        if _can_look(got) and status_of_all != FINE:
+            if status_of_all == AGAIN:
                 raise RunAgainError
             raise RuntimeError("another rank of this vocabulary failed in the same call; its error says why")
-        return got[:-1]
+        alike = most == -least
+        if _can_look(got) and not alike:
+            raise ValueError(
+                "the ranks of this vocabulary have different labels; expected the same tokens on each. A weight that "
+                "FSDP has split between ranks of different tokens has to be whole: use it within the model's forward"
+            )
+        return got[:-3], alike
 
     def _send(self, maximum: Tensor, status: float) -> Tensor:
         self.met = True
-        sent = torch.cat([maximum, maximum.new_full((1,), status)])
+        place = torch.arange(len(self.labels), device=maximum.device)
+        tokens = self.labels + self.shard.first_row
+        digest = ((tokens + 7919 * place) % DIGESTS).square().sum() % DIGESTS  # exact in float32
+        said = torch.stack([digest.new_tensor(int(status)), digest, -digest]).to(maximum.dtype)
+        sent = torch.cat([maximum, said])
         dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.shard.group)
         return sent
 
-    def _check_parts(self, ends: Tensor) -> None:
-        """Parts that lie one behind the other from row 0 to row V: all ends but the last are starts."""
-        if ends.device.type != "cpu" and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
-            return
-        if ends.item() != _checksum(self.shard.vocab_size) - _checksum(0):
+    def _parts_fit(self, ends: Tensor) -> Tensor:
+        """Whether parts lie one behind the other from row 0 to row V: all ends but the last are starts."""
+        fit = ends == _checksum(self.shard.vocab_size) - _checksum(0)
+        if _can_look(ends) and not fit:
             shard, rows = self.shard, self.rows
             raise ValueError(
                 f"the ranks' parts are not the whole vocabulary once: this one (rank {shard.rank} of {shard.ranks}) "
                 f"has rows {shard.first_row} to {shard.first_row + rows} of {shard.vocab_size}; let "
                 "VocabShard.of(rows, process_group) count them"
             )
+        return fit
 
 
 def sum_over_ranks(partial: Tensor, shard: VocabShard) -> Tensor:
@@ -158,6 +170,11 @@ def scatter_hidden(partial: Tensor, index: Tensor | None, shape: torch.Size, sha
     _single("reduce_scatter")(own, room, group=shard.group)
     span = chunk(size, ranks, shard.rank)
     return own[: span.stop - span.start].movedim(0, dim)
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """On a GPU the host would wait: there numbers that do not fit together give NaN, unless this is asked for."""
+    return tensor.device.type == "cpu" or os.environ.get("DPO_KERNELS_VALIDATE") == "1"
 
 
 def _single(name: str) -> Any:

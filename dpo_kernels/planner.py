@@ -317,7 +317,7 @@ class Workload:
             return ()
         hidden = self.labels * self.hidden_size
         made = [
-            ("all-reduce, maxima", self.wide * (self.tokens + 1)),
+            ("all-reduce, maxima", self.wide * (self.tokens + 3)),
             ("all-reduce, sums", self.wide * ((2 + self.statistics) * self.tokens + 1)),
         ]
         if self.hidden_split:

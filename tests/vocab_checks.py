@@ -144,6 +144,16 @@ def check_parts_that_leave_a_gap_or_overlap() -> None:
     here.check()  # no rank waits for another
 
 
+def check_labels_that_differ() -> None:
+    """As those of data parallel ranks would, whose weight FSDP has split."""
+    here = Here()
+    if dist.get_rank():
+        here.labels[[0, 1]] = here.labels[[1, 0]]
+    raises(ValueError, "the ranks of this vocabulary have different labels", here.local)
+    here = Here()
+    here.check()
+
+
 def check_labels_outside() -> None:
     here = Here()
     here.labels[3] = V

@@ -151,8 +151,8 @@ def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
     head: Any = find_head(model)
     assert isinstance(head, OutputHead)
     # Without the rows beyond; an adapter's a has none of the vocabulary. Its b is 0 at the start, which would hide a.
-    weights = {name: local_part(p) for name, p in parameters_of(head).items()}
-    weights = {name: p if "lora_A" in name else p[:ROWS] for name, p in weights.items()}
+    weights = {name: local_part(p.detach()) for name, p in parameters_of(head).items()}
+    weights = {name: (p if "lora_A" in name else p[:ROWS]).clone() for name, p in weights.items()}
     weights = {name: torch.randn_like(p) / 8 if "lora_B" in name else p for name, p in weights.items()}
     weight, bias = own_names(head)
     rows = len(weights[weight])
@@ -163,12 +163,14 @@ def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
     t = fused.transform
 
     in_training: Any = head.train()
+    alone = _WithoutHooks(head)
     if is_lora(head):
         in_training.lora_dropout.eval()  # whether it is on is looked at elsewhere
 
     def own(x: Tensor, given: dict[str, Tensor]) -> Tensor:
         with fused.asking(Request(alone=True)):
-            z = torch.func.functional_call(in_training, given, (x,)).float() * t.logit_scale
+            named = {f"head.{name}": value for name, value in given.items()}
+            z = torch.func.functional_call(alone, named, (x,)).float() * t.logit_scale
         z = z if t.softcap is None else t.softcap * torch.tanh(z / t.softcap)
         return reference.logits_to_log_probs(z / t.temperature, labels)
 
@@ -192,6 +194,17 @@ def _check_gradients(fused: Fused, model: Any, hidden: Tensor) -> None:
                 f"that is no plain product: the gradient of {name} would be off by {error / largest:.1%} of its "
                 "largest value; train this model without a fused head"
             )
+
+
+class _WithoutHooks(nn.Module):
+    """A head whose forward is asked for alone: hooks of FSDP and of tensor parallelism would take up other ranks."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head.forward(x)
 
 
 def measure_transform(fused: Fused, model: Any, ids: Tensor) -> Transform:
