@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from dpo_kernels.training import adapters, checkpoints
+from dpo_kernels.training import adapters, checkpoints, split_checkpoints
 from dpo_kernels.training.config import DPOConfig
+from dpo_kernels.training.engines import is_split_at_load
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.randomness import Silenced
 from dpo_kernels.training.reference import Reference
@@ -109,6 +110,14 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target / name))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_split_at_load(self.model):
+            split_checkpoints.save_optimizer(
+                output_dir, self.model, self.optimizer, self.lr_scheduler, self.args.should_save
+            )
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staged_in is None:  # not of one that is not in its place yet

@@ -16,14 +16,30 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
-from dpo_kernels.training import adapters, aux_loss, checkpoints, gradient_cache, layout_check, resume, zero_checkpoints
+from dpo_kernels.training import (
+    adapters,
+    aux_loss,
+    checkpoints,
+    gradient_cache,
+    layout_check,
+    resume,
+    split_checkpoints,
+    zero_checkpoints,
+)
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, Surrounding, keep_pairs
 from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
-from dpo_kernels.training.engines import asked_for, check_runs_as, is_sharded_at_load, ranks_of, split_of
+from dpo_kernels.training.engines import (
+    asked_for,
+    check_runs_as,
+    is_sharded_at_load,
+    is_split_at_load,
+    ranks_of,
+    split_of,
+)
 from dpo_kernels.training.layout_check import check_split
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
@@ -100,11 +116,12 @@ class DPOTrainer(SavingTrainer):
             _check_dataset(name, dataset, model)
         check_budget(args, model, ref_model, train_dataset, eval_dataset, args.device)
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
-        super().__init__(
-            model=model, args=args, data_collator=PairCollator(args.pad_to_multiple_of), train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
-            compute_metrics=mean_metrics,
-        )  # fmt: skip
+        with split_checkpoints.unrefused(args, is_split_at_load(model)):
+            super().__init__(
+                model=model, args=args, data_collator=PairCollator(args.pad_to_multiple_of),
+                train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+                callbacks=callbacks, compute_metrics=mean_metrics,
+            )  # fmt: skip
         check_runs_as(asked_for(args), self.accelerator)
         self.ranks, self.split = ranks_of(self.accelerator, model), split_of(self.accelerator)
         self.accelerator.gather = self.ranks.one_of_each(self.accelerator.gather)  # type: ignore[method-assign]
@@ -232,14 +249,19 @@ class DPOTrainer(SavingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with checkpoints.reading(resume_from_checkpoint):
-            if not adapters.load(self.model, resume_from_checkpoint):
+            if is_split_at_load(self.model) and not adapters.is_adapted(self.model):
+                split_checkpoints.load_weights(resume_from_checkpoint, self.model)
+            elif not adapters.load(self.model, resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.args.sync_ref_model:
                 checkpoints.read_tensors(Path(resume_from_checkpoint), self.reference.moving())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and split_checkpoints.is_split(checkpoint):
+                split_checkpoints.load_optimizer(checkpoint, self.model, self.optimizer, self.lr_scheduler)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.process_index == 0:  # the model has come before it
             resume.set_aside_newer(Path(checkpoint), Path(str(self.args.output_dir)))
 
