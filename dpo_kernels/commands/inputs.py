@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_kernels.commands.options import ScriptArguments, choose_dtype
 from dpo_kernels.training import DPOConfig, DPODataset, ReadOptions, sources
 from dpo_kernels.training.adapters import AdapterOptions, base_of
+from dpo_kernels.training.engines import split_at_load
 from dpo_kernels.training.loading import check_positions, load_config, load_model, load_tokenizer, max_positions
 from dpo_kernels.training.report.start import same_place
 
@@ -148,12 +149,18 @@ def has_second_model(script: ScriptArguments, adapter: AdapterOptions, config: D
 
 
 def load(
-    script: ScriptArguments, adapter: AdapterOptions, path: str, device: torch.device, is_trainable: bool = False
+    script: ScriptArguments,
+    adapter: AdapterOptions,
+    path: str,
+    device: torch.device,
+    is_trainable: bool = False,
+    tp_size: int = 1,
 ) -> Any:
     """A model as the options say; see `loading.load_model`.
 
     Args:
         device: where it will run; the dtype of its weights goes by it (`choose_dtype`).
+        tp_size: how many processes share each layer.
     """
     more = model_options(script)
     for taken in ("revision", "dtype", "torch_dtype"):
@@ -161,6 +168,8 @@ def load(
     dtype = weights_dtype(script, adapter, device)
     trust = more.pop("trust_remote_code", script.trust_remote_code)
     options: dict[str, Any] = adapter.quantization(dtype)
+    if tp_size > 1:
+        options["distributed_config"] = split_at_load(tp_size)
     if script.attn_implementation:
         options["attn_implementation"] = script.attn_implementation
     return load_model(path, trust_remote_code=trust, dtype=dtype, is_trainable=is_trainable, **options | more)

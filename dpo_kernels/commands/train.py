@@ -33,6 +33,7 @@ from dpo_kernels.training.data_report import lengths
 from dpo_kernels.training.lesson import taught_model
 from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError
 from dpo_kernels.training.ownership import owned
+from dpo_kernels.training.processes import together
 from dpo_kernels.training.report import save_lengths
 from dpo_kernels.training.report.ending import evaluate_last, show_end
 from dpo_kernels.training.report.run import RunReport
@@ -48,13 +49,14 @@ def main(argv: list[str] | None = None, program: str = "train.py") -> int:
     if wanted := {"-h", "--help", "--help-all", "--help_all"} & set(argv):
         print((help.short if wanted <= {"-h", "--help"} else help.full)(make_parser(), program))
         return 0
-    script, adapter, config = parse(argv)
-    output_dir = Path(str(config.output_dir))
-    if script.plan:
-        with tempfile.TemporaryDirectory() as scratch:
-            return plan_in(output_dir if names_output(config) else Path(scratch), script, adapter, config)
-    with owned(output_dir) if config.process_index == 0 else nullcontext():
-        return train_in(output_dir, script, adapter, config)
+    with together():
+        script, adapter, config = parse(argv)
+        output_dir = Path(str(config.output_dir))
+        if script.plan:
+            with tempfile.TemporaryDirectory() as scratch:
+                return plan_in(output_dir if names_output(config) else Path(scratch), script, adapter, config)
+        with owned(output_dir) if config.process_index == 0 else nullcontext():
+            return train_in(output_dir, script, adapter, config)
 
 
 def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig) -> int:
@@ -199,8 +201,9 @@ def load_models(script: ScriptArguments, adapter: AdapterOptions, config: DPOCon
     name, second = script.start, has_second_model(script, adapter, config)
     if name is None:
         return example, copy.deepcopy(example) if second else None
-    policy = load(script, adapter, name, config.device, is_trainable=True)
-    return policy, load(script, adapter, script.ref_weight or name, config.device) if second else None
+    tp = config.tp_size
+    policy = load(script, adapter, name, config.device, is_trainable=True, tp_size=tp)
+    return policy, load(script, adapter, script.ref_weight or name, config.device, tp_size=tp) if second else None
 
 
 def tell(

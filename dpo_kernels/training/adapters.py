@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from dpo_kernels.training.head_adapter import is_lora
 from dpo_kernels.training.head_check import logits_of, probe_ids
 from dpo_kernels.training.output_head import accepted, find_head
+from dpo_kernels.training.partitioned import shape_of, whole
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -277,11 +278,13 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 def changes_nothing(model: Any) -> bool:
     """Whether a model is what it is without its adapter, as before its first step: it gives the same logits on a few
     tokens, and what LoRA adds is 0 for all."""
-    if any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name):
-        return False
+    added = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with whole(added):
+        if any(bool(p.any()) for p in added):
+            return False
     modes = {module: module.training for module in model.modules()}
     weight: Any = find_head(model).weight
-    given = {"input_ids": probe_ids(weight.shape[0], weight.device), **accepted(model, {"use_cache": False})}
+    given = {"input_ids": probe_ids(shape_of(weight)[0], weight.device), **accepted(model, {"use_cache": False})}
     try:
         model.eval()
         own = logits_of(model(**given))

@@ -61,13 +61,13 @@ def branches(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    spans: Spans | None = None,
+    spans: Any = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,  # (H,)
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within the trees of `spans`; (R, L, H, E').
+    """Attention within the trees of `spans`; (R, L, H, E'). What is no `Spans` brings an attention of its own.
 
     Raises:
         ValueError: the model wants something of its attention that is not known here.
@@ -77,6 +77,8 @@ def branches(
         raise ValueError(f"{type(module).__name__} gives its attention {' and '.join(found)}")
     assert spans is not None
     told = Attention(scaling, dropout, sliding_window, softcap, s_aux)
+    if not isinstance(spans, Spans):
+        return spans.attend(query, key, value, told), None
     if told.is_one_call(query, value) and (varlen := one_call()) is not None:
         return _in_one_call(query, key, value, spans, told, varlen), None
     groups = query.shape[1] // key.shape[1]

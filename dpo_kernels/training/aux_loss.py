@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dpo_kernels.training.head_check import has_experts, logits_of, probe_ids
 from dpo_kernels.training.loading import is_of_its_own_kind
 from dpo_kernels.training.output_head import accepted, find_head, plain_forward
+from dpo_kernels.training.partitioned import shape_of
 
 # Where configs keep the coefficient.
 NAMES = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha")
@@ -77,7 +78,7 @@ def _measure(model: Any) -> tuple[float | None, float | None]:
     it is a 0 that nothing was computed for, as dense models of such code give."""
     device = next(model.parameters()).device
     head: Any = find_head(model)
-    ids = probe_ids(head.weight.shape[0], device)
+    ids = probe_ids(shape_of(head.weight)[0], device)
     forward = plain_forward(model)
     options = accepted(model, {"output_router_logits": True, "use_cache": False})
     modes = {module: module.training for module in model.modules()}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from dpo_kernels.losses import LossOptions, check_options
+from dpo_kernels.training.engines import check_asked, read_parallelism
 from dpo_kernels.training.mlp_tiles import Tiles, check_tiles
 from dpo_kernels.units import parse_bytes
 from dpo_kernels.warn import warn
@@ -134,9 +135,20 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "What backward needs of the policy's forward waits in host memory."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "In the policy; the reference never has any."})
+    tp_size: int = field(
+        default=1,
+        metadata={"help": "Tensor parallel: so many processes share each layer; more shard it by FSDP2 besides."},
+    )
+    parallelism_config: dict | str | None = field(  # type: ignore[assignment, type-arg]  # made accelerate's own
+        default=None,
+        metadata={"help": 'accelerate\'s sizes of a mesh, as JSON: \'{"cp_size": 2, "dp_shard_size": 2}\'.'},
+    )
 
     def __post_init__(self) -> None:
+        parallelism: Any = read_parallelism(self.parallelism_config)
+        self.parallelism_config = parallelism
         super().__post_init__()
+        check_asked(self)
         self.memory_budget_bytes = parse_bytes(self.memory_budget)
         parse_bytes(self.run_memory_budget, "run_memory_budget")
         if isinstance(self.loss_type, str):
@@ -147,6 +159,8 @@ class DPOConfig(TrainingArguments):
             if (value := getattr(self, name, allowed[0])) not in allowed:
                 known = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {known} only: {reason}")
+        if self.tp_size < 1:
+            raise ValueError(f"tp_size is {self.tp_size}; expected at least 1")
         self._check_sync()
         self._check_padding()
         if self.tokens_per_batch is not None:

@@ -21,6 +21,7 @@ from dpo_kernels.call import Transform
 from dpo_kernels.dtensors import local_part
 from dpo_kernels.training.head_adapter import is_lora, low_rank_of, own_names, parameters_of
 from dpo_kernels.training.output_head import Fused, HeadError, OutputHead, Request, accepted, find_head
+from dpo_kernels.training.partitioned import whole
 
 TOKENS = 8
 JITTER = re.compile(r"jitter")  # what configs call noise of routers
@@ -121,7 +122,8 @@ def _check(fused: Fused, model: Any, deterministic: bool) -> None:
                         "jitter) in its config"
                     )
     if hidden is not None:
-        _check_gradients(fused, model, hidden)
+        with whole(find_head(model).parameters()):
+            _check_gradients(fused, model, hidden)
 
 
 def numbers_named(model: nn.Module, names: re.Pattern[str]) -> Iterator[tuple[Any, str, float, bool]]:

@@ -22,6 +22,7 @@ from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers
 from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, most_tokens
 from dpo_kernels.training.loading import is_of_its_own_kind, max_positions
 from dpo_kernels.training.output_head import below_adapters, find_head, plain_forward
+from dpo_kernels.training.sequence_parallel import Split
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 REACH = re.compile(r".*(window|chunk_size|local_attention|index_(topk|budget)).*")  # what configs call how far one sees
@@ -54,6 +55,7 @@ def choose(
     balances: bool = False,
     gives_mask: bool = False,
     is_sharded: bool = False,
+    in_parts: bool = False,
     answers_at_once: int | None = None,
 ) -> Choice:
     """The layout of a run. Where it goes in parts, auto is bucketed: there a part can be a single answer.
@@ -67,13 +69,19 @@ def choose(
         balances: whether a load-balancing loss is asked for.
         gives_mask: whether models are given an attention mask where rows are padded.
         is_sharded: whether the run uses FSDP.
+        in_parts: whether the model's weights are in parts (ZeRO-3), so that it cannot be compared.
         answers_at_once: as of `Layout`.
 
     Raises:
         LayoutError: a layout is asked for by name, and the model would be trained wrong in it.
     """
     padded = replace(PADDED, gives_mask=gives_mask, answers_at_once=answers_at_once)
-    if wanted == "padded":
+    if in_parts and wanted not in ("auto", "padded"):
+        raise LayoutError(
+            f"--layout {wanted}: {type(model).__name__} has its weights in parts (ZeRO-3), and no gradients to compare "
+            "before the run; leave it out, or use ZeRO-2 or FSDP2"
+        )
+    if wanted == "padded" or in_parts:
         return Choice(padded, "" if answers_at_once is None else f"layout: {padded.told}")
     if wanted == "auto" and answers_at_once is not None:
         wanted = "bucketed"
@@ -122,6 +130,20 @@ def expected(
         if candidate.attention is None or not _known_reason(model, candidate):
             return replace(candidate, answers_at_once=answers_at_once)
     return padded
+
+
+def check_split(split: Split, model: Any, layout: Layout, balances: bool) -> None:
+    """
+    Raises:
+        LayoutError: a model cannot compute rows that are split over processes (cp_size); says why.
+    """
+    known = _known_reason(model, replace(layout, attention="branches"))
+    if layout.name != "padded" or layout.answers_at_once is not None:
+        known = f"rows are split in layout padded alone, whole batches at once, not in {layout.told}"
+    if balances:
+        known = f"the load-balancing loss of {type(model).__name__} is over all tokens"
+    if known:
+        raise LayoutError(f"cp_size is {split.parts}, which {type(model).__name__} cannot be trained with: {known}")
 
 
 def of_reference(model: Any, policy: Any, layout: Layout) -> Layout:

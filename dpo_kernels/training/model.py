@@ -34,6 +34,7 @@ from dpo_kernels.training.output_head import (
     fused_forward_of,
 )
 from dpo_kernels.training.parallel_head import PARALLEL_FORWARD, is_parallel
+from dpo_kernels.training.partitioned import shape_of
 
 
 class FusedHead:
@@ -68,7 +69,7 @@ class FusedHead:
         if isinstance(head, OutputHead):
             head.fused.unfuse(model)
         weight = getattr(head, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2 or not weight.is_floating_point():
             raise HeadError(
                 f"{type(model).__name__} has no output head with a floating-point weight (V, D); found "
                 f"{type(head).__name__} with weight {_describe(weight)}; load a model for causal language modelling, "
@@ -85,7 +86,7 @@ class FusedHead:
         self.outputs = ("log_sum_sq_probs",) if with_log_sum_sq_probs else ()
         self.transform = Transform()
         self._requests = threading.local()  # a model may be called from several threads at once
-        self.vocab_size = weight.shape[0]
+        self.vocab_size = shape_of(weight)[0]
         for copy in _copies(model, head):
             copy.fused = self
             copy.__class__ = fused_class(type(copy))
@@ -182,4 +183,4 @@ def _no_model() -> None:
 
 
 def _describe(weight: Any) -> str:
-    return f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else "none"
+    return f"{shape_of(weight)} {weight.dtype}" if isinstance(weight, Tensor) else "none"

@@ -14,6 +14,7 @@ from torch import nn
 
 from dpo_kernels.training.head_check import JITTER, logits_of, numbers_named, probe_ids
 from dpo_kernels.training.output_head import accepted, find_head
+from dpo_kernels.training.partitioned import by_module, shape_of
 
 DROPOUT = re.compile(r"dropout|_pdrop$|layerdrop")
 
@@ -64,9 +65,11 @@ def _silenced(model: Any) -> Silenced:
     silenced = _set(model, DROPOUT, 0.0)
     if not any(numbers_named(model, JITTER)):
         return silenced
-    before = _evaluated(model)
+    with by_module(model):
+        before = _evaluated(model)
     noise = _set(model, JITTER, 10.0)  # so much that an evaluation which reads it moves
-    is_noise = torch.equal(before, _evaluated(model))
+    with by_module(model):
+        is_noise = torch.equal(before, _evaluated(model))
     noise.undo()
     return Silenced(silenced.changed + _set(model, JITTER, 0.0).changed) if is_noise else silenced
 
@@ -85,7 +88,7 @@ def _evaluated(model: Any) -> torch.Tensor:
     modes = {module: module.training for module in model.modules()}
     weight: Any = find_head(model).weight
     try:
-        ids = probe_ids(weight.shape[0], weight.device)
+        ids = probe_ids(shape_of(weight)[0], weight.device)
         return logits_of(model.eval()(input_ids=ids, **accepted(model, {"use_cache": False}))).clone()
     finally:
         for module, mode in modes.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from dpo_kernels.training import adapters
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch
 from dpo_kernels.training.config import DPOConfig
+from dpo_kernels.training.engines import is_split_at_load
 from dpo_kernels.training.head_check import first_difference
 from dpo_kernels.training.layout_check import of_reference
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.mlp_tiles import tile_mlps
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.output_head import HeadError
-from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned
+from dpo_kernels.training.partitioned import any_partitioned, by_module, own_part, runs_together, shape_of, whole
+from dpo_kernels.training.processes import anywhere, check_head, find_mlps, from_main, is_partitioned, on_models
+from dpo_kernels.training.sequence_parallel import Split, over
 
 
 class Reference:
@@ -37,6 +41,8 @@ class Reference:
 
     model: nn.Module | None = None  # a second model, where the form has one
     starts_equal = False  # to the bit: policy and reference at the first step
+    split: Split | None = None  # of rows over processes, the policy's
+    runs_together = False  # whether `score` is for all processes at once: each has a part of the weights
 
     @torch.no_grad()
     def log_probs(self, batch: PairBatch, required: bool = True) -> Tensor | None:
@@ -153,22 +159,33 @@ class FrozenModel(Reference):
         layout: Layout,
         is_sharded: bool,
     ) -> None:
-        self.accelerator, self.is_sharded = accelerator, is_sharded
+        self.in_parts = any_partitioned(model)
+        self.accelerator, self.is_sharded = accelerator, is_sharded or self.in_parts
+        self.runs_together = self.is_sharded or runs_together(model)
         is_exact = args.disable_dropout and not args.torch_compile  # else equal weights may give other numbers
-        self.starts_equal = is_exact and from_main(accelerator, lambda: _same_weights(policy, model))
+        self.starts_equal = is_exact and self._starts_as(policy, model)
         self._fingerprint = ""  # is only needed to precompute; of the model before it is wrapped or sharded
         if args.precompute_ref_log_probs:
-            self._fingerprint = from_main(accelerator, lambda: model_fingerprint(model))
+            self._fingerprint = on_models(accelerator, lambda: model_fingerprint(model), model)
         model.requires_grad_(False).eval()
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl)
         check_head(accelerator, self.head, model, deterministic=False)  # it never trains
         if args.tiles is not None:
             tile_mlps(model, args.tiles, find_mlps(accelerator, model))
-        self.layout = from_main(accelerator, lambda: of_reference(model, policy, layout))
+        self.layout = on_models(accelerator, lambda: of_reference(model, policy, layout), model)
         use_branches(model, self.layout.attention == "branches")
         self.model: nn.Module = self._prepared(model)
 
+    def _starts_as(self, policy: nn.Module, model: nn.Module) -> bool:
+        if runs_together(policy, model):
+            return not anywhere(self.accelerator, not _same_weights(policy, model))
+        return bool(from_main(self.accelerator, lambda: _same_weights(policy, model)))
+
     def _prepared(self, model: nn.Module) -> nn.Module:
+        if self.in_parts:
+            return _with_engine(model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if is_split_at_load(model):
+            return model
         if not self.is_sharded:
             return model.to(self.accelerator.device)
         if self.accelerator.is_fsdp2:
@@ -185,8 +202,6 @@ class FrozenModel(Reference):
         use_branches(self.model, layout.attention == "branches")
 
     def identity(self) -> str:
-        if self.is_sharded:
-            raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
         if not self._fingerprint:
             raise ValueError("this reference was made without precompute_ref_log_probs, so its weights have no key")
         return f"{self._fingerprint} {self.accelerator.mixed_precision} {self.head.transform}{_of_layout(self.layout)}"
@@ -223,7 +238,7 @@ class FrozenModel(Reference):
 
     def _run(self, model: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():
-            return batch.lying(self.layout).run(model)["log_probs"]
+            return batch.lying(self.layout).run(over(model, self.split))["log_probs"]
 
 
 class OwnStart(Reference):
@@ -251,7 +266,8 @@ class OwnStart(Reference):
     ) -> None:
         self.policy, self.accelerator, self.layout = policy, accelerator, layout
         self.is_sharded, self.wrapped = is_sharded, wrapped
-        is_off = is_base or from_main(accelerator, lambda: adapters.changes_nothing(policy))
+        self.runs_together = runs_together(policy)
+        is_off = is_base or on_models(accelerator, lambda: adapters.changes_nothing(policy), policy)
         is_exact = args.disable_dropout and not args.torch_compile and not adapters.is_quantised(policy)
         self.starts_equal = is_exact and not is_base
         self._values: dict[str, Tensor] | None = None  # None: the adapter is off
@@ -269,15 +285,17 @@ class OwnStart(Reference):
             self._values = {name: p.detach().clone() for name, p in adapters.trained_parameters(policy).items()}
         self._fingerprint = ""
         if args.precompute_ref_log_probs:
-            self._fingerprint = from_main(accelerator, self._hash)
+            self._fingerprint = on_models(accelerator, self._hash, policy)
 
     def score(self, batch: PairBatch, required: bool = True) -> Tensor:
         modes = [module for module in self.policy.modules() if module.training]
         try:
             self.policy.eval()
             with self._as_it_was(), self.accelerator.autocast():
-                model = self.wrapped() if self.is_sharded else self.policy
-                return batch.lying(self.layout).run(model)["log_probs"]
+                model = self.wrapped() if self.is_sharded or is_partitioned(self.accelerator) else self.policy
+                # Before training there is no engine that makes weights whole.
+                with by_module(model) if model is self.policy else nullcontext():
+                    return batch.lying(self.layout).run(over(model, self.split))["log_probs"]
         finally:
             for module in modes:
                 module.training = True
@@ -322,7 +340,7 @@ class OwnStart(Reference):
         if not looks or not anywhere(self.accelerator, not torch.equal(log_probs, ref)):
             return
         with torch.no_grad(), self.accelerator.autocast():
-            again = batch.lying(self.layout).run(policy)["log_probs"]
+            again = batch.lying(self.layout).run(over(policy, self.split))["log_probs"]
         difference = (log_probs - ref).abs().max().item()
         if anywhere(self.accelerator, torch.equal(again, log_probs) or not difference <= 1e-2):
             raise HeadError(
@@ -333,7 +351,10 @@ class OwnStart(Reference):
 
     def identity(self) -> str:
         if self.is_sharded:
-            raise ValueError("precompute_ref_log_probs does not work with FSDP; run it once without, or leave it off")
+            raise ValueError(
+                "precompute_ref_log_probs: the reference is the policy with its adapter off, which FSDP shards when "
+                "training begins; leave it off, or give the reference as a second model (ref_model)"
+            )
         return f"{self._fingerprint} {self.accelerator.mixed_precision}{_of_layout(self.layout)}"
 
     def _hash(self) -> str:
@@ -387,8 +408,10 @@ def model_fingerprint(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]
     digest = hashlib.sha256(json.dumps(facts).encode())
     parameters = model.named_parameters() if parameters is None else parameters
     for name, tensor in (*parameters, *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tensor.dtype} {shape_of(tensor)}".encode())
+        with whole([tensor]):
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -396,4 +419,17 @@ def _same_weights(model: nn.Module, other: nn.Module) -> bool:
     if type(model) is not type(other):
         return False
     pairs = zip(model.parameters(), other.parameters(), strict=False)
-    return all(a.shape == b.shape and torch.equal(a, b.to(a.device)) for a, b in pairs)
+    return all(shape_of(a) == shape_of(b) and torch.equal(own_part(a), own_part(b).to(a.device)) for a, b in pairs)
+
+
+def _with_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """A model in parts, that DeepSpeed makes whole as it runs; it is not trained."""
+    import deepspeed
+
+    zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
+    zero = {name: value for name, value in zero.items() if value != "auto"}
+    kinds = {name: config[name] for name in ("bf16", "fp16", "wall_clock_breakdown") if name in config}
+    config = {**kinds, "zero_optimization": copy.deepcopy(zero), "train_micro_batch_size_per_gpu": 1}
+    engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()
+    return engine

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from dpo_kernels.training import adapters, checkpoints
+from dpo_kernels.training import adapters, checkpoints, split_checkpoints
 from dpo_kernels.training.config import DPOConfig
+from dpo_kernels.training.engines import is_split_at_load
 from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.randomness import Silenced
 from dpo_kernels.training.reference import Reference
@@ -39,7 +40,7 @@ class SavingTrainer(Trainer):
         with self._writing("the model", staged, target):
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
-            self.save_model(str(staged), _internal_call=True)
+            self._save_whole(str(staged))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.has_own_card or (target / "README.md").exists():
@@ -49,6 +50,14 @@ class SavingTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
+
+    def _save_whole(self, folder: str) -> None:
+        """The whole model, also where each process has a part of it and checkpoints are in parts."""
+        if not self.is_fsdp_enabled:
+            return self.save_model(folder, _internal_call=True)
+        whole = self.accelerator.get_state_dict(self.model_wrapped)  # by all processes; the main one gets it
+        with self._silenced.as_they_were():
+            return self._save(folder, state_dict=whole)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if not self.has_own_card:
@@ -101,6 +110,14 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target / name))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_split_at_load(self.model):
+            split_checkpoints.save_optimizer(
+                output_dir, self.model, self.optimizer, self.lr_scheduler, self.args.should_save
+            )
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staged_in is None:  # not of one that is not in its place yet

@@ -17,13 +17,31 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from dpo_kernels.losses import Sides, aggregate_log_probs, make_pairs, pair_losses
-from dpo_kernels.training import adapters, aux_loss, checkpoints, gradient_cache, layout_check, resume
+from dpo_kernels.training import (
+    adapters,
+    aux_loss,
+    checkpoints,
+    gradient_cache,
+    layout_check,
+    resume,
+    split_checkpoints,
+    zero_checkpoints,
+)
 from dpo_kernels.training.attention import use_branches
 from dpo_kernels.training.batch import PairBatch, PairCollator, Surrounding, keep_pairs
 from dpo_kernels.training.budget import check_budget, reference_batch_size
 from dpo_kernels.training.callbacks import Progress, RunLog, StopOnNonFinite, StopOnSignal, SyncReference
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.data import DPODataset
+from dpo_kernels.training.engines import (
+    asked_for,
+    check_runs_as,
+    is_sharded_at_load,
+    is_split_at_load,
+    ranks_of,
+    split_of,
+)
+from dpo_kernels.training.layout_check import check_split
 from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
 from dpo_kernels.training.memory.device_memory import held
@@ -34,12 +52,14 @@ from dpo_kernels.training.model import FusedHead
 from dpo_kernels.training.offloading import Offloading, check_offloading
 from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
+from dpo_kernels.training.partitioned import any_partitioned, numbers_in
 from dpo_kernels.training.precompute import with_ref_log_probs
-from dpo_kernels.training.processes import check_head, find_mlps, from_main, is_partitioned
+from dpo_kernels.training.processes import check_head, find_mlps, from_main, is_partitioned, on_models
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
 from dpo_kernels.training.report.metrics import peak_memory_mib
 from dpo_kernels.training.saving import SavingTrainer
+from dpo_kernels.training.sequence_parallel import over
 from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
 
 
@@ -66,6 +86,7 @@ class DPOTrainer(SavingTrainer):
     Raises:
         HeadError: a fused head would compute a model's log-probs wrong; found by a check at start.
         TilingError: args.mlp_tiles, and a model has no MLP that can be run in slices.
+        EngineError: accelerate would run something else than the FSDP or DeepSpeed that was asked for.
         ValueError: no reference is given, or an option is out of range or does nothing here.
     """
 
@@ -97,11 +118,15 @@ class DPOTrainer(SavingTrainer):
             _check_dataset(name, dataset, model)
         check_budget(args, model, ref_model, train_dataset, eval_dataset, args.device)
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
-        super().__init__(
-            model=model, args=args, data_collator=PairCollator(args.pad_to_multiple_of), train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
-            compute_metrics=mean_metrics,
-        )  # fmt: skip
+        with split_checkpoints.unrefused(args, is_split_at_load(model)):
+            super().__init__(
+                model=model, args=args, data_collator=PairCollator(args.pad_to_multiple_of),
+                train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+                callbacks=callbacks, compute_metrics=mean_metrics,
+            )  # fmt: skip
+        check_runs_as(asked_for(args), self.accelerator)
+        self.ranks, self.split = ranks_of(self.accelerator, model), split_of(self.accelerator)
+        self.accelerator.gather = self.ranks.one_of_each(self.accelerator.gather)  # type: ignore[method-assign]
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         if args.activation_offloading:
             check_offloading(args.device, self.is_fsdp_enabled or is_partitioned(self.accelerator))
@@ -110,7 +135,7 @@ class DPOTrainer(SavingTrainer):
         self.tiled: Tiled | None = None
         if args.tiles is not None:
             self.tiled = tile_mlps(model, args.tiles, find_mlps(self.accelerator, model))
-        self.aux_loss = from_main(self.accelerator, lambda: aux_loss.decide(model, args.router_aux_loss_coef))
+        self.aux_loss = on_models(self.accelerator, lambda: aux_loss.decide(model, args.router_aux_loss_coef), model)
         # What follows the last token that counts changes nothing before it, so no mask is needed, and one with zeros
         # keeps attention from its causal path. A load-balancing loss of transformers' is over real tokens; flash
         # attention leaves padding out by it. The reference goes the policy's way, so that both give the same numbers.
@@ -121,21 +146,29 @@ class DPOTrainer(SavingTrainer):
         gives_mask = (balances and not is_of_its_own_kind(model)) or "flash" in str(_attention(model))
         pairs = train_dataset if train_dataset is not None else eval_dataset
         # A compiled model would be compiled again for the lengths of each step.
-        layout = "padded" if args.layout == "auto" and args.torch_compile else args.layout
-        choice = from_main(self.accelerator, lambda: layout_check.choose(
+        layout = "padded" if args.layout == "auto" and (args.torch_compile or self.split) else args.layout
+        in_parts, is_sharded = any_partitioned(model), self.is_fsdp_enabled or is_sharded_at_load(model)
+        choice = on_models(self.accelerator, lambda: layout_check.choose(
             model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
-            balances=balances, gives_mask=gives_mask, is_sharded=self.is_fsdp_enabled,
+            balances=balances, gives_mask=gives_mask, is_sharded=is_sharded, in_parts=in_parts,
             answers_at_once=args.answers_at_once,
-        ))  # fmt: skip
+        ), model)  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told
+        if self.split is not None:
+            check_split(self.split, model, self.layout, balances)
+        if args.tokens_per_batch is not None and self.ranks.copies > 1:
+            raise ValueError("tokens_per_batch does not work where processes read the same pairs (tp_size, cp_size)")
         self.token_batches: TokenBatches | None = None
         if args.tokens_per_batch is not None and train_dataset is not None:
             self.token_batches = token_batches(train_dataset, self.layout, args)
-        use_branches(model, self.layout.attention == "branches")
+        use_branches(model, self.layout.attention == "branches" or self.split is not None)
         self._reference_name = getattr(getattr(ref_model, "config", None), "_name_or_path", None)
         self.reference = reference_for(
-            ref_model, model, self.accelerator, args, self.layout, self.is_fsdp_enabled, lambda: self.model_wrapped
+            ref_model, model, self.accelerator, args, self.layout, is_sharded, lambda: self.model_wrapped
         )
+        self.reference.split = self.split
+        if self.ref_model is not None and self.split is not None:
+            use_branches(self.ref_model, True)
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -178,6 +211,8 @@ class DPOTrainer(SavingTrainer):
             self._facts = resume.facts(self.args, self.train_dataset, self._reference_name)
             self._facts["options"]["layout"] = self.layout.name
             checkpoint = from_main(self.accelerator, lambda: self._checked(resume_from_checkpoint))
+            if checkpoint is not None and self.is_deepspeed_enabled:
+                self._fit_to_processes(checkpoint)
             with self._signal.listening():
                 result = super().train(checkpoint, *args, **kwargs)
         if self.interrupted and self._signal.number == signal.SIGINT:
@@ -208,16 +243,27 @@ class DPOTrainer(SavingTrainer):
         resume.warn_of_changes(Path(wanted), self._facts or {})
         return wanted
 
+    def _fit_to_processes(self, checkpoint: str) -> None:
+        """Makes a checkpoint of DeepSpeed's fit for as many processes as there are."""
+        if from_main(self.accelerator, lambda: zero_checkpoints.is_for_others(checkpoint, self.args.world_size)):
+            from_main(self.accelerator, lambda: zero_checkpoints.convert(checkpoint))
+            zero_checkpoints.load_universal(self.accelerator.state.deepspeed_plugin)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with checkpoints.reading(resume_from_checkpoint):
-            if not adapters.load(self.model, resume_from_checkpoint):
+            if is_split_at_load(self.model) and not adapters.is_adapted(self.model):
+                split_checkpoints.load_weights(resume_from_checkpoint, self.model)
+            elif not adapters.load(self.model, resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.args.sync_ref_model:
                 checkpoints.read_tensors(Path(resume_from_checkpoint), self.reference.moving())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and split_checkpoints.is_split(checkpoint):
+                split_checkpoints.load_optimizer(checkpoint, self.model, self.optimizer, self.lr_scheduler)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.process_index == 0:  # the model has come before it
             resume.set_aside_newer(Path(checkpoint), Path(str(self.args.output_dir)))
 
@@ -281,7 +327,7 @@ class DPOTrainer(SavingTrainer):
         more: dict[str, Any] = {"output_router_logits": True} if self.aux_loss.weight > 0 else {}
         ref = self.reference.log_probs(batch, options.needs_reference)  # first: it may be missing
         around: Surrounding = self.offloading if self.offloading is not None and model.training else nullcontext
-        output = batch.run(model, around, **more)
+        output = batch.run(over(model, self.split), around, **more)
         policy = output["log_probs"]
         if model.training and batch.ref_log_probs is None and ref is not None:
             self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)
@@ -295,8 +341,8 @@ class DPOTrainer(SavingTrainer):
         if model.training:
             self._count(batch, metrics[: batch.pairs], output.get("aux_loss"))
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
-            # Gradients are averaged over processes, so that each multiplies its share by their number.
-            loss = loss * (batch.pairs * self.accelerator.num_processes / num_items_in_batch)
+            # Gradients are averaged over those that read pairs, so that each multiplies its share by their number.
+            loss = loss * (batch.pairs * self.ranks.readers / num_items_in_batch)
         if model.training:
             self._non_finite.add(loss.detach())
         return (loss, torch.cat([losses.detach()[:, None], metrics], 1)) if return_outputs else loss
@@ -329,7 +375,8 @@ class DPOTrainer(SavingTrainer):
             totals = dict(zip(names, self._reduce(torch.stack([self._sums[n].float() for n in names])), strict=True))
             self._sums.clear()
             pairs, batches = totals.pop("pairs"), totals.pop("batches")
-            logs["tokens_per_second"] = totals.pop("tokens") / (time.perf_counter() - self._steps_began)
+            tokens = totals.pop("tokens") / self.ranks.copies
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - self._steps_began)
             if "aux_loss" in totals:
                 logs["aux_loss"] = totals.pop("aux_loss") / batches
             logs |= {name: totals[name] / pairs for name in PAIR_METRICS}
@@ -340,7 +387,7 @@ class DPOTrainer(SavingTrainer):
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """6 flop a parameter and token, forward and backward (Kaplan et al. 2020, arXiv:2001.08361)."""
         if not hasattr(self, "_parameters"):
-            self._parameters = sum(p.numel() for p in self.model.parameters())
+            self._parameters = sum(map(numbers_in, self.model.parameters()))
         return 6 * self._parameters * PairBatch(inputs, self.layout).positions
 
     @property
@@ -353,6 +400,10 @@ class DPOTrainer(SavingTrainer):
         """The number of the signal that came to this process."""
         return self._signal.number
 
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """transformers' splits inputs of one sequence a row; here `sequence_parallel.over` does it."""
+        return nullcontext, inputs
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
@@ -363,7 +414,7 @@ class DPOTrainer(SavingTrainer):
         tokens = sum(batch.chosen_tokens for batch in batches)
         of_the_step = self.accelerator.reduce(torch.tensor([pairs, tokens], device=device), reduction="sum")
         self._tokens_per_chosen = of_the_step[1] / of_the_step[0]
-        return of_the_step[0]
+        return of_the_step[0] / self.ranks.copies
 
     def _leave_out_repeats(self, inputs: dict[str, Tensor]) -> None:
         """Takes out of an epoch's last batch, in place, the pairs that only fill it up.
@@ -373,7 +424,7 @@ class DPOTrainer(SavingTrainer):
         forward and backward, which the others wait for; it counts nowhere.
         """
         accelerator, held = self.accelerator, PairBatch(inputs).pairs
-        processes = accelerator.num_processes
+        processes = self.ranks.readers
         if processes == 1 or not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
             return
         if self.token_batches is not None:
@@ -384,7 +435,8 @@ class DPOTrainer(SavingTrainer):
         left = len(self.train_dataset) % (size * processes)  # not accelerate's remainder: a resume loses that
         if left == 0:
             return
-        own = max(0, min(left - accelerator.process_index * (held if accelerator.dispatch_batches else size), held))
+        before = self.ranks.reader(accelerator.process_index) * (held if accelerator.dispatch_batches else size)
+        own = max(0, min(left - before, held))
         keep_pairs(inputs, own)
 
     def _precompute(self) -> None:
@@ -393,6 +445,8 @@ class DPOTrainer(SavingTrainer):
         def scored(dataset: DPODataset) -> DPODataset:
             return with_ref_log_probs(dataset, self.reference, self.accelerator, reference_batch_size(self.args))
 
+        if self.is_deepspeed_enabled and not any_partitioned(self.model):  # its engine would do it, later
+            self.model.to(self.args.device)
         self.train_dataset = _each(self.train_dataset, scored)
         self.eval_dataset = _each(self.eval_dataset, scored)
         self.reference = Precomputed(freed=True)

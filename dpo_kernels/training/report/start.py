@@ -21,6 +21,7 @@ from dpo_kernels.training import adapters
 from dpo_kernels.training.budget import COMPUTE, head_call, longest_batches
 from dpo_kernels.training.data_report import column, lengths
 from dpo_kernels.training.output_head import find_head
+from dpo_kernels.training.partitioned import numbers_in, shape_of
 from dpo_kernels.training.reference import FrozenModel, OwnStart
 from dpo_kernels.training.trainer import DPOTrainer
 
@@ -133,12 +134,12 @@ def _model(model: Any, name: str) -> str:
 def _numbers(parameter: Any) -> int:
     """Of a parameter; bitsandbytes packs some in each number of its storage, and keeps their shape beside it."""
     state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
+    return math.prod(state.shape) if state is not None else numbers_in(parameter)
 
 
 def _trained(model: Any) -> str:
     total = sum(map(_numbers, model.parameters()))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(numbers_in(p) for p in model.parameters() if p.requires_grad)
     what = " (adapter)" if adapters.is_adapted(model) else ""
     return f"{trained:,} parameters, {trained / max(total, 1):.2%} of all{what}"
 
@@ -182,7 +183,7 @@ def head_plan(trainer: DPOTrainer) -> Plan | None:
 
 def _head(trainer: DPOTrainer) -> str:
     weight: Any = find_head(trainer.model).weight
-    backend = choose(trainer.args.impl, trainer.args.device, weight.dtype, max(1, weight.shape[0])).name
+    backend = choose(trainer.args.impl, trainer.args.device, weight.dtype, shape_of(weight)[0]).name
     made = head_plan(trainer)
     if made is None:
         return f'impl "{backend}"'

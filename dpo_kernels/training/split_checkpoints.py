@@ -1,0 +1,85 @@
+"""Checkpoints of a model that transformers has split as it loaded it (tp_size), which its Trainer does not resume.
+
+The weights are saved whole, as of any model; the optimizer's state by torch.distributed.checkpoint, which fits it to
+any number of processes, and to none that share a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from dpo_kernels.training.checkpoints import CheckpointError
+
+OPTIMIZER = "optimizer_split"  # a folder
+SCHEDULER = "scheduler.pt"
+
+
+@contextmanager
+def unrefused(args: Any, is_split: bool) -> Iterator[None]:
+    """Within it transformers' Trainer is made of a split model, whose optimizer is saved here."""
+    before = args.save_only_model
+    args.save_only_model = before or is_split
+    try:
+        yield
+    finally:
+        args.save_only_model = before
+
+
+def is_split(checkpoint: str) -> bool:
+    return (Path(checkpoint) / OPTIMIZER).is_dir()
+
+
+def save_optimizer(folder: str, model: nn.Module, optimizer: Any, scheduler: Any, is_main: bool) -> None:
+    """Of all processes together.
+
+    Args:
+        optimizer, scheduler: accelerate's, or what they are around.
+        is_main: whether this process writes what all have.
+    """
+    state = get_optimizer_state_dict(model, _inner(optimizer))
+    dcp.save({"optimizer": state}, checkpoint_id=Path(folder) / OPTIMIZER)
+    if is_main:
+        torch.save(scheduler.state_dict(), Path(folder) / SCHEDULER)
+
+
+def load_optimizer(folder: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    """Of all processes together, however many there are, and whether the model is split or not."""
+    own = _inner(optimizer)
+    state = {"optimizer": get_optimizer_state_dict(model, own)}
+    dcp.load(state, checkpoint_id=Path(folder) / OPTIMIZER)
+    set_optimizer_state_dict(model, own, state["optimizer"])
+    scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER, weights_only=True))
+
+
+def load_weights(folder: str, model: nn.Module) -> None:
+    """Whole weights into a split model; each process reads them.
+
+    Raises:
+        CheckpointError: the folder has none, or those of another model.
+    """
+    whole: dict[str, Any] = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        whole |= load_file(path)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = dict(model.named_parameters()).keys() - whole.keys() - tied
+    if missing or not whole:
+        raise CheckpointError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {sorted(missing)[:3]}")
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def _inner(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)
