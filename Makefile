@@ -10,7 +10,7 @@ SANITIZED ?= $(wildcard tests/backends/test_cpp*.py) tests/test_fuzz.py \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install train test coverage thorough lint fuzz breadth faults ranks sanitize bench lowest docs wheel clean
+.PHONY: install train test coverage thorough lint fuzz breadth faults ranks scale endings sanitize bench lowest docs wheel clean
 
 install: $(STAMP)
 
@@ -66,6 +66,16 @@ faults: $(STAMP)
 ranks: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/vocab_parallel.py
 	OMP_NUM_THREADS=$(THREADS) TRITON_INTERPRET=1 $(BIN)/python tests/vocab_parallel.py --impls triton --ranks 2
+
+# The recipes of examples/scale on CPUs against one process, and gone on from with other numbers of processes; those of
+# DeepSpeed where it is installed. A quarter of an hour on 2 cores.
+scale: $(STAMP)
+	$(BIN)/python tests/scale_runs.py
+
+# RUNS of two processes to their end: status 0 and a saved model in all. Ten minutes on 2 cores.
+RUNS ?= 50
+endings: $(STAMP)
+	$(BIN)/python tests/endings.py --runs $(RUNS)
 
 # The threads alone under the thread sanitizer, all kernels under those of addresses and undefined behaviour.
 # A report of any ends the run, and so does a fall-back to other kernels. Exceptions need libstdc++ from the

@@ -103,7 +103,7 @@ class PairBatch:
         """What a fused model is called with, for each part of the batch; one, where the layout asks for no parts."""
         return [dict(part.arranged.given) for part in self._parts]
 
-    def run(self, model: Callable[..., Any], around: Surrounding = nullcontext, **options: Any) -> dict[str, Tensor]:
+    def run(self, model: Any, around: Surrounding = nullcontext, **options: Any) -> dict[str, Tensor]:
         """What a fused model gives, per token (2B, S): log_probs of the labels, 0 where none counts, and what else.
 
         Where the layout asks for parts, gradients come as `gradient_cache.run_in_parts` says.

@@ -139,7 +139,7 @@ class DPOConfig(TrainingArguments):
         default=1,
         metadata={"help": "Tensor parallel: so many processes share each layer; more shard it by FSDP2 besides."},
     )
-    parallelism_config: dict | str | None = field(  # type: ignore[assignment, type-arg]  # made accelerate's own
+    parallelism_config: dict | str | None = field(  # made accelerate's own
         default=None,
         metadata={"help": 'accelerate\'s sizes of a mesh, as JSON: \'{"cp_size": 2, "dp_shard_size": 2}\'.'},
     )

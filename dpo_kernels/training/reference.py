@@ -428,8 +428,8 @@ def _with_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
     zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
     zero = {name: value for name, value in zero.items() if value != "auto"}
-    kinds = {name: config[name] for name in ("bf16", "fp16", "wall_clock_breakdown") if name in config}
-    config = {**kinds, "zero_optimization": copy.deepcopy(zero), "train_micro_batch_size_per_gpu": 1}
-    engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
+    kinds: dict[str, Any] = {name: config[name] for name in ("bf16", "fp16", "wall_clock_breakdown") if name in config}
+    own: dict[str, Any] = {"zero_optimization": copy.deepcopy(zero), "train_micro_batch_size_per_gpu": 1, **kinds}
+    engine: nn.Module = deepspeed.initialize(model=model, config=own)[0]
     engine.eval()
     return engine

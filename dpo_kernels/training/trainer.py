@@ -126,7 +126,7 @@ class DPOTrainer(SavingTrainer):
             )  # fmt: skip
         check_runs_as(asked_for(args), self.accelerator)
         self.ranks, self.split = ranks_of(self.accelerator, model), split_of(self.accelerator)
-        self.accelerator.gather = self.ranks.one_of_each(self.accelerator.gather)  # type: ignore[method-assign]
+        self.accelerator.gather = self.ranks.one_of_each(self.accelerator.gather)
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         if args.activation_offloading:
             check_offloading(args.device, self.is_fsdp_enabled or is_partitioned(self.accelerator))

@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 examples/scale/on_cpu.py OPTIONS        as train.py OPTIONS
     accelerate launch --config_file examples/scale/fsdp2.yaml examples/scale/on_cpu.py OPTIONS
 
-accelerate knows FSDP, DeepSpeed and meshes of devices for GPUs alone, and makes DDP of them on CPUs. Here it is told that
-a process with CPUs is one with a GPU, whose messages go by gloo. The numbers are those of a run on GPUs in float32; the
-speed says nothing.
+accelerate knows FSDP, DeepSpeed and meshes for GPUs alone, and makes DDP of them on CPUs. Here it is told that a
+process with CPUs is one with a GPU, whose messages go by gloo. The numbers are those of GPUs in float32; the speed says
+nothing.
 """
 
 from __future__ import annotations
