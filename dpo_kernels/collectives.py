@@ -161,12 +161,16 @@ def scatter_hidden(partial: Tensor, index: Tensor | None, shape: torch.Size, sha
     dim, ranks, size = shard.hidden_dim, shard.ranks, shape[shard.hidden_dim]
     step = -(-size // ranks)
     order = [dim, *(d for d in range(len(shape)) if d != dim)]
-    room = partial.new_zeros((ranks * step, *(shape[d] for d in order[1:])))
-    rows = room[:size].movedim(0, dim)  # in the order of the labels
-    if index is None:
-        rows.copy_(partial.view(shape))
+    sizes = (ranks * step, *(shape[d] for d in order[1:]))
+    if index is None and sizes[0] == size and shape[:dim].numel() == 1:
+        room = partial.view(sizes)  # the pieces lie one behind the other
     else:
-        rows[torch.unravel_index(index, shape[:-1])] = partial
+        room = partial.new_zeros(sizes)
+        rows = room[:size].movedim(0, dim)  # in the order of the labels
+        if index is None:
+            rows.copy_(partial.view(shape))
+        else:
+            rows[torch.unravel_index(index, shape[:-1])] = partial
     own = partial.new_empty((step, *room.shape[1:]))
     _single("reduce_scatter")(own, room, group=shard.group)
     span = chunk(size, ranks, shard.rank)

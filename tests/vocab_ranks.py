@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
@@ -19,11 +21,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dpo_kernels import LowRank, TokenStats, VocabShard, plan, token_stats
+from dpo_kernels import LowRank, TokenStats, VocabShard, plan, reference, token_stats
 from dpo_kernels.functional import least_budget
 from dpo_kernels.planner import Plan
 from dpo_kernels.vocab_shard import chunk
 
+IMPLS = ("cpp", "torch")
+V = 131  # of `Here`
 FEW = ("log_sum_sq_probs", "mean_logits", "is_top1")
 EVERY = ("entropy", *FEW)
 GRADS = {"score": "", "frozen": "hidden"}  # other modes: all
@@ -148,7 +152,7 @@ def call(
 
 def _as_dtensors(leaves: dict[str, Tensor], given: Inputs) -> dict[str, Any]:
     """From local leaves, so that gradients come back to them."""
-    mesh = _mesh()
+    mesh = mesh_of_all()
     made: dict[str, Any] = {}
     for name, local in leaves.items():
         whole = {"hidden": given.hidden, "weight": given.weight, "bias": given.bias, "low_rank.b": given.b}.get(name)
@@ -164,7 +168,7 @@ def _as_dtensors(leaves: dict[str, Tensor], given: Inputs) -> dict[str, Any]:
 
 
 @functools.cache
-def _mesh() -> Any:
+def mesh_of_all() -> Any:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
@@ -266,4 +270,48 @@ def as_rank(rank: int, ranks: int, store: str, function: Callable[..., Any], arg
 
 
 def shard_weight(weight: Tensor) -> Any:
-    return distribute_tensor(weight, _mesh(), [Shard(0)])
+    return distribute_tensor(weight, mesh_of_all(), [Shard(0)])
+
+
+def near(got: Tensor, exact: Tensor, tolerance: float = 1e-5) -> None:
+    assert got.shape == exact.shape, f"{tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert torch.equal(got.isnan(), exact.isnan()), "NaN elsewhere"
+    error = (got.double() - exact.double()).nan_to_num().abs().max().item() if got.numel() else 0.0
+    assert error <= tolerance, f"error {error:.1e}"
+
+
+def raises(kind: type[Exception], text: str, function: Callable[..., Any], *args: Any, **options: Any) -> None:
+    with pytest.raises(kind, match=re.escape(text)):
+        function(*args, **options)
+
+
+class Here:
+    """A head in one piece, and this rank's part of it."""
+
+    def __init__(
+        self, tokens: int = 21, features: int = 12, cut: int | None = None, dtype: torch.dtype = torch.float32
+    ):
+        torch.manual_seed(0)
+        self.hidden = torch.randn(tokens, features)
+        self.weight, self.bias = torch.randn(V, features), torch.randn(V)
+        self.labels = torch.randint(V, (tokens,))
+        cut = -(-V // 2) if cut is None else cut
+        self.part = (slice(0, cut), slice(cut, V))[dist.get_rank()]
+        self.shard = VocabShard(None, self.part.start, V)
+
+    def local(self, **options: Any) -> Any:
+        options = {"outputs": FEW, "shard": self.shard} | options
+        return token_stats(self.hidden, self.weight[self.part], self.labels, self.bias[self.part], **options)
+
+    def exact(self, **options: Any) -> Any:
+        return reference.token_stats(
+            self.hidden.double(), self.weight.double(), self.labels, self.bias.double(), **({"outputs": FEW} | options)
+        )
+
+    def check(self, tolerance: float = 1e-5, **options: Any) -> None:
+        for impl in IMPLS:
+            got, exact = self.local(impl=impl, **options), self.exact(**options)
+            for value, truth in zip(got, exact, strict=True):
+                if truth is not None:
+                    near(value.double(), truth.double(), tolerance)
+                    assert same_on_ranks(value)

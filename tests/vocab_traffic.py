@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import loss_parallel
-from vocab_ranks import _mesh, counted, shard_weight
+from vocab_ranks import counted, mesh_of_all, shard_weight
 
 from dpo_kernels import VocabShard, hidden_to_log_probs, plan
 from dpo_kernels.functional import least_budget
@@ -85,7 +85,7 @@ def _loss_parallel(dtype: torch.dtype) -> Callable[[], None]:
     weight = shard_weight(torch.randn(vocab, features).mul_(0.05).to(dtype)).requires_grad_()
 
     def step() -> None:
-        hidden = DTensor.from_local(given, _mesh(), [Replicate()], run_check=False)
+        hidden = DTensor.from_local(given, mesh_of_all(), [Replicate()], run_check=False)
         with loss_parallel():
             F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum").backward()
 
