@@ -74,7 +74,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
         ("per_device_train_batch_size, gradient_accumulation_steps", "pairs at once; times so many a step"),
         ("eval_strategy, save_strategy, logging_steps", "no, steps or epoch; log every so many steps"),
         ("resume_from_checkpoint, allow_changed_data", "alone: the newest; with other pairs all the same"),
-        ("seed, disable_dropout, use_cpu", "42, true, false"),
+        ("seed, disable_dropout, use_cpu, tp_size", "42, true, false; processes that share each layer, 1"),
         ("report, lesson_epochs", "answers for report.html, true; of the example, before it is aligned: 14"),
     ],
 }  # fmt: skip
