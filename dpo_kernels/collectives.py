@@ -25,6 +25,7 @@ FINE, AGAIN, FAILED = 0.0, 1.0, 2.0
 # Numbers below it are exact in float32, and so are sums of a few thousand.
 CHECKSUMS = 2**12
 DIGESTS = 1048573  # a prime
+ALL_BITS = 2**64 - 1
 
 
 class State(Protocol):
@@ -75,11 +76,11 @@ class Exchange:
             sums["logits"] = merged.logits
         if "is_top1" in outputs:  # whether the largest of all stands here, before the label
             sums["argmax"] = ((own.maximum == maximum) & (own.argmax < labels)).to(self.wide)
-        ends = _checksum(shard.first_row + self.rows) - _checksum(shard.first_row)
-        sent = torch.cat([*sums.values(), maximum.new_full((1,), ends)])
+        ends = maximum.new_tensor(_ends(shard.first_row, shard.first_row + self.rows))
+        sent = torch.cat([*sums.values(), ends])
         dist.all_reduce(sent, group=shard.group)
-        whole = dict(zip(sums, sent[:-1].view(len(sums), len(labels)), strict=True))
-        whole["total"] = torch.where(self._parts_fit(sent[-1]), whole["total"], torch.nan)
+        whole = dict(zip(sums, sent[: -len(ends)].view(len(sums), len(labels)), strict=True))
+        whole["total"] = torch.where(self._parts_fit(sent[-len(ends) :]), whole["total"], torch.nan)
         # A row with NaN has no largest logit, as in one process, whatever the all-reduce made of it.
         whole["maximum"] = torch.where(whole["total"].isnan(), torch.nan, maximum)
         known = (labels >= -shard.first_row) & (labels < shard.vocab_size - shard.first_row)
@@ -122,7 +123,7 @@ class Exchange:
 
     def _parts_fit(self, ends: Tensor) -> Tensor:
         """Whether parts lie one behind the other from row 0 to row V: all ends but the last are starts."""
-        fit = ends == _checksum(self.shard.vocab_size) - _checksum(0)
+        fit = (ends == ends.new_tensor(_ends(0, self.shard.vocab_size))).all()
         if _can_look(ends) and not fit:
             shard, rows = self.shard, self.rows
             raise ValueError(
@@ -188,6 +189,16 @@ def _single(name: str) -> Any:
     return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
 
 
-def _checksum(row: int) -> int:
-    """A number below CHECKSUMS, another for most rows."""
-    return (row * 2654435761 >> 8) % CHECKSUMS
+def _ends(first: int, end: int) -> list[int]:
+    """Numbers of a part that sum to those of the whole where each part ends where another begins, and hardly ever
+    elsewhere."""
+    return [a - b for a, b in zip(_checksums(end), _checksums(first), strict=True)]
+
+
+def _checksums(row: int) -> list[int]:
+    """Two numbers below CHECKSUMS that look drawn at random (the mixing of splitmix64, Steele et al. 2014)."""
+    mixed = (row + 1) * 0x9E3779B97F4A7C15 & ALL_BITS
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ mixed >> shift) * factor & ALL_BITS
+    mixed ^= mixed >> 31
+    return [mixed % CHECKSUMS, mixed // CHECKSUMS % CHECKSUMS]

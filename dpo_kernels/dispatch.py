@@ -112,8 +112,9 @@ def _forward_over_ranks(chosen: Backend, call: Call) -> tuple[Execution, Saved]:
     try:
         return _exchange(chosen, call)
     except collectives.RunAgainError:
-        chosen.empty_cache()
-        return _exchange(BACKENDS[FALLBACK], call)
+        pass  # out of this block nothing holds what was computed
+    chosen.empty_cache()
+    return _exchange(BACKENDS[FALLBACK], call)
 
 
 def _exchange(backend: Backend, call: Call) -> tuple[Execution, Saved]:

@@ -318,7 +318,7 @@ class Workload:
         hidden = -(-self.labels // self.ranks) * self.ranks * self.hidden_size  # the last piece is filled up
         made = [
             ("all-reduce, maxima", self.wide * (self.tokens + 3)),
-            ("all-reduce, sums", self.wide * ((2 + self.statistics) * self.tokens + 1)),
+            ("all-reduce, sums", self.wide * ((2 + self.statistics) * self.tokens + 2)),
         ]
         if self.hidden_split:
             made.insert(0, ("all-gather, hidden states", self.dtype.itemsize * hidden))

@@ -12,6 +12,9 @@ import pytest
 import vocab_checks
 from helpers import ROOT
 
+from dpo_kernels.collectives import _ends
+from dpo_kernels.vocab_shard import chunk
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, str]]:
@@ -42,3 +45,19 @@ def test_two_ranks(found, name):
             failed = [other for other, error in of_rank.items() if error]
             pytest.fail(f"not reached on rank {rank}: {failed or 'another rank'} failed before")
         assert not of_rank[name], f"rank {rank}: {of_rank[name]}"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_parts_that_overlap_or_leave_rows_out_are_found(ranks):
+    """Also the usual slip: parts as torch.chunk cuts them, that begin as if all were equally long."""
+    for vocab_size in range(1000, 1400):
+        parts = [chunk(vocab_size, ranks, rank) for rank in range(ranks)]
+        whole = _ends(0, vocab_size)
+        assert _total(_ends(part.start, part.stop) for part in parts) == whole
+        slipped = [(rank * (vocab_size // ranks), part.stop - part.start) for rank, part in enumerate(parts)]
+        if any(first != part.start for (first, _), part in zip(slipped, parts, strict=True)):
+            assert _total(_ends(first, first + rows) for first, rows in slipped) != whole, vocab_size
+
+
+def _total(parts):
+    return [sum(numbers) for numbers in zip(*parts, strict=True)]

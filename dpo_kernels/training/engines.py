@@ -161,6 +161,22 @@ def is_split_at_load(model: Any) -> bool:
     return bool(getattr(below_adapters(model), "is_distributed_loading_by_transformers", False))
 
 
+def check_split_as_asked(args: Any, *models: Any) -> None:
+    """
+    Raises:
+        EngineError: tp_size is asked for, and a model was not loaded so.
+    """
+    wanted = getattr(args, "tp_size", 1)
+    for model in models if wanted > 1 else ():
+        found = 1 if model is None else getattr(below_adapters(model), "_tp_size", None) or 1
+        if model is not None and found != wanted:
+            raise EngineError(
+                f"tp_size is {wanted}, and {type(model).__name__} was loaded for {found}; it would be trained whole in "
+                "each process. Name a model by --ref_weight, or load it with "
+                f"from_pretrained(distributed_config=DistributedConfig(tp_size={wanted}))"
+            )
+
+
 def is_sharded_at_load(model: Any) -> bool:
     """Whether it has sharded it by FSDP2 besides."""
     return is_split_at_load(model) and (getattr(below_adapters(model), "_fsdp_size", None) or 1) > 1

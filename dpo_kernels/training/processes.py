@@ -68,6 +68,13 @@ def is_partitioned(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def save_whole_models(accelerator: Accelerator) -> None:
+    """Lets DeepSpeed put the parts of a model together where it is saved, also where its config does not say so."""
+    if is_partitioned(accelerator):
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+
 def on_models(accelerator: Accelerator, compute: Callable[[], Any], *models: Any) -> Any:
     """`from_main`, for what runs models forward or reads their weights. Where weights are in parts all processes
     compute (of ZeRO-3's each module's are whole for as long as it runs), and the main one's word counts."""

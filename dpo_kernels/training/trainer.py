@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,14 +36,16 @@ from dpo_kernels.training.data import DPODataset
 from dpo_kernels.training.engines import (
     asked_for,
     check_runs_as,
+    check_split_as_asked,
     is_sharded_at_load,
     is_split_at_load,
     ranks_of,
     split_of,
 )
+from dpo_kernels.training.given_datasets import check_dataset, each, named
 from dpo_kernels.training.layout_check import check_split
 from dpo_kernels.training.layouts import Layout
-from dpo_kernels.training.loading import check_positions, is_of_its_own_kind
+from dpo_kernels.training.loading import is_of_its_own_kind
 from dpo_kernels.training.memory.device_memory import held
 from dpo_kernels.training.memory.out_of_memory import OutOfMemoryError, is_out_of_memory
 from dpo_kernels.training.memory.rescue import Rescue
@@ -54,7 +56,14 @@ from dpo_kernels.training.ownership import owned
 from dpo_kernels.training.pair_metrics import PAIR_METRICS, mean_metrics
 from dpo_kernels.training.partitioned import any_partitioned, numbers_in
 from dpo_kernels.training.precompute import with_ref_log_probs
-from dpo_kernels.training.processes import check_head, find_mlps, from_main, is_partitioned, on_models
+from dpo_kernels.training.processes import (
+    check_head,
+    find_mlps,
+    from_main,
+    is_partitioned,
+    on_models,
+    save_whole_models,
+)
 from dpo_kernels.training.randomness import Silenced, disable_dropout
 from dpo_kernels.training.reference import Precomputed, reference_for
 from dpo_kernels.training.report.metrics import peak_memory_mib
@@ -95,6 +104,7 @@ class DPOTrainer(SavingTrainer):
     train_dataset: Any  # DPODataset or alike
     eval_dataset: Any
     _tokens_per_chosen: Tensor | None = None  # the mean length of the chosen answers of the step that is running
+    _tokens_per_evaluated: Tensor | None = None  # likewise, of the batch that is evaluated
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
 
     def __init__(
@@ -114,8 +124,8 @@ class DPOTrainer(SavingTrainer):
         adapters.check_apart(model, ref_model)
         adapters.prepare(model, bool(args.gradient_checkpointing))
         self._silenced = disable_dropout(model) if args.disable_dropout else Silenced()
-        for name, dataset in _named(train_dataset=train_dataset, eval_dataset=eval_dataset):
-            _check_dataset(name, dataset, model)
+        for name, dataset in named(train_dataset=train_dataset, eval_dataset=eval_dataset):
+            check_dataset(name, dataset, model)
         check_budget(args, model, ref_model, train_dataset, eval_dataset, args.device)
         self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
         with split_checkpoints.unrefused(args, is_split_at_load(model)):
@@ -125,8 +135,15 @@ class DPOTrainer(SavingTrainer):
                 callbacks=callbacks, compute_metrics=mean_metrics,
             )  # fmt: skip
         check_runs_as(asked_for(args), self.accelerator)
+        check_split_as_asked(args, model, ref_model)
+        save_whole_models(self.accelerator)
         self.ranks, self.split = ranks_of(self.accelerator, model), split_of(self.accelerator)
         self.accelerator.gather = self.ranks.one_of_each(self.accelerator.gather)
+        if args.precompute_ref_log_probs and self.ranks.copies > 1:
+            raise ValueError(
+                "precompute_ref_log_probs does not work where processes read the same pairs (tp_size, cp_size); leave "
+                "it out"
+            )
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is used
         if args.activation_offloading:
             check_offloading(args.device, self.is_fsdp_enabled or is_partitioned(self.accelerator))
@@ -144,6 +161,7 @@ class DPOTrainer(SavingTrainer):
         if args.answers_at_once is not None and why:
             raise ValueError(f"answers_at_once is {args.answers_at_once}: {why}")
         gives_mask = (balances and not is_of_its_own_kind(model)) or "flash" in str(_attention(model))
+        gives_mask = gives_mask and self.split is None  # which has an attention of its own
         pairs = train_dataset if train_dataset is not None else eval_dataset
         # A compiled model would be compiled again for the lengths of each step.
         layout = "padded" if args.layout == "auto" and (args.torch_compile or self.split) else args.layout
@@ -184,7 +202,7 @@ class DPOTrainer(SavingTrainer):
             self.add_callback(SyncReference(self.reference.follow, share, steps))
         if args.precompute_ref_log_probs and self.reference.identity() is not None:
             self._precompute()
-        for name, dataset in _named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset):
+        for name, dataset in named(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset):
             self.reference.check_dataset(name, dataset, args.loss_options.needs_reference)
             if args.sync_ref_model and "ref_chosen" in dataset[0]:
                 raise ValueError(f"sync_ref_model moves the reference, and {name} holds log-probs of one that stays")
@@ -331,7 +349,7 @@ class DPOTrainer(SavingTrainer):
         policy = output["log_probs"]
         if model.training and batch.ref_log_probs is None and ref is not None:
             self.reference.check_start(model, batch, policy.detach(), ref, is_start=self.state.global_step == 0)
-        of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else None
+        of_the_step = self._tokens_per_chosen if num_items_in_batch is not None else self._tokens_per_evaluated
         made = make_pairs(ref, policy, batch.mask, options, output.get("log_sum_sq_probs"), of_the_step)
         losses = pair_losses(made, options)
         if "aux_loss" in output:
@@ -349,8 +367,8 @@ class DPOTrainer(SavingTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         given = eval_dataset if not isinstance(eval_dataset, str) else None  # the name of one that was checked
-        for name, dataset in _named(eval_dataset=given):
-            _check_dataset(name, dataset, self.model)
+        for name, dataset in named(eval_dataset=given):
+            check_dataset(name, dataset, self.model)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def prediction_step(
@@ -360,7 +378,13 @@ class DPOTrainer(SavingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._rescue.evaluate(partial(self._evaluated, model), self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(inputs)
+        # Of the whole batch, also where it goes in halves.
+        self._tokens_per_evaluated = inputs["mask_chosen"].sum(1).double().mean()
+        try:
+            return self._rescue.evaluate(partial(self._evaluated, model), inputs)
+        finally:
+            self._tokens_per_evaluated = None
 
     @torch.no_grad()
     def _evaluated(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -447,8 +471,8 @@ class DPOTrainer(SavingTrainer):
 
         if self.is_deepspeed_enabled and not any_partitioned(self.model):  # its engine would do it, later
             self.model.to(self.args.device)
-        self.train_dataset = _each(self.train_dataset, scored)
-        self.eval_dataset = _each(self.eval_dataset, scored)
+        self.train_dataset = each(self.train_dataset, scored)
+        self.eval_dataset = each(self.eval_dataset, scored)
         self.reference = Precomputed(freed=True)
 
     def _pair_metrics(self, logratios: Sides, policy: Tensor, batch: PairBatch) -> Tensor:
@@ -478,37 +502,3 @@ class DPOTrainer(SavingTrainer):
 
 def _attention(model: nn.Module) -> Any:
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
-
-
-def _each(dataset: Any, change: Callable[[Any], Any]) -> Any:
-    """The change of a dataset, of each in a dict of them, or of none."""
-    if isinstance(dataset, dict):
-        return {name: change(one) for name, one in dataset.items()}
-    return None if dataset is None else change(dataset)
-
-
-def _named(**given: Any) -> list[tuple[str, Any]]:
-    """Every dataset that is given, by a name for messages; those in a dict one by one."""
-    found = []
-    for name, dataset in given.items():
-        if isinstance(dataset, dict):
-            found += [(f"{name}[{key!r}]", one) for key, one in dataset.items()]
-        elif dataset is not None:
-            found.append((name, dataset))
-    return found
-
-
-def _check_dataset(name: str, dataset: Any, model: nn.Module) -> None:
-    """
-    Raises:
-        TypeError: it holds no tensors of pairs; says how to make them.
-        ValueError: its sequences are longer than what the model has positions for.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and "x_chosen" not in columns:
-        raise TypeError(
-            f"{name} is a datasets.{type(dataset).__name__} with the columns {sorted(columns)}, which are no tensors "
-            "yet; give DPODataset.from_dataset(dataset, tokenizer, max_length)"
-        )
-    if isinstance(dataset, DPODataset) and (config := getattr(model, "config", None)) is not None:
-        check_positions(config, dataset.max_length)

@@ -120,10 +120,12 @@ def evaluated(folder, most=None, **options):
     return trainer, None if most is None else FullOfPairs(trainer, most)
 
 
-def test_an_evaluation_without_memory_goes_on_with_fewer_pairs(tmp_path):
-    usual, _ = evaluated(tmp_path / "usual")
+@pytest.mark.parametrize("losses", [["sigmoid"], ["sigmoid", "sft"]], ids=str)
+def test_an_evaluation_without_memory_goes_on_with_fewer_pairs(tmp_path, losses):
+    """A negative log-likelihood is a mean over the tokens of the whole batch."""
+    usual, _ = evaluated(tmp_path / "usual", loss_type=losses)
     usual.train()
-    trainer, full = evaluated(tmp_path / "full", most=1)
+    trainer, full = evaluated(tmp_path / "full", most=1, loss_type=losses)
     with pytest.warns(UserWarning, match="evaluation of a batch .* it goes on with 1 at once"):
         trainer.train()
     assert set(full.evaluated) == {1}

@@ -20,6 +20,7 @@ from dpo_kernels.training.engines import (
     Ranks,
     asked_for,
     check_asked,
+    check_split_as_asked,
     read_parallelism,
     sizes_asked_for,
     split_at_load,
@@ -141,6 +142,16 @@ def test_sizes_as_json(tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             read_parallelism(given)
+
+
+def test_a_model_that_was_not_loaded_in_parts_is_refused():
+    options, whole, split = SimpleNamespace(tp_size=2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    split._tp_size = 2
+    check_split_as_asked(options, split, None)
+    check_split_as_asked(SimpleNamespace(tp_size=1), whole)
+    for models in ((whole, None), (split, whole)):
+        with pytest.raises(EngineError, match="tp_size is 2, and Linear was loaded for 1"):
+            check_split_as_asked(options, *models)
 
 
 def test_processes_that_are_no_multiple(monkeypatch):

@@ -109,15 +109,17 @@ class Rescue:
                 parts = [step(_of_pairs(inputs, i, i + at_once)) for i in range(0, pairs, at_once)]
                 break
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or trainer.args.world_size > 1 or trainer.aux_loss.weight > 0:
+                if not is_out_of_memory(error) or trainer.args.world_size > 1:
                     raise
                 said = _said(error)
             self._forget(gradients=False)
-            if at_once == 1:
+            if at_once == 1 or trainer.aux_loss.weight > 0:  # that is of a batch
+                what = "one pair" if at_once == 1 else f"{at_once} pairs"
                 saved = f" The last step is saved in {trainer.save_checkpoint()}." if trainer.is_in_train else ""
                 raise OutOfMemoryError(
-                    f"memory did not suffice for the evaluation of one pair ({said}).{saved} Give a smaller "
-                    "--memory_budget or --max_length, or leave the evaluation out (--eval_strategy no)"
+                    f"memory did not suffice for the evaluation of {what} ({said}).{saved} Give a smaller "
+                    "--per_device_eval_batch_size, --memory_budget or --max_length, or leave the evaluation out "
+                    "(--eval_strategy no)"
                 )
             at_once = self._evaluated_at_once = (at_once + 1) // 2
             warn(f"memory did not suffice for the evaluation of a batch ({said}); it goes on with {at_once} at once")
@@ -131,7 +133,7 @@ class Rescue:
         state, folder = self.trainer.state, newest_whole(Path(str(self.trainer.args.output_dir)))
         last = "no checkpoint was saved yet" if folder is None else f"the last checkpoint is {folder}"
         return OutOfMemoryError(
-            f"after step {state.global_step}: memory did not suffice for the optimizer, or for saving "
+            f"after step {state.global_step}: memory did not suffice for the optimizer, for saving or for the data "
             f"({_said(error)}). Some of the weights may have changed, so that they are not saved; {last}. An optimizer "
             "keeps less with --optim adamw_bnb_8bit or --use_peft"
         )
