@@ -58,6 +58,7 @@ WAYS = {
     "fsdp2, sharded": Way("fsdp2.sh"),
     "fsdp2, full": Way("fsdp2.sh", environment={"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
     "fsdp2, LoRA, shared rows": Way("fsdp2.sh", options=LORA),
+    "fsdp2, precomputed": Way("fsdp2.sh", options=("--precompute_ref_log_probs", "true")),
     "context": Way("context.sh", readers=1, then=(4, 2)),
     "tensor": Way("tensor.sh", readers=1, then=(4, 2), then_script="two_dimensions.sh"),
     "2 x 2": Way("two_dimensions.sh", 4, 2, then=(2, 1)),

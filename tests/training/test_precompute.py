@@ -15,7 +15,7 @@ from training_helpers import Pairs, make_model
 
 from dpo_kernels.training import DPOConfig, DPODataset, DPOTrainer
 from dpo_kernels.training.precompute import with_ref_log_probs
-from dpo_kernels.training.reference import FrozenModel, Precomputed, model_fingerprint
+from dpo_kernels.training.reference import FrozenModel, OwnStart, Precomputed, model_fingerprint
 from dpo_kernels.training.small_model import make_small_model
 
 
@@ -104,14 +104,15 @@ def test_the_fingerprint_is_of_everything_that_computes():
     assert len(prints) == 6
 
 
-def test_other_datasets_and_sharded_models_are_refused(tmp_path, setup, monkeypatch):
+def test_other_datasets_and_sharded_adapters_are_refused(tmp_path, setup, monkeypatch):
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, precompute_ref_log_probs=True)
     with pytest.raises(TypeError, match="precompute_ref_log_probs needs a DPODataset, not Pairs"):
         DPOTrainer(make_model("Llama"), make_model("Llama"), args, Pairs())
     trainer = setup("sharded", False)
-    trainer.reference.is_sharded = True
-    with pytest.raises(ValueError, match="does not work with FSDP"):
-        with_ref_log_probs(trainer.train_dataset, trainer.reference, trainer.accelerator, 2)
+    adapter = OwnStart.__new__(OwnStart)
+    adapter.is_sharded = True
+    with pytest.raises(ValueError, match="which FSDP shards when training begins"):
+        with_ref_log_probs(trainer.train_dataset, adapter, trainer.accelerator, 2)
     with pytest.raises(ValueError, match="a Precomputed reference computes no log-probs"):
         with_ref_log_probs(trainer.train_dataset, Precomputed(), trainer.accelerator, 2)
 

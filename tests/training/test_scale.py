@@ -41,10 +41,14 @@ def one(tmp_path_factory, model):
     return output
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["fsdp2, sharded", *(slow(name) for name in ("ddp", "fsdp2, full", "context", "tensor", "2 x 2", "slurm"))],
-)
+IN_THE_SUITE = "fsdp2, sharded"
+OTHERS = [
+    name for name, way in scale_runs.WAYS.items()
+    if way.script != "zero.sh" and way.options != scale_runs.LORA and name != IN_THE_SUITE
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [IN_THE_SUITE, *map(slow, OTHERS)])
 def test_a_recipe_is_as_one_process_and_goes_on_with_others(tmp_path, model, one, name):
     way = scale_runs.WAYS[name]
     assert scale_runs.measure(way, model, one, tmp_path, steps=4).largest < 1e-5
