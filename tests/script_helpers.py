@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,14 @@ def small_run(model_dir, output_dir, **options):
 def losses(output_dir):
     entries = map(json.loads, (Path(output_dir) / "log.jsonl").read_text().splitlines())
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+def check_probe(name, processes):
+    """A script of tests/ that compares processes with one of them alone, and says so on each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tests" / name)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("as one process") == processes

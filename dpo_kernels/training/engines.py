@@ -114,7 +114,7 @@ def read_parallelism(given: Any) -> ParallelismConfig | None:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"parallelism_config is {given[:80]!r}, which is no JSON and no file of it ({error}); expected "
-                f'\'{{"dp_shard_size": 2, "tp_size": 2}}\''
+                f'\'{{"cp_size": 2, "dp_shard_size": 2}}\''
             ) from error
     known = {field.name for field in fields(ParallelismConfig)}
     if not isinstance(values, dict) or (unknown := values.keys() - known):
@@ -166,7 +166,7 @@ def check_split_as_asked(args: Any, *models: Any) -> None:
     Raises:
         EngineError: tp_size is asked for, and a model was not loaded so.
     """
-    wanted = getattr(args, "tp_size", 1)
+    wanted = sizes_asked_for(args).get("tp_size", 1)
     for model in models if wanted > 1 else ():
         found = 1 if model is None else getattr(below_adapters(model), "_tp_size", None) or 1
         if model is not None and found != wanted:

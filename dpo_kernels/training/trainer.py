@@ -70,6 +70,7 @@ from dpo_kernels.training.report.metrics import peak_memory_mib
 from dpo_kernels.training.saving import SavingTrainer
 from dpo_kernels.training.sequence_parallel import over
 from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
+from dpo_kernels.warn import warn
 
 
 class DPOTrainer(SavingTrainer):
@@ -266,6 +267,11 @@ class DPOTrainer(SavingTrainer):
         if from_main(self.accelerator, lambda: zero_checkpoints.is_for_others(checkpoint, self.args.world_size)):
             from_main(self.accelerator, lambda: zero_checkpoints.convert(checkpoint))
             zero_checkpoints.load_universal(self.accelerator.state.deepspeed_plugin)
+            if is_partitioned(self.accelerator) and self.args.process_index == 0:
+                warn(
+                    "ZeRO-3 goes on here with another number of processes than it was saved by, which is not exact "
+                    "(docs/scale.md); go on with as many for the numbers of a run that was never stopped"
+                )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with checkpoints.reading(resume_from_checkpoint):

@@ -7,6 +7,7 @@ its "universal" form of them, which fits any number; it is put beside the parts,
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,9 @@ def convert(checkpoint: str | os.PathLike[str]) -> None:
         return
     step = (folder / "latest").read_text(encoding="utf-8").strip()
     made = folder / "universal.part" / f"{step}{UNIVERSAL}"
-    made.parent.mkdir(exist_ok=True)
     warn(f"{folder.name} is in {parts_of(folder)} parts: DeepSpeed's converter makes one of them for any number")
+    shutil.rmtree(made.parent, ignore_errors=True)
+    made.parent.mkdir()
     command = [sys.executable, "-m", CONVERTER, "--input_folder", str(folder / step), "--output_folder", str(made)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
     done = subprocess.run([*command, *workers], capture_output=True, text=True, env=_alone())
@@ -53,10 +55,9 @@ def convert(checkpoint: str | os.PathLike[str]) -> None:
             f"{folder} is of {parts_of(folder)} processes, and DeepSpeed's converter for another number failed: {said};"
             " go on with as many processes as it was saved by (it knows optimizers of Adam's kind alone)"
         )
+    shutil.rmtree(folder / made.name, ignore_errors=True)  # of a conversion that was killed
     made.replace(folder / made.name)
-    for left in made.parent.iterdir():
-        left.unlink()
-    made.parent.rmdir()
+    shutil.rmtree(made.parent)
     (folder / LATEST).write_text(made.name, encoding="utf-8")  # last: with it the folder is there and whole
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import scale_runs
 import torch
 from accelerate.utils import DistributedType, ParallelismConfig
-from helpers import ROOT, slow
+from helpers import slow
+from script_helpers import check_probe
 
 from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.engines import (
@@ -76,13 +74,7 @@ def test_every_recipe_is_run_by_a_way():
 
 @pytest.mark.parametrize("processes", [2, slow(4)])
 def test_sequences_that_are_split_over_processes(processes):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "sequence_probe.py")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("as one process") == processes
+    check_probe("sequence_probe.py", processes)
 
 
 # What would run as something else

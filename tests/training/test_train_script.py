@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,9 +12,9 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import EXAMPLE, ROOT, slow
+from helpers import EXAMPLE, slow
 from safetensors.torch import load_file
-from script_helpers import PAIR, command, losses, refusal, run, small_run
+from script_helpers import PAIR, check_probe, command, losses, refusal, run, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -231,13 +230,7 @@ def test_a_prompt_in_messages_trains_as_the_whole_conversations_do(tmp_path, mod
 
 
 def test_fused_heads_under_ddp_and_fsdp():
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "distributed_probe.py")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("as one process") == 2
+    check_probe("distributed_probe.py", 2)
 
 
 def test_results_are_never_overwritten(tmp_path, model_dir, environment):

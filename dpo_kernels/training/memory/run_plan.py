@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dpo_kernels.training.memory import lower
 from dpo_kernels.training.memory.device_memory import Limit
 from dpo_kernels.training.memory.lower import Chosen, Lowering
 from dpo_kernels.training.memory.pairs import made_pairs
-from dpo_kernels.training.memory.step_memory import PARTS, FakeRun, StepMemory, StepOptions
+from dpo_kernels.training.memory.step_memory import LIBRARIES, PARTS, FakeRun, StepMemory, StepOptions
 from dpo_kernels.units import in_words
 
 STEP = 64  # tokens that the longest pair is known to
@@ -197,8 +198,9 @@ def save_picture(
     for share in (0.125, 0.25, 0.5, 0.75, 1.0):
         size = PairTokens(*(max(1, round(part * share)) for part in shape))
         found[max(size.sequences)] = run.step(made_pairs(*size, count), options)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    names = [name for name in PARTS if any(memory.parts.get(name) for memory in found.values())]
+    figure, axes = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
+    # What does not grow at the bottom.
+    names = [n for n in (LIBRARIES, *PARTS[:-1]) if any(memory.parts.get(n) for memory in found.values())]
     colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     axes.stackplot(
         [*found], [[memory.parts.get(name, 0) / 2**30 for memory in found.values()] for name in names], labels=names,
@@ -207,14 +209,15 @@ def save_picture(
     if plan.limit is not None and plan.limit.bytes < 4 * plan.memory.bytes:
         axes.axhline(plan.limit.bytes / 2**30, color="black", linestyle="--", linewidth=1)
         axes.annotate(
-            plan.limit.why, (0, plan.limit.bytes / 2**30), xytext=(4, 3), textcoords="offset points", fontsize=8
-        )
-    axes.set_xlim(0, whole)
+            f"{in_words(plan.limit.bytes)}, {plan.limit.why}", (min(found), plan.limit.bytes / 2**30), xytext=(4, 3),
+            textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+    axes.set_xlim(min(found), whole)
     axes.set_ylim(0)
     axes.set_xlabel("tokens of a prompt with its longer answer")
     axes.set_ylabel("GiB at the peak of a step")
-    axes.set_title(plan.title, fontsize=9)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.set_title(textwrap.fill(plan.title, 100), fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, reverse=True)  # in the order of the areas
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return found
