@@ -4,7 +4,9 @@ Rank r has accumulated its own part of the vocabulary. Forward takes two all-red
 relative to the maximum of all; then each rank joins the label from the same numbers, so results are the same to the
 last bit. Backward takes one, of the hidden states' gradient, in the accumulation dtype.
 
-All ranks of a group make the same calls in the same order. A rank that fails before the first one says so in it.
+All ranks of a group make the same calls in the same order. Where the host may look, a first message of a fixed size
+says how many tokens count (`agree`): the others' sizes depend on it. A rank that fails before its maxima says so in
+their place.
 """
 
 from __future__ import annotations
@@ -17,11 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_kernels.call import Tokens
 from dpo_kernels.statistics import Finished, SoftmaxState, empty_state, finish, merge_into
 from dpo_kernels.vocab_shard import VocabShard, chunk
 
+OTHER_FAILED = "another rank of this vocabulary failed in the same call; its error says why"
+SAME_TOKENS = (
+    "expected the same tokens on each. A weight that FSDP has split between ranks of different tokens has to be whole: "
+    "use it within the model's forward"
+)
 # What a rank says beside its maxima.
 FINE, AGAIN, FAILED = 0.0, 1.0, 2.0
+GREETING = 5  # numbers of the first message, of 8 bytes
 # Numbers below it are exact in float32, and so are sums of a few thousand.
 CHECKSUMS = 2**12
 DIGESTS = 1048573  # a prime
@@ -38,6 +47,44 @@ class State(Protocol):
 
 class RunAgainError(Exception):
     """On some rank the numbers were out of reach of its kernels: all ranks compute with others."""
+
+
+def agree(shard: VocabShard | None, labels: Tensor, find: Callable[[], Tokens]) -> Tokens:
+    """The tokens that a rank finds, once all have found as many.
+
+    On GPUs nothing is sent or looked at without DPO_KERNELS_VALIDATE=1, which then has to be set on every rank.
+
+    Args:
+        labels: of the whole vocabulary, before they are looked at.
+
+    Raises:
+        RuntimeError: another rank failed.
+        ValueError: the ranks' labels differ in number.
+    """
+    if shard is None or not _can_look(labels):
+        return find()
+    try:
+        found = find()
+    except Exception:
+        _greet(shard, labels, 0, FAILED)
+        raise
+    status, most, least, most_labels, least_labels = _greet(shard, labels, found.count, FINE)
+    if status == FAILED:
+        raise RuntimeError(OTHER_FAILED)
+    if most != -least or most_labels != -least_labels:
+        raise ValueError(
+            f"the ranks of this vocabulary have different labels: {labels.numel():,} on this one (rank {shard.rank} of "
+            f"{shard.ranks}), {found.count:,} of which count, and {-least_labels:,} to {most_labels:,} on all, "
+            f"{-least:,} to {most:,} of which count; {SAME_TOKENS}"
+        )
+    return found
+
+
+def _greet(shard: VocabShard, labels: Tensor, count: int, status: float) -> list[int]:
+    labels_here = labels.numel()
+    said = labels.new_tensor([int(status), count, -count, labels_here, -labels_here], dtype=torch.int64)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=shard.group)
+    return [int(number) for number in said.tolist()]
 
 
 class Exchange:
@@ -102,13 +149,10 @@ class Exchange:
         if _can_look(got) and status_of_all != FINE:
             if status_of_all == AGAIN:
                 raise RunAgainError
-            raise RuntimeError("another rank of this vocabulary failed in the same call; its error says why")
+            raise RuntimeError(OTHER_FAILED)
         alike = most == -least
         if _can_look(got) and not alike:
-            raise ValueError(
-                "the ranks of this vocabulary have different labels; expected the same tokens on each. A weight that "
-                "FSDP has split between ranks of different tokens has to be whole: use it within the model's forward"
-            )
+            raise ValueError(f"the ranks of this vocabulary have different labels; {SAME_TOKENS}")
         return got[:-3], alike
 
     def _send(self, maximum: Tensor, status: float) -> Tensor:

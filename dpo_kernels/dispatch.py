@@ -94,11 +94,9 @@ def capabilities(backend: Backend, device: torch.device, configuration: object) 
 
 def forward(call: Call) -> tuple[Execution, Saved]:
     """Resolves a call and runs it."""
-    chosen = choose(call.options.impl, call.hidden.device, call.hidden.dtype, call.vocab_size)
-    if chosen.declines_head(call.hidden, call.weight):
-        chosen = BACKENDS[FALLBACK]
     if call.shard is not None:
-        return _forward_over_ranks(chosen, call)
+        return _forward_over_ranks(call)
+    chosen = _chosen(call)
     execution, saved = _run(chosen, call)
     if chosen.out_of_reach(saved.maximum):
         del saved
@@ -107,22 +105,28 @@ def forward(call: Call) -> tuple[Execution, Saved]:
     return execution, saved
 
 
-def _forward_over_ranks(chosen: Backend, call: Call) -> tuple[Execution, Saved]:
+def _chosen(call: Call) -> Backend:
+    chosen = choose(call.options.impl, call.hidden.device, call.hidden.dtype, call.vocab_size)
+    return BACKENDS[FALLBACK] if chosen.declines_head(call.hidden, call.weight) else chosen
+
+
+def _forward_over_ranks(call: Call) -> tuple[Execution, Saved]:
     """Each rank has its own back end and plan. What all have to do alike, the exchange tells them."""
     try:
-        return _exchange(chosen, call)
+        return _exchange(_chosen, call)
     except collectives.RunAgainError:
         pass  # out of this block nothing holds what was computed
-    chosen.empty_cache()
-    return _exchange(BACKENDS[FALLBACK], call)
+    _chosen(call).empty_cache()
+    return _exchange(lambda _: BACKENDS[FALLBACK], call)
 
 
-def _exchange(backend: Backend, call: Call) -> tuple[Execution, Saved]:
+def _exchange(choice: Callable[[Call], Backend], call: Call) -> tuple[Execution, Saved]:
     assert call.shard is not None
     exchange = collectives.Exchange(
         call.shard, call.vocab_size, call.tokens.labels, call.outputs, call.accumulate_dtype
     )  # fmt: skip
     try:
+        backend = choice(call)
         return _run(backend, call, lambda state: exchange.finish(state, backend.out_of_reach))
     except Exception:
         exchange.fail()

@@ -74,11 +74,14 @@ def token_stats_op(
     """The fields of `TokenStats` (empty where not asked for), of the labels' shape; then `SAVED`."""
     options = Options.decode(*encoded)
     shard = options.shard
-    checks.labels_in_range(labels, options.ignore_index, weight.shape[0] if shard is None else shard.vocab_size)
-    head = (hidden, weight, bias, _low_rank(low_rank_a, low_rank_b))
-    call = _call(head, labels, Tokens.of(labels, options.ignore_index).seen_from(shard), options)
+
+    def find() -> Tokens:
+        checks.labels_in_range(labels, options.ignore_index, weight.shape[0] if shard is None else shard.vocab_size)
+        return Tokens.of(labels, options.ignore_index)
+
+    tokens = collectives.agree(shard, labels, find).seen_from(shard)
+    call = _call((hidden, weight, bias, _low_rank(low_rank_a, low_rank_b)), labels, tokens, options)
     execution, made = dispatch.forward(call)
-    tokens = call.tokens
     stats = (
         labels.new_empty(0, dtype=dtype) if value is None else tokens.spread(value, labels, options.ignore_index)
         for value, dtype in zip(made.stats, _dtypes(made.maximum.dtype), strict=True)

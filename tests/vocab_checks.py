@@ -11,6 +11,7 @@ import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ from dpo_kernels import (
     token_stats,
 )
 from dpo_kernels.call import Grads, Options
+from dpo_kernels.dispatch import BACKENDS
 from dpo_kernels.vocab_shard import chunk
 
 
@@ -121,6 +123,39 @@ def check_labels_that_differ() -> None:
     raises(ValueError, "the ranks of this vocabulary have different labels", here.local)
     here = Here()
     here.check()
+
+
+def check_labels_that_differ_in_number() -> None:
+    """In how many count, and in how many there are: a sentence on every rank, whatever the sizes of their messages."""
+    for shorter in (False, True):
+        here = Here()
+        if dist.get_rank() and shorter:
+            here.hidden, here.labels = here.hidden[:-3], here.labels[:-3]
+        elif dist.get_rank():
+            here.labels[:5] = -100
+        counts = f"{21 if dist.get_rank() == 0 else 18 if shorter else 16} of which count"
+        raises(ValueError, counts, here.local)
+    Here().check()
+
+
+def check_labels_outside_on_one_rank() -> None:
+    here = Here()
+    if dist.get_rank():
+        here.labels[3] = V
+        raises(IndexError, f"labels[3] is {V}; expected a token in [0, {V})", here.local)
+    else:
+        raises(RuntimeError, "another rank of this vocabulary failed", here.local)
+    Here().check()
+
+
+def check_an_implementation_that_one_rank_has_not() -> None:
+    here = Here()
+    if dist.get_rank():
+        with mock.patch.object(type(BACKENDS["cpp"]), "cannot_run", return_value="no compiler was found"):
+            raises(RuntimeError, "impl 'cpp' cannot run on cpu: no compiler", here.local, impl="cpp")
+    else:
+        raises(RuntimeError, "another rank of this vocabulary failed", here.local)
+    Here().check()
 
 
 def check_labels_outside() -> None:
