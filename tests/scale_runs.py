@@ -61,6 +61,7 @@ WAYS = {
     "fsdp2, precomputed": Way("fsdp2.sh", options=("--precompute_ref_log_probs", "true")),
     "context": Way("context.sh", readers=1, then=(4, 2)),
     "tensor": Way("tensor.sh", readers=1, then=(4, 2), then_script="two_dimensions.sh"),
+    "ddp, then tensor": Way("ddp.sh", then=(2, 1), then_script="tensor.sh"),
     "2 x 2": Way("two_dimensions.sh", 4, 2, then=(2, 1)),
     "zero 2": Way("zero.sh", environment={"STAGE": "2"}),
     "zero 3": Way("zero.sh", environment={"STAGE": "3"}),

@@ -17,6 +17,7 @@ from dpo_kernels.training import DPOConfig, DPOTrainer, layout_check
 from dpo_kernels.training.adapters import AdapterOptions, base_of, peft_config_of
 from dpo_kernels.training.budget import COMPUTE
 from dpo_kernels.training.config import WITH_ANSWERS_AT_ONCE
+from dpo_kernels.training.engines import asked_for, sizes_asked_for
 from dpo_kernels.training.layouts import PairTokens, most_tokens
 from dpo_kernels.training.loading import load_config, max_positions
 from dpo_kernels.training.memory import optimizers
@@ -238,8 +239,9 @@ def fake_run(
     Args:
         example: config of the example's model, where none is named.
     """
-    if config.world_size > 1 and (config.fsdp or config.deepspeed):
-        raise PlanError("weights are shared among processes (FSDP, DeepSpeed), which the plan does not count yet")
+    shared = asked_for(config) or ", ".join(sizes_asked_for(config))
+    if config.world_size > 1 and shared:
+        raise PlanError(f"weights are shared among processes ({shared}), which the plan does not count yet")
     trust = bool(model_options(script).get("trust_remote_code", script.trust_remote_code))
     dtype: Any = weights_dtype(script, adapter, device)
     name = script.start

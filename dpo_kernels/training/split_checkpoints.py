@@ -1,7 +1,7 @@
 """Checkpoints of a model that transformers has split as it loaded it (tp_size), which its Trainer does not resume.
 
 The weights are saved whole, as of any model; the optimizer's state by torch.distributed.checkpoint, which fits it to
-any number of processes, and to none that share a layer.
+any number of processes, and to none that share a layer. What one process or DDP has saved is gone on from too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from dpo_kernels.training.checkpoints import CheckpointError
 
 OPTIMIZER = "optimizer_split"  # a folder
+WHOLE = "optimizer.pt"  # of one process, or of DDP
 SCHEDULER = "scheduler.pt"
 
 
@@ -57,11 +58,20 @@ def save_optimizer(folder: str, model: nn.Module, optimizer: Any, scheduler: Any
 
 
 def load_optimizer(folder: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-    """Of all processes together, however many there are, and whether the model is split or not."""
+    """Of all processes together, however many there are, and whether the model is split or not; what one process has
+    saved too.
+
+    Raises:
+        CheckpointError: the folder has no optimizer's state that can be loaded here, or that of another model.
+    """
     own = _inner(optimizer)
-    state = {"optimizer": get_optimizer_state_dict(model, own)}
-    dcp.load(state, checkpoint_id=Path(folder) / OPTIMIZER)
-    set_optimizer_state_dict(model, own, state["optimizer"])
+    if is_split(folder):
+        state = {"optimizer": get_optimizer_state_dict(model, own)}
+        dcp.load(state, checkpoint_id=Path(folder) / OPTIMIZER)
+        set_optimizer_state_dict(model, own, state["optimizer"])
+    else:
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, own, _by_name(Path(folder), model, own), options=whole)
     scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER, weights_only=True))
 
 
@@ -79,6 +89,34 @@ def load_weights(folder: str, model: nn.Module) -> None:
     if missing or not whole:
         raise CheckpointError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {sorted(missing)[:3]}")
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def _by_name(folder: Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The state of a whole model's optimizer, which knows parameters by their number, by their names."""
+    if not (folder / WHOLE).is_file():
+        raise CheckpointError(
+            f"{folder} has neither {OPTIMIZER} nor {WHOLE}: it was not saved with tp_size, nor by one process or DDP; "
+            "go on with what saved it, or start from its weights with --ref_weight and --from_weight"
+        )
+    saved = torch.load(folder / WHOLE, map_location="cpu", weights_only=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    numbers = [group["params"] for group in saved["param_groups"]]
+    if [len(group) for group in groups] != [len(group) for group in numbers]:
+        raise CheckpointError(
+            f"{folder / WHOLE} is of {sum(map(len, numbers))} parameters in {len(numbers)} groups, and this run trains "
+            f"{sum(map(len, groups))} in {len(groups)}; go on with the options that it was saved with"
+        )
+    return {
+        "state": {
+            name: saved["state"][number]
+            for group, of_group in zip(groups, numbers, strict=True)
+            for name, number in zip(group, of_group, strict=True)
+        },
+        "param_groups": [
+            group | {"params": of_group} for group, of_group in zip(saved["param_groups"], groups, strict=True)
+        ],
+    }
 
 
 def _inner(optimizer: Any) -> Any:

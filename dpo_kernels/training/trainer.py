@@ -70,7 +70,6 @@ from dpo_kernels.training.report.metrics import peak_memory_mib
 from dpo_kernels.training.saving import SavingTrainer
 from dpo_kernels.training.sequence_parallel import over
 from dpo_kernels.training.token_batches import TokenBatches, loader, token_batches
-from dpo_kernels.warn import warn
 
 
 class DPOTrainer(SavingTrainer):
@@ -193,6 +192,7 @@ class DPOTrainer(SavingTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
         self._rescue = Rescue(self)
+        self._universal = False  # whether ZeRO-3 loads what another number of processes saved
         self._signal = StopOnSignal(self.accelerator)
         self._non_finite = StopOnNonFinite(self.accelerator, self.save_checkpoint)
         for callback in (RunLog(), self._signal, self._non_finite):
@@ -267,11 +267,7 @@ class DPOTrainer(SavingTrainer):
         if from_main(self.accelerator, lambda: zero_checkpoints.is_for_others(checkpoint, self.args.world_size)):
             from_main(self.accelerator, lambda: zero_checkpoints.convert(checkpoint))
             zero_checkpoints.load_universal(self.accelerator.state.deepspeed_plugin)
-            if is_partitioned(self.accelerator) and self.args.process_index == 0:
-                warn(
-                    "ZeRO-3 goes on here with another number of processes than it was saved by, which is not exact "
-                    "(docs/scale.md); go on with as many for the numbers of a run that was never stopped"
-                )
+            self._universal = is_partitioned(self.accelerator)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with checkpoints.reading(resume_from_checkpoint):
@@ -284,10 +280,13 @@ class DPOTrainer(SavingTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(str(checkpoint)):
-            if checkpoint is not None and split_checkpoints.is_split(checkpoint):
+            is_split = checkpoint is not None and split_checkpoints.is_split(checkpoint)
+            if checkpoint is not None and (is_split or is_split_at_load(self.model)):
                 split_checkpoints.load_optimizer(checkpoint, self.model, self.optimizer, self.lr_scheduler)
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self._universal:
+                zero_checkpoints.give_back_groups(self.optimizer, checkpoint)
         if checkpoint is not None and self.args.process_index == 0:  # the model has come before it
             resume.set_aside_newer(Path(checkpoint), Path(str(self.args.output_dir)))
 

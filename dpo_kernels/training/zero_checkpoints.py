@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_kernels.training.checkpoints import CheckpointError
 from dpo_kernels.warn import warn
 
@@ -64,6 +66,27 @@ def convert(checkpoint: str | os.PathLike[str]) -> None:
 def load_universal(plugin: Any) -> None:
     """From now on the engine that is made from this `DeepSpeedPlugin` loads the universal form."""
     plugin.deepspeed_config["checkpoint"] = {**plugin.deepspeed_config.get("checkpoint", {}), "load_universal": True}
+
+
+def give_back_groups(optimizer: Any, checkpoint: str | os.PathLike[str]) -> None:
+    """Gives an optimizer that ZeRO-3 has loaded the universal form into what it was saved with.
+
+    DeepSpeed 0.19.8 gives each group of parameters the first one's settings, and all parameters one count of steps, a
+    tensor that the optimizer then counts up once for each.
+
+    Args:
+        optimizer: accelerate's, or what it is around.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    folder = Path(checkpoint)
+    file = folder / (folder / LATEST).read_text(encoding="utf-8").strip() / "zero" / "optimizer_state.pt"
+    saved = torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"]["param_groups"]
+    for group, own in zip(optimizer.param_groups, saved, strict=True):
+        group.update({name: value for name, value in own.items() if name != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _alone() -> dict[str, str]:
