@@ -1,19 +1,23 @@
 """What a release has to hold: the files of sdist and wheel, and an installed wheel that imports and computes.
 
-    python tests/release.py dist
+    python tests/release.py dist            the example is trained for two steps
+    python tests/release.py dist --whole    as a stranger would: everything from the index, the example to its end
 
-dist: a folder with one sdist and one wheel. The wheel is installed without its dependencies in a new environment, which
-finds those of this interpreter, and used from an empty folder.
+dist: a folder with one sdist and one wheel. The wheel is installed in a new environment and used from an empty folder.
+Without --whole its dependencies are not installed, and those of this interpreter are found. Each command is printed
+with its seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
 import venv
 import zipfile
 from collections.abc import Iterable
@@ -75,27 +79,44 @@ def missing_in_wheel(names: Iterable[str]) -> set[str]:
     return wanted - set(names)
 
 
-def use(wheel: Path) -> None:
-    """Installs a wheel in a new environment, and uses it there from an empty folder: imports it, trains the example."""
+def use(wheel: Path, whole: bool) -> None:
+    """Installs a wheel in a new environment, and uses it there from an empty folder; see the module."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as folder:
         environment, empty = Path(folder, "environment"), Path(folder, "empty")
         empty.mkdir()
         venv.create(environment, with_pip=True)
-        python = environment / "bin" / "python"
-        pip = (python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel.resolve())
-        subprocess.run(pip, check=True, cwd=empty)
+        python, command = environment / "bin" / "python", environment / "bin" / "dpo-kernels"
         (site,) = environment.glob("lib/python*/site-packages")
-        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        subprocess.run((python, "-c", USE), check=True, cwd=empty, env=variables)
-        command = environment / "bin" / "dpo-kernels"
-        short = ("--lesson_epochs", "1", "--max_steps", "2", "--output_dir", "out")
-        for arguments in (("env",), ("train", *short), ("compare", "--before", "out/before", "--after", "out")):
-            subprocess.run((command, *arguments), check=True, cwd=empty, env=variables)
+
+        def run(*arguments: str | Path) -> None:
+            told = " ".join(str(part).replace(f"{folder}/", "") for part in arguments if part != USE)
+            print(f"$ {told}", flush=True)
+            begin = time.monotonic()
+            subprocess.run(arguments, check=True, cwd=empty, env=variables)
+            print(f"({time.monotonic() - begin:.1f} s)\n", flush=True)
+
+        pip, short = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"), ()
+        if whole:
+            run(*pip, f"{wheel.resolve()}[train]")
+        else:
+            run(*pip, "--no-deps", "--no-index", wheel.resolve())
+            (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            short = ("--lesson_epochs", "1", "--max_steps", "2")
+        run(python, "-c", USE)
+        run(command, "env")
+        run(command, "train", "--output_dir", "out", *short)
+        run(command, "compare", "--before", "out/before", "--after", "out")
+        pairs = site / "dpo_kernels" / "examples" / "dpo.jsonl"
+        run(command, "score", pairs, "--model", "out", "--ref", "out/before", "--output", "scores.jsonl")
 
 
 def main(argv: list[str]) -> None:
-    (folder,) = map(Path, argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dist", type=Path)
+    parser.add_argument("--whole", action="store_true")
+    given = parser.parse_args(argv)
+    folder = given.dist
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     for path, missing in (
         (sdist, missing_in_sdist(names_in_sdist(sdist))), (wheel, missing_in_wheel(names_in_wheel(wheel)))
@@ -103,7 +124,7 @@ def main(argv: list[str]) -> None:
         if missing:
             sys.exit(f"{path} lacks {sorted(missing)}")
         print(f"{path.name}: complete, {path.stat().st_size:,} bytes")
-    use(wheel)
+    use(wheel, given.whole)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from packaging.version import Version
 from release import MADE, files_of_the_project, missing_in_sdist, missing_in_wheel, names_in_sdist
 
 import dpo_kernels
+from setup import for_an_index
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
@@ -48,6 +49,16 @@ def test_the_sdist_holds_all_that_its_tests_and_docs_read(tmp_path):
     assert not missing_in_sdist(names)
     assert {"train.py", "tests/helpers.py", "tests/conformance/conftest.py", "examples/dpo.jsonl"} <= names
     assert not {name for name in names if "__pycache__" in name or name.startswith((".venv", "build/", "output/"))}
+
+
+def test_the_description_on_an_index_has_no_links_to_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = for_an_index(readme)
+    assert "](docs/" in readme
+    assert not re.findall(r"\]\((?![a-z]+:)", told)
+    assert "![" not in told
+    assert "`docs/memory.md`" in told
+    assert for_an_index("[a](https://b.c) [d](#e) [f](g.md#h)\n") == "[a](https://b.c) [d](#e) f (`g.md`)\n"
 
 
 def test_what_is_missing_is_found():
