@@ -183,6 +183,14 @@ void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add, Tensor 
   });
 }
 
+void check_rows(const char* name, const Maybe& index, int64_t m, const char* of, const Tensor& matrix) {
+  if (!index.has_value()) return;
+  check_vector(name, *index, m, at::kLong);
+  const int64_t* at = index->const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < m; ++i)
+    TORCH_CHECK(at[i] >= 0 && at[i] < matrix.size(0), name, "[", i, "] is ", at[i], "; ", of, " have ", matrix.size(0), " rows");
+}
+
 LogitsArgs checked_logits(
     const Tensor& logits, const Maybe& index, const Tensor& labels, double temperature, double logit_scale,
     std::optional<double> softcap) {
@@ -190,12 +198,7 @@ LogitsArgs checked_logits(
   check_matrix("logits", logits, logits.size(0), logits.size(1));
   const int64_t m = index.has_value() ? index->size(0) : logits.size(0);
   check_vector("labels", labels, m, at::kLong);
-  if (index.has_value()) {
-    check_vector("index", *index, m, at::kLong);
-    const int64_t* at = index->const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < m; ++i)
-      TORCH_CHECK(at[i] >= 0 && at[i] < logits.size(0), "index[", i, "] is ", at[i], "; logits have ", logits.size(0), " rows");
-  }
+  check_rows("index", index, m, "logits", logits);
   return {logits, index, labels, temperature, logit_scale, softcap};
 }
 
@@ -208,12 +211,14 @@ std::vector<Tensor> logits_forward_op(
 void logits_backward_op(
     const Tensor& logits, const Maybe& index, const Tensor& labels, double temperature, double logit_scale,
     std::optional<double> softcap, const Tensor& grad, const Tensor& log_probs, const Tensor& maximum,
-    const Tensor& log_sum, const Tensor& label_logit, Tensor out) {
+    const Tensor& log_sum, const Tensor& label_logit, Tensor out, const Maybe& out_index) {
   const LogitsArgs args = checked_logits(logits, index, labels, temperature, logit_scale, softcap);
   for (const Tensor* t : {&grad, &log_probs, &maximum, &log_sum, &label_logit}) check_vector("a row's vector", *t, labels.size(0), at::kFloat);
-  check_written("out", out, logits.size(0), logits.size(1));
+  check_written("out", out, out.size(0), logits.size(1));
+  TORCH_CHECK(out_index.has_value() || out.size(0) >= labels.size(0), "out has ", out.size(0), " rows");
+  check_rows("out_index", out_index, labels.size(0), "out", out);
   TORCH_CHECK(out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", logits ", logits.scalar_type());
-  logits_backward(args, grad, log_probs, maximum, log_sum, label_logit, out);
+  logits_backward(args, grad, log_probs, maximum, log_sum, label_logit, out, out_index);
 }
 
 Tensor empty_op(std::string_view purpose, int64_t rows, int64_t columns, at::ScalarType dtype) {
@@ -291,7 +296,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);
   m.def("logits_forward(" LOGITS ") -> Tensor[]", dpo_kernels::logits_forward_op);
   m.def(
-      "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor label_logit, Tensor(a!) out) -> ()",
+      "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor label_logit, Tensor(a!) out, Tensor? out_index) -> ()",
       dpo_kernels::logits_backward_op);
   m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
   m.def("release() -> int", dpo_kernels::release_recycled);

@@ -141,10 +141,11 @@ std::vector<Tensor> logits_forward(const LogitsArgs& args) {
 
 void logits_backward(
     const LogitsArgs& args, const Tensor& grad, const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum,
-    const Tensor& label_logit, Tensor& out) {
+    const Tensor& label_logit, Tensor& out, const std::optional<Tensor>& out_index) {
   const int64_t m = args.labels.size(0), v = args.logits.size(1);
   const int64_t* labels = args.labels.const_data_ptr<int64_t>();
   const int64_t* index = args.index.has_value() ? args.index->const_data_ptr<int64_t>() : nullptr;
+  const int64_t* to = out_index.has_value() ? out_index->const_data_ptr<int64_t>() : nullptr;
   const Transform transform(args.temperature, args.logit_scale, args.softcap);
   const float *g = grad.const_data_ptr<float>(), *lp = log_probs.const_data_ptr<float>();
   const float *largest = maximum.const_data_ptr<float>(), *ls = log_sum.const_data_ptr<float>();
@@ -154,13 +155,13 @@ void logits_backward(
     const T* logits = args.logits.const_data_ptr<T>();
     T* gradient = out.data_ptr<T>();
     each_part(m, v, parts_of(m, v), [&](int64_t row, int64_t, int64_t begin, int64_t end) {
-      const int64_t at = index == nullptr ? row : index[row];
+      const T* x = logits + (index == nullptr ? row : index[row]) * args.logits.stride(0);
+      T* dx = gradient + (to == nullptr ? row : to[row]) * out.stride(0);
       const float scale = -g[row] * transform.slope;
       const float at_label = label_gradient(g[row], lp[row], y[row], 0., 0., transform);
       each_strip(begin, end, [&](int64_t i, int64_t n) {
         gradient_strip(
-            logits + at * args.logits.stride(0) + i, n, labels[row] - i, transform, Exponent(largest[row], ls[row]), scale,
-            at_label, gradient + at * out.stride(0) + i);
+            x + i, n, labels[row] - i, transform, Exponent(largest[row], ls[row]), scale, at_label, dx + i);
       });
     });
   });

@@ -20,9 +20,11 @@ struct LogitsArgs {
 // (M,) float each: log-prob, maximum m, log sum exp(z - m), the label's logit.
 std::vector<at::Tensor> logits_forward(const LogitsArgs& args);
 
-// Writes d loss / d logits of the rows that count to out, like the logits, which it may be.
+// Writes d loss / d logits of the rows that count to rows out_index (M,) of out, which may be the logits. Absent: to rows
+// 0, 1, ...
 void logits_backward(
     const LogitsArgs& args, const at::Tensor& grad, const at::Tensor& log_probs, const at::Tensor& maximum,
-    const at::Tensor& log_sum, const at::Tensor& label_logit, at::Tensor& out);
+    const at::Tensor& log_sum, const at::Tensor& label_logit, at::Tensor& out,
+    const std::optional<at::Tensor>& out_index);
 
 }  // namespace dpo_kernels

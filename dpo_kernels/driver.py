@@ -41,6 +41,8 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
                 ops.accumulate_jacobian(state, tile, jacobian[rows])
             else:
                 ops.accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
+            del tile  # or its slices would live while the next are made
+    operands.release()
     done = state.finish() if join is None else join(state)
     if plan.mode == "frozen":
         for rows in plan.token_spans:
@@ -148,8 +150,9 @@ def _sweep(
             weight.add(columns, dz.by_vocab, tile.hidden[:, : plan.hidden_size])
         if sweep.low_rank and low_rank is not None:
             low_rank.add(tile, dz)
+        del tile, dz  # or their slices would live while the next are made
     for total in totals:
-        total.finish()
+        total.end()
 
 
 def _scale_jacobian(call: Call, wanted: Grads, plan: Plan, grads: TokenGrads, jacobian: Tensor) -> Tensor | None:
@@ -214,6 +217,10 @@ class _Operands:
         return self._weight.get(
             columns, lambda: self.call.weight[columns], self.convert if low_rank is None else beside
         )
+
+    def release(self) -> None:
+        """Frees the slices that are held, which a loop of its own then makes anew."""
+        self._weight, self._hidden = _Slice(), _Slice()
 
     def label_weight(self, rows: slice) -> Tensor:
         """W at the labels, (n, D); 0 where a label is not here: on another rank, or beyond the vocabulary, where its
@@ -367,6 +374,11 @@ class _Gradient:
             if not self.direct:
                 self.write(rows, total)
         self.spans = []
+
+    def end(self) -> None:
+        """Casts what is summed, and frees the sums before the next sweep makes its own."""
+        self.finish()
+        self.total = self.wide
 
     def write(self, rows: slice, values: Tensor) -> None:
         if self.index is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,13 +38,49 @@ def in_rows(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 or matrix.shape[1] == 1
 
 
-def as_matrix(logits: Tensor) -> Tensor | None:
-    """(..., V) as a matrix with contiguous rows, without a copy; None if its strides have none."""
+def lies_in_rows(tensor: Tensor) -> bool:
+    """Whether `in_matrix` has a matrix for it."""
+    return _row_step(tensor) is not None
+
+
+def in_matrix(tensor: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A matrix over the same memory as a tensor (..., V), and the rows of it that are the tensor's.
+
+    `logits[:, :-1]` of a batch has rows of two strides: its matrix has rows that are not the tensor's, which nobody
+    reads.
+
+    Args:
+        index: (M,) int64, positions among the tensor's rows; None: all of them.
+
+    Returns:
+        (R, V), a step between its rows of at least V; (M,) int64, or None where its rows are those wanted, in order.
+    """
+    step = _row_step(tensor)
+    assert step is not None
+    shape, strides = tensor.shape[:-1], tensor.stride()[:-1]
     try:
-        flat = logits.view(-1, logits.shape[-1])
-    except RuntimeError:
-        return None
-    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else None
+        return tensor.view(-1, tensor.shape[-1]), index
+    except RuntimeError:  # no single stride
+        pass
+    counts = [stride // step for stride in strides]
+    rows = 1 + sum((size - 1) * count for size, count in zip(shape, counts, strict=True))
+    if index is None:
+        index = torch.arange(shape.numel(), device=tensor.device)
+    places = torch.unravel_index(index, shape)
+    return (
+        tensor.as_strided((rows, tensor.shape[-1]), (step, 1)),
+        sum((place * count for place, count in zip(places, counts, strict=True)), torch.zeros_like(index)),
+    )
+
+
+def _row_step(tensor: Tensor) -> int | None:
+    """The largest step that all rows of (..., V) lie a multiple of apart; None: numbers of a row do not lie side by
+    side, or rows share memory."""
+    width = tensor.shape[-1]
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
+    step = math.gcd(*strides) if strides else width
+    apart = step >= width and all(strides) and not overlaps(tensor)
+    return step if apart and (width == 1 or tensor.stride(-1) == 1) else None
 
 
 def is_one_of_several(tensor: Tensor) -> bool:

@@ -19,6 +19,43 @@ from dpo_kernels.call import Grads, accumulate_dtype
 MIB = 2**20
 ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
 DEFAULT_BUDGET = 1024 * MIB
+PROGRAM = 0.05  # what a program of a kernel costs beside its blocks, in blocks
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How a forward kernel splits the vocabulary among programs, each of which leaves a state of its rows to be merged.
+
+    rows, columns: of a block. at_once: programs that the device runs at a time. widest: columns that one program walks
+    at most. state: bytes of a row's state.
+    """
+
+    rows: int
+    columns: int
+    at_once: int
+    widest: int
+    state: int = 0
+
+    def width(self, tokens: int, vocab_size: int, tile_vocab: int) -> int:
+        """Vocabulary entries that one program walks, `columns` times a power of two: those with which all programs are
+        done first. Of the whole call: then neither tiles nor modes move the places where sums are cut."""
+        widths = [self.columns]
+        while 2 * widths[-1] <= min(tile_vocab, self.widest):
+            widths.append(2 * widths[-1])
+        blocks = -(-max(tokens, 1) // self.rows)
+        return min(reversed(widths), key=lambda width: self._time(blocks, vocab_size, width))
+
+    def _time(self, blocks: int, vocab_size: int, width: int) -> float:
+        """Until the last program is done, in blocks of columns: whole waves of programs, then those that are left, with
+        the narrower ones of the vocabulary's end beside them where there is room."""
+        splits, rest = divmod(vocab_size, width)
+        whole, last = width / self.columns + PROGRAM, -(-rest // self.columns) + PROGRAM
+        waves, left = divmod(blocks * splits, self.at_once)
+        narrow, time = blocks if rest else 0, waves * whole
+        if left:
+            time += whole
+            narrow -= min(narrow, (self.at_once - left) * int(whole // last))
+        return time + -(-narrow // self.at_once) * last
 
 
 @dataclass(frozen=True)
@@ -37,6 +74,7 @@ class Capabilities:
     saved_by_vocab: saved exponentials lie in rows of one vocabulary entry each, not in rows of one token.
     saved_multiple: saved tokens are a multiple of it; None: of the tile's tokens. A number of its own needs
         accumulation whose result for a token does not depend on the tokens beside it.
+    splits: of the kernels that forward may take; none: they merge as they go.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -49,6 +87,7 @@ class Capabilities:
     maxima_columns: int | None = None
     saved_by_vocab: bool = False
     saved_multiple: int | None = None
+    splits: tuple[Splits, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -292,7 +331,9 @@ class Workload:
             rows = 0 if here else n if sweep.outer == "tokens" else self.tokens
             own_sum = self.in_place or (single and self.capabilities.rounds and self.tokens <= n)
             columns = 0 if own_sum else v if sweep.outer == "vocab" else self.vocab_size
-            return self.wide * self.hidden_size * (rows * sweep.hidden + columns * sweep.weight)
+            # Rows of the hidden states' gradient are cast before they are put in their places.
+            cast = n * self.dtype.itemsize if sweep.hidden and self.gathers and not self.in_place else 0
+            return self.hidden_size * (self.wide * (rows * sweep.hidden + columns * sweep.weight) + cast)
 
         return max((one(sweep) for sweep in sweeps), default=0)
 
@@ -331,6 +372,18 @@ class Workload:
         if self.grads.low_rank:
             made.append(("all-reduce, gradient of low_rank.a", self.wide * self.rank * self.hidden_size))
         return tuple(made)
+
+    def one_pass(self, sweeps: tuple[Sweep, ...]) -> bool:
+        """Whether forward takes the vocabulary in one piece."""
+        return self.capabilities.one_pass and not self.operand and (not self.frozen or bool(sweeps))
+
+    def states(self, n: int, v: int, sweeps: tuple[Sweep, ...]) -> int:
+        """What the programs of a forward kernel leave to be merged."""
+        columns = self.vocab_size if self.one_pass(sweeps) else v
+        return n * max(
+            (s.state * -(-columns // s.width(self.tokens, self.vocab_size, v)) for s in self.capabilities.splits),
+            default=0,
+        )
 
     def saved_row(self, v: int) -> int:
         return (
@@ -399,7 +452,7 @@ def _memory(s: Workload, tile: tuple[int, int], sweeps: tuple[Sweep, ...]) -> di
     return {
         "libraries and threads": s.capabilities.scratch,
         "vectors, one number a token": s.vectors(),
-        "tile and operands": s.tile(n, v),
+        "tile and operands": s.tile(n, v) + s.states(n, v, sweeps),
         "gradient accumulators": s.accumulators(n, v, sweeps),
         "low-rank adapter": s.low_rank(n, v),
         "between ranks": s.between_ranks(),
@@ -438,7 +491,6 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
             kept = max(left - more, 0) // s.saved_row(v) // step * step
             memory["gradient accumulators"] += more if kept else 0
         memory["kept probabilities"] = kept * s.saved_row(v)
-    whole = s.capabilities.one_pass and not s.operand and (not s.frozen or bool(sweeps))
     share = s.columns / s.hidden_size  # of a product
     if not s.grads:
         mode, gemms = "score", share
@@ -451,8 +503,8 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
         gemms += 2 * (share - 1) * (s.grads.low_rank or s.grads.hidden)
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
-        s.capabilities.saved_by_vocab, whole, sweeps, gemms, budget, tuple(memory.items()), s.rank, s.ranks,
-        s.exchanges(),
+        s.capabilities.saved_by_vocab, s.one_pass(sweeps), sweeps, gemms, budget, tuple(memory.items()), s.rank,
+        s.ranks, s.exchanges(),
     )  # fmt: skip
 
 

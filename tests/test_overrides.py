@@ -16,13 +16,13 @@ def test_nothing_is_changed_outside():
 
 
 def test_blocks_nest_and_mappings_merge():
-    with override(backends=("torch",), capabilities={"scratch": 1, "tiles": ((64, 64),)}, kernels={"programs": 2}):
+    with override(backends=("torch",), capabilities={"scratch": 1, "tiles": ((64, 64),)}, kernels={"at_once": 2}):
         outer = overrides.current()
         with override(capabilities={"scratch": 2}, kernels={"strategy": "tiles"}):
             inner = overrides.current()
             assert inner.backends == ("torch",)
             assert inner.capabilities == {"scratch": 2, "tiles": ((64, 64),)}
-            assert inner.kernels == {"programs": 2, "strategy": "tiles"}
+            assert inner.kernels == {"at_once": 2, "strategy": "tiles"}
         assert overrides.current() is outer
         assert outer.capabilities == {"scratch": 1, "tiles": ((64, 64),)}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
-from dpo_kernels.layout import as_matrix, in_rows
+from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows
 from dpo_kernels.planner import Capabilities, Plan, Sweep
 from dpo_kernels.statistics import LOG_ZERO, Finished, SoftmaxState, TokenStats, finite
 
@@ -62,7 +62,7 @@ class CppBackend:
         return not in_rows(weight)
 
     def declines_logits(self, logits: Tensor) -> bool:
-        return as_matrix(logits) is None
+        return not lies_in_rows(logits)
 
     def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, extras: bool) -> None:
         return None
@@ -76,14 +76,15 @@ class CppBackend:
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        matrix = as_matrix(logits)
-        return tuple(_ops().logits_forward(matrix, tokens.index, tokens.labels, *_numbers(transform)))
+        matrix, index = in_matrix(logits, tokens.index)
+        return tuple(_ops().logits_forward(matrix, index, tokens.labels, *_numbers(transform)))
 
     def logits_backward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, grads: TokenGrads, out: Tensor, configuration: None
     ) -> None:
+        matrix, index = in_matrix(logits, tokens.index)
         _ops().logits_backward(
-            as_matrix(logits), tokens.index, tokens.labels, *_numbers(transform), *_vectors(grads)[:5], as_matrix(out)
+            matrix, index, tokens.labels, *_numbers(transform), *_vectors(grads)[:5], *in_matrix(out, tokens.index)
         )
 
     def out_of_reach(self, maximum: Tensor) -> bool:

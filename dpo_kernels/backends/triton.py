@@ -19,21 +19,25 @@ from dpo_kernels.backends.pytorch import library_multiply
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import KernelConfig
-from dpo_kernels.layout import as_matrix
+from dpo_kernels.layout import in_matrix, lies_in_rows
 from dpo_kernels.planner import Capabilities, Plan, Sweep, aligned
 from dpo_kernels.statistics import Finished, SoftmaxState, finish, finite
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
 SHARE_TOLERANCE = 8.0
 MERGE_BLOCK = 128
+WHOLE = 2**31  # columns: a tile of products is never split
 
 # Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
 # tile of 8192 x 8192 spends on going through memory (benchmarks/predict.py; waits for a measurement).
 _TILES = (
     (8192, 8192), (8192, 4096), (4096, 4096), (2048, 2048), (1024, 1024), (512, 512), (256, 256), (128, 256),
 )  # fmt: skip
+# Two handles of cuBLAS, since autograd runs backward in a thread of its own. A workspace is 32 MiB from compute
+# capability 9 on, and 8 before (PyTorch's choice); the rest is what else a first call loads.
+SCRATCH, SCRATCH_FROM_9_ON = 48 * MIB, 80 * MIB
 _ON_GPUS = Capabilities(
-    _TILES, 48 * MIB, one_pass=True, no_temporaries=True, rounds=True, maxima_columns=64, saved_multiple=128
+    _TILES, SCRATCH, one_pass=True, no_temporaries=True, rounds=True, maxima_columns=64, saved_multiple=128
 )
 CAPABILITIES = {
     "cuda": _ON_GPUS,
@@ -61,7 +65,7 @@ class TritonBackend:
         return False
 
     def declines_logits(self, logits: Tensor) -> bool:
-        return as_matrix(logits) is None
+        return not lies_in_rows(logits)
 
     def configure(self, device: torch.device, features: int, compute_dtype: torch.dtype, extras: bool) -> KernelConfig:
         changes = overrides.current()
@@ -74,11 +78,18 @@ class TritonBackend:
 
         A block of columns has a maximum of its own: it shares a slot with no other.
         """
-        known = CAPABILITIES[configuration.arch.kind]
+        arch = configuration.arch
+        known = CAPABILITIES[arch.kind]
+        if arch.kind == "cuda" and arch.major >= 9:
+            known = replace(known, scratch=SCRATCH_FROM_9_ON)
         if configuration.strategy == "tiles":
-            return replace(known, one_pass=False, saved_multiple=None)
+            whole = replace(configuration.splits(configuration.rows), columns=WHOLE)
+            return replace(known, one_pass=False, saved_multiple=None, splits=(whole,))
         assert known.maxima_columns is not None
-        return replace(known, maxima_columns=min(known.maxima_columns, configuration.product.block_n))
+        return replace(
+            known, maxima_columns=min(known.maxima_columns, configuration.product.block_n),
+            splits=tuple(map(configuration.splits, dict.fromkeys(configuration.either))),
+        )  # fmt: skip
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> TritonTileOps:
         fused = execution.configuration.strategy == "fused"
@@ -93,15 +104,14 @@ class TritonBackend:
     def logits_forward(
         self, logits: Tensor, tokens: Tokens, transform: Transform, configuration: KernelConfig
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        matrix = as_matrix(logits)
-        assert matrix is not None
+        matrix, index = in_matrix(logits, tokens.index)
         vocab_size = matrix.shape[1]
         state = TritonState(tokens.labels, vocab_size, ())
         if tokens.count:
             block = configuration.rows
-            split = configuration.split(block, tokens.count, vocab_size, vocab_size)
+            split = configuration.splits(block).width(tokens.count, vocab_size, vocab_size)
             rows = slice(0, tokens.count)
-            _accumulate_rows(state, rows, matrix, tokens.index, tokens.labels, None, transform, 0, split, configuration)
+            _accumulate_rows(state, rows, matrix, index, tokens.labels, None, transform, 0, split, configuration)
         done = state.finish()
         return done.stats.log_probs, done.maximum, done.log_sum, done.label_logit.clone()
 
@@ -114,10 +124,9 @@ class TritonBackend:
         out: Tensor,
         configuration: KernelConfig,
     ) -> None:
-        matrix, to = as_matrix(logits), as_matrix(out)
-        assert matrix is not None
-        assert to is not None
-        _gradient(matrix, tokens.index, to, None, grads, transform, 0, configuration)
+        matrix, index = in_matrix(logits, tokens.index)
+        to, out_index = in_matrix(out, tokens.index)
+        _gradient(matrix, index, to, out_index, None, grads, transform, 0, configuration)
 
     def out_of_reach(self, maximum: Tensor) -> bool:
         return False
@@ -244,7 +253,7 @@ class FusedTileOps(TritonTileOps):
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
         arguments, product = self._product_arguments(tile)
         n, v = len(tile.hidden), len(tile.weight)
-        split = self.config.split(product, self.plan.tokens, self.plan.vocab_size, self.plan.tile_vocab)
+        split = self.config.splits(product).width(self.plan.tokens, self.plan.vocab_size, self.plan.tile_vocab)
         splits = -(-v // split)
         partials = state.tensor.new_empty((splits, len(state.tensor), n))
         labels = state.labels[tile.rows]
@@ -333,7 +342,7 @@ class CublasTileOps(TritonTileOps):
         product = self._multiplied(tile)
         dz = self._dz(*product.shape)
         transform, first = self.call.transform, tile.columns.start
-        _gradient(product, None, dz, self._bias(tile), grads, transform, first, self.config)
+        _gradient(product, None, dz, None, self._bias(tile), grads, transform, first, self.config)
         return dz
 
     def _maxima_columns(self) -> int:
@@ -414,20 +423,25 @@ def _gradient(
     matrix: Tensor,
     index: Tensor | None,
     out: Tensor,
+    out_index: Tensor | None,
     bias: Tensor | None,
     grads: TokenGrads,
     transform: Transform,
     first: int,
     config: KernelConfig,
 ) -> None:
-    """d loss / d a of a matrix of products or logits, (n, v) or its rows `index`, into out, which may be the matrix."""
+    """d loss / d a of a matrix of products or logits, (n, v) or its rows `index`, into rows `out_index` of out, which
+    may be the matrix."""
     n, v, block = len(grads.labels), matrix.shape[1], config.rows
     if n == 0:
         return
+    indexed = index is not None or out_index is not None
+    rows = torch.arange(n, device=matrix.device) if indexed and (index is None or out_index is None) else grads.labels
     launch.run(
         "logits", "gradient_kernel", -(-n // block.block_m) * -(-v // block.block_n), block.warps,
-        a=matrix, index=grads.labels if index is None else index, out=out, bias=matrix if bias is None else bias,
-        **launch.vectors(grads), n=n, V=v, first=first, stride=matrix.stride(0), out_stride=out.stride(0),
-        **launch.transform_arguments(transform), slope=transform.slope, INDEXED=index is not None,
+        a=matrix, index=rows if index is None else index, out=out, out_index=rows if out_index is None else out_index,
+        bias=matrix if bias is None else bias, **launch.vectors(grads), n=n, V=v, first=first,
+        stride=matrix.stride(0), out_stride=out.stride(0),
+        **launch.transform_arguments(transform), slope=transform.slope, INDEXED=indexed,
         BIASED=bias is not None, OUTPUTS=launch.gradient_bits(grads), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
     )  # fmt: skip

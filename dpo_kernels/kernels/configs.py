@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpo_kernels.planner import Splits
+from dpo_kernels.statistics import SoftmaxState
+
+STATE_BYTES = 4 * len(SoftmaxState._fields)  # kernels/softmax_state.py
+
 
 class Arch(NamedTuple):
     """A class of devices. kind: "cuda", "hip" or "interpreted"; major: of the compute capability (gfx942 is 9)."""
@@ -50,24 +55,24 @@ class KernelConfig:
 
     strategy: "fused" (the kernel that makes a block of logits accumulates it) or "tiles" (cuBLAS makes a tile of logits
         in float32, a kernel accumulates it).
-    programs: the vocabulary is split until so many programs are at work; they fill a device a few times over.
+    at_once: programs of a product's kernel that the device runs at a time, one on each of its multiprocessors. It
+        decides how the vocabulary is split among them.
+    either: the blocks of products with these operands, with options and without: a plan counts on both, since it need
+        not know of a bias.
     """
 
     arch: Arch
     strategy: str
     product: ProductBlocks
     rows: RowBlocks
-    programs: int = 512
+    at_once: int
+    either: tuple[ProductBlocks, ...] = ()
     widest_split: int = 8192
 
-    def split(self, block: ProductBlocks | RowBlocks, tokens: int, vocab_size: int, widest: int) -> int:
-        """Vocabulary entries that one program walks, `block_n` times a power of two: as many as may be with enough
-        programs at work. Of the whole call: then neither tiles nor modes move the places where sums are cut."""
-        blocks = -(-max(tokens, 1) // block.block_m)
-        width = block.block_n
-        while 2 * width <= min(widest, self.widest_split) and blocks * (vocab_size // (2 * width)) >= self.programs:
-            width *= 2
-        return width
+    def splits(self, block: ProductBlocks | RowBlocks) -> Splits:
+        """Of the vocabulary among programs of a kernel that takes these blocks."""
+        together = self.at_once * (1 if isinstance(block, ProductBlocks) else ROWS_AT_ONCE)
+        return Splits(block.block_m, block.block_n, together, self.widest_split, STATE_BYTES)
 
 
 # By device class, bytes of an operand, and kind of call: "plain" (log-probs alone), "options" (a bias, a cap or
@@ -101,6 +106,14 @@ ROWS = {
     "interpreted": RowBlocks(64, 512, 4),
 }
 
+# Of the largest device of its class that is sold: A100, H200, B200, RTX PRO 6000, MI300X. In the interpreter few, so
+# that small vocabularies are split too.
+MULTIPROCESSORS = {
+    Arch("cuda", 8): 108, Arch("cuda", 9): 132, Arch("cuda", 10): 148, Arch("cuda", 12): 188, Arch("hip", 9): 304,
+    Arch("interpreted", 0): 8,
+}  # fmt: skip
+ROWS_AT_ONCE = 8  # programs of logits.py on a multiprocessor
+
 # "fused" holds no float32 tile, and saves any number of tokens. A traffic model says that it is faster, more clearly on
 # "hip", where no L2 cache could hold a tile. It waits for a measurement.
 STRATEGIES = {"cuda": "fused", "hip": "fused", "interpreted": "fused"}
@@ -119,12 +132,18 @@ def resolve(
         TypeError: a field that does not exist.
     """
     changes = dict(changes or {})
-    product = product_blocks(arch, operand, options)._replace(**changes.pop("product", {}))
+    replaced = changes.pop("product", {})
+    product = product_blocks(arch, operand, options)._replace(**replaced)
     rows = ROWS[arch.kind]._replace(**changes.pop("rows", {}))
     strategy = changes.pop("strategy", "tiles" if features % 16 else STRATEGIES[arch.kind])
     if strategy not in ("fused", "tiles"):
         raise ValueError(f"strategy is {strategy!r}; expected 'fused' or 'tiles'")
-    return replace(KernelConfig(arch, strategy, product, rows), **changes)
+    either = (product, product_blocks(arch, operand, not options)._replace(**replaced))
+    return replace(KernelConfig(arch, strategy, product, rows, multiprocessors(arch), either), **changes)
+
+
+def multiprocessors(arch: Arch) -> int:
+    return MULTIPROCESSORS[max(a for a in MULTIPROCESSORS if a.kind == arch.kind and a.major <= arch.major)]
 
 
 def product_blocks(arch: Arch, operand: torch.dtype, options: bool) -> ProductBlocks:

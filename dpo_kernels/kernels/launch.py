@@ -90,9 +90,9 @@ def kernels(module: str) -> ModuleType:
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can name the matrix: contiguous rows that start aligned."""
+    """Whether a tensor descriptor can name the matrix: contiguous rows that start aligned, none within another."""
     step, last = matrix.stride()
-    return last == 1 and step % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return last == 1 and step >= matrix.shape[1] and step % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:

@@ -7,7 +7,8 @@
     rebase_kernel     saved exponentials as the frozen head's operand
 
 Each program reads a split of a few rows; rows lie `stride` numbers apart, in int64, and programs on grid axis 0.
-`index` names the matrix' row of each token that counts (INDEXED), else they are its first n rows.
+`index` names the matrix' row of each token that counts, `out_index` the result's (INDEXED), else they are the first n
+rows.
 """
 
 import triton
@@ -202,6 +203,7 @@ def gradient_kernel(
     a,  # (rows, V) any floating dtype
     index,  # (n,) int64
     out,  # (rows, V) any floating dtype; may be a
+    out_index,  # (n,) int64: rows of out
     bias,  # (V,)
     labels,  # (n,) int64
     log_probs,  # (n,) float32, like all that follow
@@ -234,8 +236,10 @@ def gradient_kernel(
     columns = tl.program_id(0) % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
     place = rows.to(tl.int64)
+    to = place
     if INDEXED:
         place = tl.load(index + rows, mask=inside, other=0)
+        to = tl.load(out_index + rows, mask=inside, other=0)
     local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = load_row_grads(
         labels, log_probs, maxima, log_sums, grads, entropies, grad_entropies, rows, inside, first, OUTPUTS
     )
@@ -244,7 +248,7 @@ def gradient_kernel(
         z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED, OUTPUTS
     )
     mask = inside[:, None] & (columns < V)[None, :]
-    tl.store(out + (place * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + (to * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])

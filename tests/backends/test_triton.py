@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import pytest
 import torch
 import triton
@@ -15,6 +17,7 @@ from dpo_kernels.dispatch import BACKENDS
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.kernels.softmax_state import expm1, tanh
+from dpo_kernels.planner import PROGRAM
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
@@ -45,7 +48,7 @@ def small_tiles(override):
 def test_shorter_splits_at_the_end_change_no_bit(strategy, small_tiles, override, options, dtype):
     """Also in part kept, in tiles wider than what a program folds at once, which end in shorter ones."""
     small_tiles((128, 256))
-    override(kernels={"rows": {"block_m": 32, "block_n": 64}, "programs": 2})
+    override(kernels={"rows": {"block_m": 32, "block_n": 64}, "at_once": 2})
     results = []
     for grads, budget in (
         ("none", 900),
@@ -74,10 +77,10 @@ def test_logits_are_split_over_programs_where_rows_are_few(override):
     assert launched[0] == ("logits", "accumulate_kernel", 10)
 
 
-@pytest.mark.parametrize("programs", [1, 3])
-def test_splits_do_not_change_the_answer(override, programs):
+@pytest.mark.parametrize("at_once", [1, 300])
+def test_splits_do_not_change_the_answer(override, at_once):
     head = make_head(20, 32, 640, bias=True)
-    override(kernels={"programs": programs})
+    override(kernels={"at_once": at_once})
     check_against_reference(head, outputs=OPTIONAL_OUTPUTS, impl="triton")
 
 
@@ -135,6 +138,18 @@ def test_functions_of_the_kernels():
         assert ((got.double() - truth).abs() <= bound * truth.abs()).all()
 
 
+def scheduled(splits, tokens, vocab, width):
+    """Until the last program is done: each takes the first multiprocessor that is free, in the order of the grid."""
+    blocks, group = -(-tokens // splits.rows), 16
+    free = [0.0] * splits.at_once
+    for first in range(0, blocks, group):
+        for start in range(0, vocab, width):
+            columns = -(-min(width, vocab - start) // splits.columns)
+            for _ in range(min(group, blocks - first)):
+                heapq.heapreplace(free, free[0] + columns + PROGRAM)
+    return max(free)
+
+
 class TestConfigs:
     def test_later_devices_take_the_last_row_of_their_kind(self):
         newest = configs.product_blocks(Arch("cuda", 12), torch.bfloat16, options=False)
@@ -142,15 +157,28 @@ class TestConfigs:
         assert newest != configs.product_blocks(Arch("cuda", 11), torch.bfloat16, options=False)
         assert configs.product_blocks(Arch("cuda", 9), torch.float16, options=True).block_n == 128
 
-    def test_splits_are_wide_only_where_programs_are_enough(self):
+    @pytest.mark.parametrize(
+        ("tokens", "vocab"),
+        [
+            (8192, 151_936),
+            (4096, 128_256),
+            (16_384, 248_320),
+            (1024, 151_936),
+            (512, 32_000),
+            (100, 151_936),
+            (3000, 50_257),
+        ],
+    )
+    def test_splits_leave_little_of_a_device_idle(self, tokens, vocab):
+        """Within 3% of the best width, as the programs would be scheduled one by one."""
         config = configs.resolve(Arch("cuda", 9), 4096, torch.bfloat16, options=False)
-        block = config.product
-        assert block.block_n == 256
-        assert config.split(block, 8192, 151936, 2**30) == 8192
-        assert config.split(block, 1, 151936, 2**30) == 256
-        assert config.split(block, 8192, 151936, 1024) == 1024
-        for tokens in (1, 100, 1000, 8192):
-            assert config.split(block, tokens, 151936, 2**30) % 256 == 0
+        splits = config.splits(config.product)
+        assert (splits.rows, splits.columns, splits.at_once) == (128, 256, 132)
+        chosen = splits.width(tokens, vocab, 8192)
+        times = {width: scheduled(splits, tokens, vocab, width) for width in [256 << i for i in range(6)]}
+        assert chosen in times
+        assert times[chosen] <= 1.03 * min(times.values())
+        assert splits.width(tokens, vocab, 512) <= 512
 
     @pytest.mark.parametrize("kind", ["cuda", "hip"])
     def test_strategies(self, kind):
@@ -160,9 +188,9 @@ class TestConfigs:
         assert asked.strategy == "tiles"
 
     def test_changes_replace_fields_of_a_row(self):
-        changes = {"product": {"block_n": 64}, "rows": {"warps": 2}, "programs": 7}
+        changes = {"product": {"block_n": 64}, "rows": {"warps": 2}, "at_once": 7}
         made = configs.resolve(Arch("cuda", 9), 64, torch.bfloat16, False, changes)
-        assert (made.product.block_n, made.rows.warps, made.programs) == (64, 2, 7)
+        assert (made.product.block_n, made.rows.warps, made.at_once) == (64, 2, 7)
         with pytest.raises(TypeError, match="no_such_field"):
             configs.resolve(Arch("cuda", 9), 64, torch.bfloat16, False, {"no_such_field": 1})
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dpo_kernels
-from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, reference, token_stats
+from dpo_kernels import dispatch, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 TRANSFORMS = [pytest.param(PLAIN, id="plain"), pytest.param(ALL, id="all")]
@@ -178,6 +178,38 @@ def test_any_stride(target, of):
         expanded = torch.ones((), dtype=got.dtype, device=target.device).expand(3, 4)
         grads = [torch.autograd.grad(t, base, expanded, retain_graph=True)[0] for t in (got, exact)]
         assert_close(grads[0], grads[1], bound)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "of",
+    [
+        pytest.param(lambda b: b[:, :-1], id="without-the-last"),
+        pytest.param(lambda b: b[:, 1:, :64], id="without-the-padding-of-the-vocabulary"),
+        pytest.param(lambda b: b[::2, 1::2], id="every-other"),
+        pytest.param(lambda b: b.transpose(0, 1)[:-1], id="transposed"),
+    ],
+)
+def test_rows_of_two_strides_are_left_to_the_kernels(target, of, in_place):
+    """As everyone gives them who predicts the next token; rows between them are neither read nor written."""
+    base = target.randn(4, 5, 80, grad=True)
+    made = (base * 1).clone()
+    logits = of(made)
+    assert not any(backend.declines_logits(logits) for backend in dispatch.BACKENDS.values())
+    labels = target.labels(logits.shape[-1], logits.shape[:-1])
+    labels[0, 1] = labels[1, 0] = -100
+    exact = reference.logits_to_log_probs(of(base.double()), labels)
+    weights = target.randn(*labels.shape)
+    (wanted,) = torch.autograd.grad((exact * weights).sum(), base)
+    before = made.detach().clone()
+    got = logits_to_log_probs(logits, labels, inplace_backward=in_place)
+    assert_close(got.double(), exact, 1e-5)
+    (gradient,) = torch.autograd.grad((got * weights).sum(), base)
+    assert_close(gradient, wanted, 1e-5)
+    after = made.detach()
+    for tensor in (before, after):
+        of(tensor).zero_()
+    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("weight_of", ["every-other-column", "transposed"])
