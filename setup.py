@@ -8,12 +8,12 @@ from pathlib import Path
 from setuptools import setup
 
 FILE = r"\((?![a-z]+:|#)([^)#]*)[^)]*\)"  # no address, no place on the page itself
-PICTURE = re.compile(rf"^!\[[^\]]*\]{FILE}\n+", re.MULTILINE)
+PICTURE = re.compile(rf"^!\[[^\]]*\]{FILE}\n+(\*[^*]+\*\n+)?", re.MULTILINE)  # with what is said of it in italics
 LINK = re.compile(rf"\[([^\]]+)\]{FILE}")
 
 
 def for_an_index(readme: str) -> str:
-    """README without its pictures, and with the names of files in place of links to them."""
+    """README without the pictures that are files, and with the names of files in place of links to them."""
     return LINK.sub(lambda link: f"{link[1]} (`{link[2]}`)", PICTURE.sub("", readme))
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_kernels.call import Tokens
+from dpo_kernels.layout import places
 from dpo_kernels.statistics import Finished, SoftmaxState, empty_state, finish, merge_into
 from dpo_kernels.vocab_shard import VocabShard, chunk
 
@@ -30,7 +31,7 @@ SAME_TOKENS = (
 )
 # What a rank says beside its maxima.
 FINE, AGAIN, FAILED = 0.0, 1.0, 2.0
-GREETING = 5  # numbers of the first message, of 8 bytes
+GREETING = 7  # numbers of the first message, of 8 bytes
 # Numbers below it are exact in float32, and so are sums of a few thousand.
 CHECKSUMS = 2**12
 DIGESTS = 1048573  # a prime
@@ -68,21 +69,25 @@ def agree(shard: VocabShard | None, labels: Tensor, find: Callable[[], Tokens]) 
     except Exception:
         _greet(shard, labels, 0, FAILED)
         raise
-    status, most, least, most_labels, least_labels = _greet(shard, labels, found.count, FINE)
+    status, most, least, most_labels, least_labels, shape, other_shape = _greet(shard, labels, found.count, FINE)
     if status == FAILED:
         raise RuntimeError(OTHER_FAILED)
-    if most != -least or most_labels != -least_labels:
+    if most != -least or most_labels != -least_labels or shape != -other_shape:
         raise ValueError(
             f"the ranks of this vocabulary have different labels: {labels.numel():,} on this one (rank {shard.rank} of "
-            f"{shard.ranks}), {found.count:,} of which count, and {-least_labels:,} to {most_labels:,} on all, "
-            f"{-least:,} to {most:,} of which count; {SAME_TOKENS}"
+            f"{shard.ranks}), of shape {tuple(labels.shape)}, {found.count:,} of which count, and {-least_labels:,} to "
+            f"{most_labels:,} on all, {-least:,} to {most:,} of which count; {SAME_TOKENS}"
         )
     return found
 
 
 def _greet(shard: VocabShard, labels: Tensor, count: int, status: float) -> list[int]:
-    labels_here = labels.numel()
-    said = labels.new_tensor([int(status), count, -count, labels_here, -labels_here], dtype=torch.int64)
+    shape = 0
+    for size in labels.shape:
+        shape = (shape * 1_000_003 + size + 1) % 2**61
+    numbers = [part for number in (count, labels.numel(), shape) for part in (number, -number)]
+    said = labels.new_tensor([int(status), *numbers], dtype=torch.int64)
+    assert len(said) == GREETING
     dist.all_reduce(said, op=dist.ReduceOp.MAX, group=shard.group)
     return [int(number) for number in said.tolist()]
 
@@ -215,7 +220,7 @@ def scatter_hidden(partial: Tensor, index: Tensor | None, shape: torch.Size, sha
         if index is None:
             rows.copy_(partial.view(shape))
         else:
-            rows[torch.unravel_index(index, shape[:-1])] = partial
+            rows[places(index, shape[:-1])] = partial
     own = partial.new_empty((step, *room.shape[1:]))
     _single("reduce_scatter")(own, room, group=shard.group)
     span = chunk(size, ranks, shard.rank)

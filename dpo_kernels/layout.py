@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+CAST = 2**21  # numbers that `spread_rows` casts at a time
 
 
 def take_rows(tensor: Tensor, index: Tensor | None, rows: slice) -> Tensor:
@@ -14,14 +17,23 @@ def take_rows(tensor: Tensor, index: Tensor | None, rows: slice) -> Tensor:
         flat = tensor.view(-1, tensor.shape[-1])
     except RuntimeError:  # no single stride: index the leading dimensions one by one
         where = torch.arange(rows.start, rows.stop, device=tensor.device) if index is None else index[rows]
-        return tensor[torch.unravel_index(where, tensor.shape[:-1])]
+        return tensor[places(where, tensor.shape[:-1])]
     return flat[rows] if index is None else flat.index_select(0, index[rows])
 
 
 def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:
     """The counterpart of take_rows: writes values (n, C) to those rows."""
     where = torch.arange(rows.start, rows.stop, device=tensor.device) if index is None else index[rows]
-    tensor[torch.unravel_index(where, tensor.shape[:-1])] = values.to(tensor.dtype)
+    tensor[places(where, tensor.shape[:-1])] = values.to(tensor.dtype)
+
+
+def places(index: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Flat positions (M,) as one index a dimension. `torch.unravel_index` copies the shape to the device, and waits."""
+    found = []
+    for size in reversed(shape[1:]):
+        found.append(index % size)
+        index = index // size
+    return (index, *reversed(found))
 
 
 def spread_rows(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
@@ -29,7 +41,10 @@ def spread_rows(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
     if index is None:
         return rows.view(like.shape).to(like.dtype)
     out = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    out.view(-1, like.shape[-1]).index_copy_(0, index, rows.to(like.dtype))
+    flat, step = out.view(-1, like.shape[-1]), max(CAST // like.shape[-1], 1)
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        flat.index_copy_(0, index[part], rows[part].to(like.dtype))
     return out
 
 
@@ -66,11 +81,10 @@ def in_matrix(tensor: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | No
     rows = 1 + sum((size - 1) * count for size, count in zip(shape, counts, strict=True))
     if index is None:
         index = torch.arange(shape.numel(), device=tensor.device)
-    places = torch.unravel_index(index, shape)
-    return (
-        tensor.as_strided((rows, tensor.shape[-1]), (step, 1)),
-        sum((place * count for place, count in zip(places, counts, strict=True)), torch.zeros_like(index)),
-    )
+    found = torch.zeros_like(index)
+    for place, count in zip(places(index, shape), counts, strict=True):
+        found += place * count
+    return tensor.as_strided((rows, tensor.shape[-1]), (step, 1)), found
 
 
 def _row_step(tensor: Tensor) -> int | None:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 import torch
 
 from dpo_kernels.call import Grads, accumulate_dtype
+from dpo_kernels.layout import CAST
 
 MIB = 2**20
 ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
@@ -38,7 +39,7 @@ class Splits:
 
     def width(self, tokens: int, vocab_size: int, tile_vocab: int) -> int:
         """Vocabulary entries that one program walks, `columns` times a power of two: those with which all programs are
-        done first. Of the whole call: then neither tiles nor modes move the places where sums are cut."""
+        done first. Of the whole call and its tiles: then modes do not move the places where sums are cut."""
         widths = [self.columns]
         while 2 * widths[-1] <= min(tile_vocab, self.widest):
             widths.append(2 * widths[-1])
@@ -350,7 +351,10 @@ class Workload:
             return vectors + hidden + self.wide * self.rank * self.hidden_size
         sums = 0 if self.in_place and not self.gathers and not self.hidden_split else self.wide * self.tokens
         sums += self.wide * (whole + pieces) if self.hidden_split else 0
-        return vectors + hidden + sums * self.hidden_size + self.wide * self.rank * self.hidden_size
+        cast = (
+            0 if self.in_place or not self.gathers else self.dtype.itemsize * min(self.tokens * self.hidden_size, CAST)
+        )
+        return vectors + hidden + sums * self.hidden_size + cast + self.wide * self.rank * self.hidden_size
 
     def exchanges(self) -> tuple[tuple[str, int], ...]:
         """See `Plan`."""
@@ -384,6 +388,11 @@ class Workload:
             (s.state * -(-columns // s.width(self.tokens, self.vocab_size, v)) for s in self.capabilities.splits),
             default=0,
         )
+
+    def scaled(self, n: int) -> int:
+        """What backward of a frozen head makes of n rows: d log_prob / d hidden times their gradient, and its cast."""
+        cast = self.dtype.itemsize if self.gathers and not self.in_place else 0
+        return n * self.hidden_size * (self.wide + cast) if self.frozen else 0
 
     def saved_row(self, v: int) -> int:
         return (
@@ -452,7 +461,7 @@ def _memory(s: Workload, tile: tuple[int, int], sweeps: tuple[Sweep, ...]) -> di
     return {
         "libraries and threads": s.capabilities.scratch,
         "vectors, one number a token": s.vectors(),
-        "tile and operands": s.tile(n, v) + s.states(n, v, sweeps),
+        "tile and operands": max(s.tile(n, v) + s.states(n, v, sweeps), 0 if sweeps else s.scaled(n)),
         "gradient accumulators": s.accumulators(n, v, sweeps),
         "low-rank adapter": s.low_rank(n, v),
         "between ranks": s.between_ranks(),

@@ -83,9 +83,8 @@ class CppBackend:
         self, logits: Tensor, tokens: Tokens, transform: Transform, grads: TokenGrads, out: Tensor, configuration: None
     ) -> None:
         matrix, index = in_matrix(logits, tokens.index)
-        _ops().logits_backward(
-            matrix, index, tokens.labels, *_numbers(transform), *_vectors(grads)[:5], *in_matrix(out, tokens.index)
-        )
+        to = (matrix, index) if out is logits else in_matrix(out, tokens.index)
+        _ops().logits_backward(matrix, index, tokens.labels, *_numbers(transform), *_vectors(grads)[:5], *to)
 
     def out_of_reach(self, maximum: Tensor) -> bool:
         return bool(((maximum.abs() > LARGEST_LOGIT) & maximum.isfinite()).any())

@@ -33,11 +33,12 @@ WHOLE = 2**31  # columns: a tile of products is never split
 _TILES = (
     (8192, 8192), (8192, 4096), (4096, 4096), (2048, 2048), (1024, 1024), (512, 512), (256, 256), (128, 256),
 )  # fmt: skip
-# Two handles of cuBLAS, since autograd runs backward in a thread of its own. A workspace is 32 MiB from compute
-# capability 9 on, and 8 before (PyTorch's choice); the rest is what else a first call loads.
-SCRATCH, SCRATCH_FROM_9_ON = 48 * MIB, 80 * MIB
+# What the library of products holds, by PyTorch's choice: a workspace a handle, and a handle a thread, of which
+# autograd has one of its own for backward. LOADED: what else a first call loads, a guess that no GPU has measured.
+HANDLES, LOADED = 2, 16 * MIB
+WORKSPACES = {("cuda", 8): 65 * MIB // 8, ("cuda", 9): 32 * MIB, ("hip", 9): 128 * MIB}
 _ON_GPUS = Capabilities(
-    _TILES, SCRATCH, one_pass=True, no_temporaries=True, rounds=True, maxima_columns=64, saved_multiple=128
+    _TILES, LOADED, one_pass=True, no_temporaries=True, rounds=True, maxima_columns=64, saved_multiple=128
 )
 CAPABILITIES = {
     "cuda": _ON_GPUS,
@@ -80,8 +81,9 @@ class TritonBackend:
         """
         arch = configuration.arch
         known = CAPABILITIES[arch.kind]
-        if arch.kind == "cuda" and arch.major >= 9:
-            known = replace(known, scratch=SCRATCH_FROM_9_ON)
+        workspaces = [room for (kind, major), room in WORKSPACES.items() if kind == arch.kind and major <= arch.major]
+        if workspaces:
+            known = replace(known, scratch=HANDLES * workspaces[-1] + known.scratch)
         if configuration.strategy == "tiles":
             whole = replace(configuration.splits(configuration.rows), columns=WHOLE)
             return replace(known, one_pass=False, saved_multiple=None, splits=(whole,))
@@ -125,7 +127,7 @@ class TritonBackend:
         configuration: KernelConfig,
     ) -> None:
         matrix, index = in_matrix(logits, tokens.index)
-        to, out_index = in_matrix(out, tokens.index)
+        to, out_index = (matrix, index) if out is logits else in_matrix(out, tokens.index)
         _gradient(matrix, index, to, out_index, None, grads, transform, 0, configuration)
 
     def out_of_reach(self, maximum: Tensor) -> bool:
@@ -250,10 +252,15 @@ class TritonTileOps:
 class FusedTileOps(TritonTileOps):
     """The kernel that makes a block of logits accumulates it."""
 
+    def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
+        super().__init__(call, plan, execution)
+        splits = self.config.splits(self.config.product)
+        self._split = splits.width(plan.tokens, plan.vocab_size, plan.tile_vocab)  # columns that a program walks
+
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
         arguments, product = self._product_arguments(tile)
         n, v = len(tile.hidden), len(tile.weight)
-        split = self.config.splits(product).width(self.plan.tokens, self.plan.vocab_size, self.plan.tile_vocab)
+        split = self._split
         splits = -(-v // split)
         partials = state.tensor.new_empty((splits, len(state.tensor), n))
         labels = state.labels[tile.rows]

@@ -55,8 +55,8 @@ class KernelConfig:
 
     strategy: "fused" (the kernel that makes a block of logits accumulates it) or "tiles" (cuBLAS makes a tile of logits
         in float32, a kernel accumulates it).
-    at_once: programs of a product's kernel that the device runs at a time, one on each of its multiprocessors. It
-        decides how the vocabulary is split among them.
+    at_once: programs of a product's kernel that the device is taken to run at a time, one on each of its
+        multiprocessors. It decides how the vocabulary is split among them.
     either: the blocks of products with these operands, with options and without: a plan counts on both, since it need
         not know of a bias.
     """
@@ -106,8 +106,8 @@ ROWS = {
     "interpreted": RowBlocks(64, 512, 4),
 }
 
-# Of the largest device of its class that is sold: A100, H200, B200, RTX PRO 6000, MI300X. In the interpreter few, so
-# that small vocabularies are split too.
+# Of A100, H200, B200, RTX PRO 6000 and MI300X, whatever the device of their class: then all of a class get the same
+# bits. In the interpreter few, so that small vocabularies are split too.
 MULTIPROCESSORS = {
     Arch("cuda", 8): 108, Arch("cuda", 9): 132, Arch("cuda", 10): 148, Arch("cuda", 12): 188, Arch("hip", 9): 304,
     Arch("interpreted", 0): 8,

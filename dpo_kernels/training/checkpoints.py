@@ -213,6 +213,8 @@ def reading(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
+    except CheckpointError:  # says what is wrong, and what to do
+        raise
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, RuntimeError) and not UNREAD.search(str(error)):
             raise

@@ -107,12 +107,20 @@ def _by_name(folder: Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
             f"{folder / WHOLE} is of {sum(map(len, numbers))} parameters in {len(numbers)} groups, and this run trains "
             f"{sum(map(len, groups))} in {len(groups)}; go on with the options that it was saved with"
         )
+    state = {
+        name: saved["state"].get(number, {})
+        for group, of_group in zip(groups, numbers, strict=True)
+        for name, number in zip(group, of_group, strict=True)
+    }
+    for parameter, name in names.items():
+        moments = [value for value in state.get(name, {}).values() if isinstance(value, torch.Tensor) and value.ndim]
+        if name in state and (not state[name] or any(moment.shape != parameter.shape for moment in moments)):
+            raise CheckpointError(
+                f"{folder / WHOLE} has no state of {name}, or one of another shape than {tuple(parameter.shape)}; go "
+                "on with the options that it was saved with"
+            )
     return {
-        "state": {
-            name: saved["state"][number]
-            for group, of_group in zip(groups, numbers, strict=True)
-            for name, number in zip(group, of_group, strict=True)
-        },
+        "state": state,
         "param_groups": [
             group | {"params": of_group} for group, of_group in zip(saved["param_groups"], groups, strict=True)
         ],

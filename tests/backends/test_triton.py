@@ -138,6 +138,15 @@ def test_functions_of_the_kernels():
         assert ((got.double() - truth).abs() <= bound * truth.abs()).all()
 
 
+def test_a_descriptor_names_rows_apart_from_one_another():
+    rows = torch.zeros(4, 64)
+    assert launch.describable(rows)
+    assert launch.describable(rows[1:2])
+    assert not launch.describable(rows[:1].expand(4, 64))
+    assert not launch.describable(rows.view(-1).as_strided((4, 64), (32, 1)))
+    assert not launch.describable(rows[:, 1:])
+
+
 def scheduled(splits, tokens, vocab, width):
     """Until the last program is done: each takes the first multiprocessor that is free, in the order of the grid."""
     blocks, group = -(-tokens // splits.rows), 16

@@ -10,7 +10,7 @@ from helpers import slow
 from script_helpers import check_probe
 from torch import nn
 
-from dpo_kernels.training import split_checkpoints
+from dpo_kernels.training import checkpoints, split_checkpoints, zero_checkpoints
 from dpo_kernels.training.checkpoints import CheckpointError
 
 
@@ -71,6 +71,37 @@ def test_an_optimizer_of_other_parameters_or_none_is_told(whole, tmp_path):
     other.optimizer.param_groups[1]["params"].pop()
     with pytest.raises(CheckpointError, match="is of 4 parameters in 2 groups, and this run trains 3 in 2"):
         other.load(folder)
+    with pytest.raises(CheckpointError, match=r"no state of 0\.weight, or one of another shape than \(5, 4\)"):
+        Trained((4, 5)).load(folder)
+    saved = torch.load(folder / split_checkpoints.WHOLE)
+    del saved["state"][2]
+    torch.save(saved, folder / split_checkpoints.WHOLE)
+    with pytest.raises(CheckpointError, match=r"no state of 1\.weight") as told, checkpoints.reading(folder):
+        Trained().load(folder)
+    assert "go on from an older one" not in str(told.value)
     (folder / split_checkpoints.WHOLE).unlink()
     with pytest.raises(CheckpointError, match=r"has neither optimizer_split nor optimizer\.pt"):
         other.load(folder)
+
+
+def test_groups_and_counts_of_steps_of_zero_3_are_given_back(tmp_path):
+    """DeepSpeed's loader of the universal form leaves the first group's settings in each, and one count for all."""
+    saved, loaded = Trained(), Trained()
+    saved.step()
+    saved.optimizer.param_groups[1]["lr"] = 0.03
+    folder = tmp_path / "global_step1_universal" / "zero"
+    folder.mkdir(parents=True)
+    (tmp_path / zero_checkpoints.LATEST).write_text("global_step1_universal")
+    torch.save({"optimizer_state_dict": saved.optimizer.state_dict()}, folder / "optimizer_state.pt")
+    loaded.step()
+    one = torch.tensor(1.0)
+    for state in loaded.optimizer.state.values():
+        state["step"] = one
+    for group in loaded.optimizer.param_groups:
+        group |= {"weight_decay": 0.1, "lr": 0.7}
+    zero_checkpoints.give_back_groups(loaded.optimizer, tmp_path)
+    assert [(group["weight_decay"], group["lr"]) for group in loaded.optimizer.param_groups] == [
+        (group["weight_decay"], group["lr"]) for group in saved.optimizer.param_groups
+    ]
+    loaded.step()
+    assert {float(state["step"]) for state in loaded.optimizer.state.values()} == {2.0}
