@@ -272,6 +272,7 @@ class FusedTileOps(TritonTileOps):
             "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split, exps_stride=exps_stride,
             maxima_stride=maxima.stride(0), OUTPUTS=launch.bits(state.outputs), SAVE=saved is not None,
+            PLAIN=not (arguments["BIASED"] or arguments["CAPPED"] or state.outputs) and arguments["outer"] > 0,
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
             MAXIMA_COLUMNS=self.plan.maxima_columns, **arguments,
         )  # fmt: skip

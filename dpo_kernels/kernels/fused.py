@@ -10,13 +10,14 @@ operands are multiplied as `PRECISION` says.
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.logits import load_row_grads, row_gradient
+from dpo_kernels.kernels.logits import load_row_grads, plain_row_gradient, row_gradient
 from dpo_kernels.kernels.softmax_state import (
     FIELDS,
     LOG_ZERO,  # noqa: F401  (read by the functions that are inlined here)
     block_state,
     empty_state,
     merge,
+    plain_block_state,
     store_state,
     transform,
 )
@@ -93,14 +94,17 @@ def store_block(
 @triton.jit
 def accumulate_block(
     state, a, row, column, end, inside, local, bias, exps, block_maxima, V, first, exps_stride, maxima_stride,
-    inner, outer, BIASED: tl.constexpr, CAPPED: tl.constexpr, OUTPUTS: tl.constexpr, SAVE: tl.constexpr,
-    MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    inner, outer, BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, OUTPUTS: tl.constexpr,
+    SAVE: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The state after the products a (R, BLOCK_N) from `column` on; writes their exponentials if SAVE."""
-    columns = column + tl.arange(0, BLOCK_N)
-    z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
-    block, e, base = block_state(z, columns, local, end, first, OUTPUTS)
+    if PLAIN:
+        block, e, base = plain_block_state(a, column, local, end, outer, BLOCK_N)
+    else:
+        columns = column + tl.arange(0, BLOCK_N)
+        z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
+        block, e, base = block_state(z, columns, local, end, first, OUTPUTS)
     if SAVE:
         if CAPPED:
             e = tl.where(columns[None, :] == local[:, None], 1.0, e)
@@ -140,6 +144,7 @@ def forward_kernel(
     outer,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
+    PLAIN: tl.constexpr,  # not BIASED, not CAPPED, no OUTPUTS, outer > 0
     OUTPUTS: tl.constexpr,
     SAVE: tl.constexpr,
     MAXIMA_COLUMNS: tl.constexpr,
@@ -182,7 +187,7 @@ def forward_kernel(
         )  # fmt: skip
         state = accumulate_block(
             state, a, row, column, end, inside, local, bias, exps, block_maxima, V, first, exps_stride, maxima_stride,
-            inner, outer, BIASED, CAPPED, OUTPUTS, SAVE, MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
+            inner, outer, BIASED, CAPPED, PLAIN, OUTPUTS, SAVE, MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, OUTPUTS)
 
@@ -246,9 +251,13 @@ def recompute_kernel(
     local, log_prob, maximum, log_sum, grad, entropy, grad_entropy = load_row_grads(
         labels, log_probs, maxima, log_sums, grads, entropies, grad_entropies, rows, inside, first, OUTPUTS
     )
-    columns = column + tl.arange(0, BLOCK_N)
-    z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
-    dz = row_gradient(
-        z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED, OUTPUTS
-    )
+    if BIASED or CAPPED or OUTPUTS != 0:
+        columns = column + tl.arange(0, BLOCK_N)
+        z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
+        dz = row_gradient(
+            z, columns, local, log_prob, maximum, log_sum, grad, entropy, grad_entropy, derivative, slope, CAPPED,
+            OUTPUTS,
+        )  # fmt: skip
+    else:
+        dz = plain_row_gradient(a, column, local, log_prob, maximum, log_sum, grad, outer, slope, BLOCK_N)
     store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, BLOCK_M, BLOCK_N)

@@ -17,6 +17,7 @@ import triton.language as tl
 from dpo_kernels.kernels.softmax_state import (
     ENTROPY,
     FIELDS,
+    LOG2E,
     LOG_ZERO,
     LOWEST,
     block_state,
@@ -179,6 +180,22 @@ def row_gradient(
     if CAPPED:
         dz *= derivative
     return dz * slope
+
+
+@triton.jit
+def plain_row_gradient(
+    a, column, labels, log_prob, maximum, log_sum, grad, outer, slope, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """`row_gradient` of products a (R, C) from `column` on, whose logits are a * outer, without a cap or an entropy.
+
+    The label is in few blocks, and the others do not look for it."""
+    below = a * outer - maximum[:, None]
+    dz = tl.exp2(below * LOG2E) * (-grad * tl.exp(-log_sum) * slope)[:, None]
+    at = labels - column
+    if tl.max(((at >= 0) & (at < BLOCK_N)).to(tl.int32), 0) > 0:
+        columns = column + tl.arange(0, BLOCK_N)
+        dz = tl.where(columns[None, :] == labels[:, None], (-grad * expm1(log_prob) * slope)[:, None], dz)
+    return dz
 
 
 @triton.jit

@@ -24,6 +24,7 @@ _MAXIMUM, _TOTAL, _LABEL_LOGIT, _SHIFTED, _SQUARES, _LOGITS, _ARGMAX = (
 )
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands for -inf where it is subtracted: -inf - -inf never arises
+LOG2E = tl.constexpr(1.4426950408889634)
 LOG_ZERO = tl.constexpr(-1e4)  # exp of anything below is 0; keeps 0 * log 0 out of the entropy
 
 
@@ -97,6 +98,31 @@ def block_state(z, columns, labels, end, first, OUTPUTS: tl.constexpr):
     if SQUARES & OUTPUTS:
         squares = tl.sum(exps * exps, 1)
     return (maximum, tl.sum(exps, 1), label_logit, shifted, squares, logits, argmax), exps, base
+
+
+@triton.jit
+def plain_block_state(a, column, local, end, outer, BLOCK_N: tl.constexpr):
+    """`block_state` of products a (M, N) from `column` on, without statistics; logits are a * outer, outer > 0.
+
+    A subtraction, a product and exp2 for each: the largest product is subtracted before anything is scaled, so that an
+    exponential is off by its own distance from the maximum alone. The label and the vocabulary's end are in few blocks,
+    and the others do not look for them.
+    """
+    at = local - column
+    label_logit = tl.zeros_like(local).to(tl.float32)
+    if (tl.max(((at >= 0) & (at < BLOCK_N)).to(tl.int32), 0) > 0) | (column + BLOCK_N > end):
+        columns = column + tl.arange(0, BLOCK_N)
+        at_label = columns[None, :] == local[:, None]
+        label_logit = tl.sum(tl.where(at_label, a, 0.0), 1) * outer
+        a = tl.where(at_label | (columns >= end)[None, :], float("-inf"), a)
+    largest = tl.max(a, 1)
+    exps = tl.exp2((a - tl.maximum(largest, LOWEST)[:, None]) * (outer * LOG2E))
+    maximum = largest * outer
+    # Logits beyond float32: their row is NaN, and on the other side they are nothing, as if each had been scaled first.
+    total = tl.sum(exps, 1)
+    total = tl.where(maximum == float("inf"), float("nan"), tl.where(maximum == float("-inf"), 0.0 * total, total))
+    zero = tl.zeros_like(label_logit)
+    return (maximum, total, label_logit, zero, zero, zero, zero), exps, tl.maximum(maximum, LOWEST)
 
 
 @triton.jit
