@@ -119,8 +119,8 @@ def test_the_default_budget_grows_with_the_inputs():
 
 
 def test_labels_that_are_ignored_count_in_the_budget():
-    some, all_of_them = plan(100, 64, 1000), plan(100, 64, 1000, labels=10_000_000)
-    assert all_of_them.bytes - some.bytes == 4 * (10_000_000 - 100)
+    some, all_of_them = (plan(100, 64, 1000, torch.float32, labels=labels) for labels in (200, 10_000_000))
+    assert all_of_them.bytes - some.bytes == 4 * (10_000_000 - 200)
 
 
 def test_a_plan_cannot_be_changed():
