@@ -105,6 +105,25 @@ def specialise(module: str, name: str, warps: int, stages: int | None, arguments
     return Launch(module, name, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
 
 
+def of_each_count(target: Target, counts: list[int]) -> list[set[Launch]]:
+    """The launches of calls that differ in their number of tokens alone: two sets would compile a kernel anew."""
+    TritonTileOps.multiply = lambda self, out, a, b, add: out.zero_()
+    found = []
+    for tokens in counts:
+        made: set[Launch] = set()
+
+        def record(module: str, name: str, _: int, warps: int, stages: int | None, arguments: dict[str, Any], to=made):
+            to.add(specialise(module, name, warps, stages, arguments))
+
+        for strategy in ("fused", "tiles"):
+            changes = {"arch": target.arch, "launch": record, "kernels": {"strategy": strategy}}
+            with override(**changes, capabilities={"scratch": 0}):
+                for grads in ("none", "hidden", "hidden,weight"):
+                    _run(torch.bfloat16, PLAIN, (), grads, None, tokens=tokens, vocab=4000)
+        found.append(made)
+    return found
+
+
 def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int]) -> list[Launch]:
     """Every launch of every strategy, mode and dtype, plain and with all options; each once."""
     found: dict[Launch, None] = {}
@@ -136,9 +155,9 @@ def _every_call(strategy: str, dtypes: list[torch.dtype]) -> None:
 
 
 def _run(
-    dtype: torch.dtype, options: dict, outputs: tuple, grads: str, budget: int | None, features: int = 256
-) -> None:
-    tokens, vocab = 256, 64 * 1024
+    dtype: torch.dtype, options: dict, outputs: tuple, grads: str, budget: int | None, features: int = 256,
+    tokens: int = 256, vocab: int = 64 * 1024,
+) -> None:  # fmt: skip
     hidden, weight = torch.ones(tokens, features, dtype=dtype), torch.ones(vocab, features, dtype=dtype)
     bias = torch.zeros(vocab, dtype=dtype) if options else None
     labels = torch.zeros(tokens, dtype=torch.int64)
@@ -185,10 +204,22 @@ def _read_cuda(made: Any, target: Target) -> dict[str, Any]:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     return {
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", sass)), "serial": serial(sass),
         "registers": int(registers[1]), "spills": count("LDL[.A-Z0-9]*") + count("STL[.A-Z0-9]*"),
         "products": count(target.product + r"[.A-Z0-9_x]*"), "wide": count(r"LDG[.A-Z0-9]*\.128[.A-Z0-9]*"),
         "narrow": count(r"LDG[.A-Z0-9]*") - count(r"LDG[.A-Z0-9]*\.128[.A-Z0-9]*"),
     }  # fmt: skip
+
+
+def serial(sass: str) -> str:
+    """How products of warp groups (sm_90) wait where they need not; empty if they do not, or there are none."""
+    products = re.findall(r"\bHGMMA[^;]*", sass)
+    if len(products) > 1 and all("gsb0" in product for product in products):
+        return "the compiler lets each product wait for the last"
+    halves = any(re.search(r"\.(BF16|F16)\b", product.split()[0].rpartition(".F32")[2]) for product in products)
+    if halves and not re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", sass):
+        return "no product runs while the next operands come"
+    return ""
 
 
 def _read_hip(made: Any, target: Target) -> dict[str, Any]:
@@ -199,6 +230,7 @@ def _read_hip(made: Any, target: Target) -> dict[str, Any]:
     assert spilled is not None
     wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
     return {
+        "instructions": len(re.findall(r"^\t[a-z]\w+", text, re.MULTILINE)),
         "registers": int(registers[1]), "spills": int(spilled[1]) + text.count("scratch_"),
         "products": text.count(target.product), "wide": wide,
         "narrow": len(re.findall(r"(?:global|buffer)_load_", text)) - wide,
@@ -215,6 +247,8 @@ def fault(row: dict[str, Any]) -> str | None:
         return f"{row['shared']:,} bytes of shared memory of {TARGETS[row['target']].shared:,}"
     if row["kernel"] in MULTIPLY and not row["products"]:
         return f"no {TARGETS[row['target']].product}"
+    if row.get("serial"):
+        return row["serial"]
     if (
         row["kernel"] in ("accumulate_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
         and not row["wide"]
@@ -224,8 +258,8 @@ def fault(row: dict[str, Any]) -> str | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = ("registers", "spills", "shared", "products", "wide", "narrow")
-    lines = ["| kernel | variant | target | " + " | ".join(columns) + " | |", "|---" * 3 + "|---:" * 6 + "|---|"]
+    columns = ("instructions", "registers", "spills", "shared", "products", "wide", "narrow")
+    lines = ["| kernel | variant | target | " + " | ".join(columns) + " | |", "|---" * 3 + "|---:" * 7 + "|---|"]
     for row in rows:
         cells = [row["kernel"], row["variant"], row["target"], *(str(row.get(c, "")) for c in columns)]
         lines.append(f"| {' | '.join(cells)} | {fault(row) or ''} |")
@@ -237,9 +271,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     return f"""# The Triton kernels, compiled ahead of time
 
 `python tests/aot.py --write docs/generated/aot.md` writes this page (`pytest -m aot` checks the same kernels): every
-launch that the configurations can choose, by both strategies, by chip; triton {triton.__version__}. Shared memory in
-bytes; products: tensor-core instructions in the code; wide and narrow: global loads of 16 bytes and of fewer. The last
-column is empty where nothing is wrong. [The Triton kernels](../triton.md) says what the table taught.
+launch that the configurations can choose, by both strategies, by chip; triton {triton.__version__}. Instructions: all
+of the code; shared memory in bytes; products: tensor-core instructions; wide and narrow: global loads of 16 bytes and
+of fewer. The last column is empty where nothing is wrong. [The Triton kernels](../triton.md) says what the table
+taught.
 
 {table(rows)}
 """

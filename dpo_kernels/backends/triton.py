@@ -265,13 +265,14 @@ class FusedTileOps(TritonTileOps):
         partials = state.tensor.new_empty((splits, len(state.tensor), n))
         labels = state.labels[tile.rows]
         exps, maxima = (partials, partials) if saved is None else saved
-        exps_stride = exps.stride(0)
+        # Of nothing, 0: a stride that goes by the tokens could compile the kernel anew.
+        exps_stride, maxima_stride = (0, 0) if saved is None else (exps.stride(0), maxima.stride(0))
         if saved is not None and arguments["DESCRIPTORS"]:
             exps = launch.descriptor(exps, product.block_m, product.block_n)
         launch.run(
             "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split, exps_stride=exps_stride,
-            maxima_stride=maxima.stride(0), OUTPUTS=launch.bits(state.outputs), SAVE=saved is not None,
+            maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs), SAVE=saved is not None,
             PLAIN=not (arguments["BIASED"] or arguments["CAPPED"] or state.outputs) and arguments["outer"] > 0,
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
             MAXIMA_COLUMNS=self.plan.maxima_columns, **arguments,

@@ -55,6 +55,49 @@ def test_a_block_that_is_too_large_is_found(tmp_path):
     assert "spills" in printed.splitlines()[-3]
 
 
+def test_no_number_of_tokens_compiles_a_kernel():
+    """A CUDA graph may be captured with another one than its warm-up had."""
+    code = (
+        "from aot import TARGETS, of_each_count\n"
+        "found = of_each_count(TARGETS['sm_90'], [1, 2, 7, 16, 129, 1000, 2048])\n"
+        "for made in found[1:]: print(*(made ^ found[0]), sep='\\n', end='')\n"
+        "print(len(found[0]))"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    assert made.stdout.strip().isdecimal(), made.stdout
+    assert int(made.stdout) > 8
+
+
+def test_products_that_wait_are_found():
+    product, wait = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24", "WARPGROUP.DEPBAR.LE gsb0, "
+    code = "from aot import serial; import sys; print(repr([serial(sass) for sass in sys.argv[1:]]))"
+    given = [
+        f"{product} ;{product}, gsb0 ;{wait}0x1 ;{wait}0x0 ;",  # as they should
+        f"{product}, gsb0 ;{wait}0x0 ;{product}, gsb0 ;{wait}0x0 ;",
+        f"{product} ;{product}, gsb0 ;{wait}0x0 ;",
+        f"{product} ;{product}, gsb0 ;{wait}0x0 ;".replace("BF16", "TF32"),  # are summed outside, one after the other
+        "HMMA.16816.F32.BF16 R24, R1, R2, R24 ;",
+    ]
+    made = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=ROOT / "tests", capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    each, none = "the compiler lets each product wait for the last", "no product runs while the next operands come"
+    assert made.stdout.strip() == repr(["", each, none, "", ""])
+
+
+@pytest.mark.slow
+def test_a_loop_without_stages_is_found(tmp_path):
+    """The planted regression: nothing is fetched ahead, so every product is waited for."""
+    options = ("--targets", "sm_90", "--dtypes", "bfloat16", "--kernels", "recompute_kernel")
+    code, _, printed = compile_ahead(tmp_path, *options, "--replace", "stages=1")
+    assert code == 1
+    assert "no product runs while the next operands come" in printed
+
+
 @pytest.mark.aot
 def test_every_kernel_of_every_chip(tmp_path, capsys):
     code, rows, printed = compile_ahead(tmp_path)
