@@ -59,6 +59,11 @@ class SavingTrainer(Trainer):
         with self._silenced.as_they_were():
             return self._save(folder, state_dict=whole)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and is_split_at_load(self.model) and not adapters.is_adapted(self.model):
+            state_dict = self.model.state_dict()  # of parts, which are gathered as they are saved
+        super()._save(output_dir, state_dict=state_dict and once_each(state_dict, self.model))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if not self.has_own_card:
             super().create_model_card(*args, **kwargs)
@@ -126,3 +131,16 @@ class SavingTrainer(Trainer):
     def _writing(self, what: str, staged: Path, target: Path) -> AbstractContextManager[None]:
         alone = self.accelerator.num_processes == 1
         return checkpoints.writing(what, staged if alone else None, target, Path(str(self.args.output_dir)))
+
+
+def once_each(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Weights to be saved, by name, without those that are others of the model too.
+
+    Where a model is gathered from parts each name has a copy, and transformers knows a tied weight by its memory.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    again = {
+        name for name, source in tied.items() if source in weights and name in own and own[name] is own.get(source)
+    }
+    return {name: tensor for name, tensor in weights.items() if name not in again}

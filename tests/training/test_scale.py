@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import DistributedType, ParallelismConfig
 from helpers import slow
 from script_helpers import check_probe
+from transformers import AutoModelForCausalLM
 
 from dpo_kernels.training import DPOConfig
 from dpo_kernels.training.engines import (
@@ -23,11 +24,13 @@ from dpo_kernels.training.engines import (
     sizes_asked_for,
     split_at_load,
 )
+from dpo_kernels.training.saving import once_each
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return scale_runs.save_model(tmp_path_factory.mktemp("llama"), "Llama")
+    """Its head is its embedding."""
+    return scale_runs.save_model(tmp_path_factory.mktemp("qwen3"), "Qwen3")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,16 @@ def test_zero(tmp_path, model, one, stage):
     done = scale_runs.recipe(way.script, 2, scale_runs.options(model, tmp_path / "o", 2, 2), STAGE=stage)
     assert done.returncode != 0
     assert "DeepSpeed" in done.stderr
+
+
+def test_weights_that_are_tied_are_saved_once(model):
+    """As copies, which is what is gathered from parts; no other is left out, nor one that was untied."""
+    tied = AutoModelForCausalLM.from_pretrained(model)
+    copies = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    assert copies.keys() - once_each(copies, tied).keys() == {"lm_head.weight"}
+    tied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().clone())
+    assert once_each(copies, tied).keys() == copies.keys()
+    assert once_each({}, tied) == {}
 
 
 def test_every_recipe_is_run_by_a_way():
