@@ -273,11 +273,17 @@ class FusedTileOps(TritonTileOps):
             "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split, exps_stride=exps_stride,
             maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs), SAVE=saved is not None,
-            PLAIN=not (arguments["BIASED"] or arguments["CAPPED"] or state.outputs) and arguments["outer"] > 0,
+            PLAIN=self._is_plain(arguments, state.outputs),
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
             MAXIMA_COLUMNS=self.plan.maxima_columns, **arguments,
         )  # fmt: skip
         _merge(state, tile.rows, partials, labels, split, tile.columns.start, v)
+
+    def _is_plain(self, arguments: dict[str, Any], outputs: tuple[str, ...]) -> bool:
+        """Whether logits are products times a positive number, and nothing else is wanted. In float32 the kernel that
+        takes advantage of it spills."""
+        more = arguments["BIASED"] or arguments["CAPPED"] or outputs or self.call.compute_dtype == torch.float32
+        return not more and arguments["outer"] > 0
 
     def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
         n, v, shared = len(tile.hidden), len(tile.weight), self.plan.maxima_columns

@@ -144,7 +144,7 @@ def forward_kernel(
     outer,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PLAIN: tl.constexpr,  # not BIASED, not CAPPED, no OUTPUTS, outer > 0
+    PLAIN: tl.constexpr,  # not BIASED, not CAPPED, no OUTPUTS, outer > 0, half precision
     OUTPUTS: tl.constexpr,
     SAVE: tl.constexpr,
     MAXIMA_COLUMNS: tl.constexpr,

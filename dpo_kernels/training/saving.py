@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from dpo_kernels.training import adapters, checkpoints, split_checkpoints
 from dpo_kernels.training.config import DPOConfig
 from dpo_kernels.training.engines import is_split_at_load
 from dpo_kernels.training.model import FusedHead
+from dpo_kernels.training.partitioned import own_part
 from dpo_kernels.training.randomness import Silenced
 from dpo_kernels.training.reference import Reference
+
+GATHER = "gather_sharded_state_dict_for_save"  # of transformers' models, by `save_pretrained`
 
 
 class SavingTrainer(Trainer):
@@ -60,9 +64,8 @@ class SavingTrainer(Trainer):
             return self._save(folder, state_dict=whole)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is None and is_split_at_load(self.model) and not adapters.is_adapted(self.model):
-            state_dict = self.model.state_dict()  # of parts, which are gathered as they are saved
-        super()._save(output_dir, state_dict=state_dict and once_each(state_dict, self.model))
+        with gathered_once(self.model):
+            super()._save(output_dir, state_dict=state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if not self.has_own_card:
@@ -133,6 +136,20 @@ class SavingTrainer(Trainer):
         return checkpoints.writing(what, staged if alone else None, target, Path(str(self.args.output_dir)))
 
 
+@contextmanager
+def gathered_once(model: nn.Module) -> Iterator[None]:
+    """Within it a model of transformers' is saved with `once_each` of what it gathers, or is given, to be saved."""
+    gather = getattr(model, GATHER, None)
+    if gather is None:
+        yield
+        return
+    setattr(model, GATHER, lambda *args, **kwargs: once_each(gather(*args, **kwargs), model))
+    try:
+        yield
+    finally:
+        delattr(model, GATHER)  # of the object; the class has its own
+
+
 def once_each(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Weights to be saved, by name, without those that are others of the model too.
 
@@ -140,7 +157,6 @@ def once_each(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     own = dict(model.named_parameters(remove_duplicate=False))
-    again = {
-        name for name, source in tied.items() if source in weights and name in own and own[name] is own.get(source)
-    }
+    again = {name for name, source in tied.items() if source in weights and {name, source} <= own.keys()}
+    again = {name for name in again if own_part(own[name]).data_ptr() == own_part(own[tied[name]]).data_ptr()}
     return {name: tensor for name, tensor in weights.items() if name not in again}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import scale_runs
 import torch
 from accelerate.utils import DistributedType, ParallelismConfig
 from helpers import slow
+from safetensors.torch import load_file
 from script_helpers import check_probe
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +26,7 @@ from dpo_kernels.training.engines import (
     sizes_asked_for,
     split_at_load,
 )
-from dpo_kernels.training.saving import once_each
+from dpo_kernels.training.saving import gathered_once, once_each
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,15 @@ def test_weights_that_are_tied_are_saved_once(model):
     tied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().clone())
     assert once_each(copies, tied).keys() == copies.keys()
     assert once_each({}, tied) == {}
+
+
+def test_a_gathered_model_is_saved_without_copies(tmp_path, model):
+    tied = AutoModelForCausalLM.from_pretrained(model)
+    copies = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    for inside in (True, False):
+        with gathered_once(tied) if inside else nullcontext():
+            tied.save_pretrained(tmp_path, state_dict=dict(copies))
+        assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != inside
 
 
 def test_every_recipe_is_run_by_a_way():
