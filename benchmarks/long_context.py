@@ -135,7 +135,7 @@ def _models() -> tuple[Any, Any]:
 def _ours(prompt: int, answer: int, folder: str, budget: int | None = None) -> Made:
     from transformers import Qwen3Config
 
-    from dpo_kernels.commands.run_plan import take
+    from dpo_kernels.commands.run_plan import SHORT, take
     from dpo_kernels.training import DPOConfig, DPOTrainer
     from dpo_kernels.training.memory.device_memory import keep_compact
     from dpo_kernels.training.memory.lower import fit
@@ -146,11 +146,12 @@ def _ours(prompt: int, answer: int, folder: str, budget: int | None = None) -> M
     pairs = made_pairs(prompt, answer, answer)
     chosen, planned = "", None
     if budget is not None:
-        keep_compact()  # as train.py does where memory is short
         run = fake_run(Qwen3Config(**QWEN3), args, (prompt, answer, answer), torch.float32)
         found = fit(run, pairs, StepOptions.of(args), budget)
         chosen, planned = " ".join(one.option for one, _ in found.steps), found.memory.bytes
         take(found, args, run)
+        if planned > SHORT * budget:
+            keep_compact()  # as train.py does
         del run
     items = [{key: tensor[0] for key, tensor in each.items()} for each in (made_pairs(*SHORT), pairs)]
     policy, reference = _models()

@@ -47,8 +47,8 @@ def keep_compact() -> bool:
     """Makes malloc return what is freed to the system for all but small blocks, for the rest of the process.
 
     As it is, glibc keeps blocks of up to 32 MiB in heaps, whose gaps have cost a quarter of a step's memory, and grow
-    from step to step. Fresh pages for each such block cost up to an eighth of a step's time. Returns whether it worked:
-    other C libraries have no such thing.
+    from step to step. Fresh pages for each such block cost from an eighth to a half of a step's time. Returns whether
+    it worked: other C libraries have no such thing.
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, COMPACT))
