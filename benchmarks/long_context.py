@@ -259,7 +259,7 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row.bytes is None or row.seconds is None:
-        return "> 16 GiB"
+        return f"> {LIMIT // GIB} GiB"
     return f"{row.bytes / 2**20:,.0f} MiB, {row.seconds:,.0f} s"
 
 
@@ -287,7 +287,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 memory.plot([row.tokens], [LIMIT / GIB], color=COLORS[name], marker="x", markersize=10)
     for bound, said in ((LIMIT, "limit"), (BUDGET, "budget of --fit")):
         memory.axhline(bound / GIB, color="black", linestyle="--", linewidth=0.8)
-        memory.annotate(f"{bound // GIB} GiB, {said}", (TOKENS[0], bound / GIB), xytext=(0, 3),
+        memory.annotate(f"{bound // GIB} GiB, {said}", (TOKENS[3], bound / GIB), xytext=(0, 3), ha="center",
                         textcoords="offset points", fontsize=8)  # fmt: skip
     for axes, label in ((memory, "GiB, the most that a process held"), (seconds, "seconds of a step")):
         axes.set_xscale("log", base=2)
