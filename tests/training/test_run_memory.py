@@ -179,6 +179,16 @@ def test_an_adapter_is_what_is_trained():
     assert found.parts[OPTIMIZER] == 2 * trained
 
 
+@pytest.mark.parametrize("layout", ["bucketed", "shared"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_mask_is_planned_where_a_run_has_none(layout, lora):
+    """Bytes grow with the tokens, not with their square, below an adapter too."""
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]) if lora else None
+    run = fake_run(layout=Layout(layout, "branches" if layout == "shared" else ""), lora=adapter)
+    sizes = [run.step(made_pairs(16, tokens, tokens), StepOptions()).bytes for tokens in (2000, 4000, 8000)]
+    assert sizes[2] - sizes[1] < 2.5 * (sizes[1] - sizes[0])
+
+
 def test_dropout_is_off_as_in_a_run():
     config = transformers.GPT2Config(
         vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=1024, bos_token_id=1, eos_token_id=2

@@ -28,7 +28,7 @@ from dpo_kernels.training.layouts import Layout
 from dpo_kernels.training.memory import checkpointing, device_memory, optimizers
 from dpo_kernels.training.memory.live_bytes import ATTENTION, GRADIENTS, HOST, LiveBytes
 from dpo_kernels.training.mlp_tiles import check_tiles, tile_mlps
-from dpo_kernels.training.output_head import find_head
+from dpo_kernels.training.output_head import below_adapters, find_head
 
 # What a step holds, in the order in which it is told.
 WEIGHTS, ADAPTERS, REFERENCE, OPTIMIZER = "weights", "adapters", "reference", "optimizer"
@@ -204,7 +204,8 @@ class FakeRun:
                 checkpointing.switch(self.policy, True)
             self.policy.train()
             for model in models:  # where they can be, so that no mask is made which a real run does not make
-                use_branches(model, getattr(type(model), "_can_set_attn_implementation", lambda: False)())
+                own = type(below_adapters(model))
+                use_branches(model, getattr(own, "_can_set_attn_implementation", lambda: False)())
             with rows_are_sequences():
                 yield
         finally:
