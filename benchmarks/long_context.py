@@ -135,7 +135,7 @@ def _models() -> tuple[Any, Any]:
 def _ours(prompt: int, answer: int, folder: str, budget: int | None = None) -> Made:
     from transformers import Qwen3Config
 
-    from dpo_kernels.commands.run_plan import SHORT, take
+    from dpo_kernels.commands import run_plan
     from dpo_kernels.training import DPOConfig, DPOTrainer
     from dpo_kernels.training.memory.device_memory import keep_compact
     from dpo_kernels.training.memory.lower import fit
@@ -149,8 +149,8 @@ def _ours(prompt: int, answer: int, folder: str, budget: int | None = None) -> M
         run = fake_run(Qwen3Config(**QWEN3), args, (prompt, answer, answer), torch.float32)
         found = fit(run, pairs, StepOptions.of(args), budget)
         chosen, planned = " ".join(one.option for one, _ in found.steps), found.memory.bytes
-        take(found, args, run)
-        if planned > SHORT * budget:
+        run_plan.take(found, args, run)
+        if planned > run_plan.SHORT * budget:
             keep_compact()  # as train.py does
         del run
     items = [{key: tensor[0] for key, tensor in each.items()} for each in (made_pairs(*SHORT), pairs)]
