@@ -343,7 +343,7 @@ def test_ahead_of_time_from_the_shell_says_why_it_cannot(tmp_path):
 def test_the_wheel_ships_every_module_and_the_sources(tmp_path):
     for name in ("dpo_kernels", "csrc", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "."]
     made = subprocess.run([*pip, "-w", "dist"], cwd=tmp_path, capture_output=True, text=True)
