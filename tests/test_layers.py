@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "dpo_kernels"
 
 # From the bottom to the top. A file may import what lies below it, and its own layer where `inside` says so.
 LAYERS = (
-    ("vocab_shard", "warn", "units"),
+    ("vocab_shard", "splits", "warn", "units"),
     ("call",),
     ("layout", "statistics"),
     ("overrides", "reference", "planner", "build", "collectives"),

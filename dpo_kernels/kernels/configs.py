@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_kernels.planner import Splits
+from dpo_kernels.splits import Splits
 from dpo_kernels.statistics import SoftmaxState
 
 STATE_BYTES = 4 * len(SoftmaxState._fields)  # kernels/softmax_state.py

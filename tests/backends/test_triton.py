@@ -17,7 +17,7 @@ from dpo_kernels.dispatch import BACKENDS
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.kernels.softmax_state import expm1, tanh
-from dpo_kernels.planner import PROGRAM
+from dpo_kernels.splits import PROGRAM
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
 MIB = 2**20
