@@ -5,11 +5,13 @@ Nothing is imported here that takes time: signals are heard before the seconds t
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -27,6 +29,36 @@ class OptionError(ValueError):
     """An option that does not exist, or a value that it cannot have."""
 
 
+class Ending:
+    """How this process ends: in Python's ordinary way, or at once behind the last function of `atexit`.
+
+    An ordinary end takes modules apart while threads of libraries still run. Those of gloo, which hold a group for as
+    long as any object of it is there, then may abort the process, whose work is done and whose status was 0 (torch
+    2.13: "terminate called without an active exception").
+    """
+
+    def __init__(self) -> None:
+        self.status, self.at_once = 1, False  # 1: that of an error that nobody catches
+
+    def listen(self) -> None:
+        """To be called before anything slow is imported: functions of `atexit` run from the last one to the first."""
+        atexit.register(self._leave)
+
+    def skip_teardown(self) -> None:
+        self.at_once = True
+
+    def _leave(self) -> None:
+        if not self.at_once or os.getpid() != STARTED:
+            return
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it, or there is none
+                stream.flush()
+        os._exit(self.status)
+
+
+ENDING = Ending()
+
+
 def listen(program: str, go_on: str = "") -> None:
     """From now on SIGTERM and SIGINT end this process with a sentence; what a shell has told it to ignore stays so.
 
@@ -41,6 +73,7 @@ def listen(program: str, go_on: str = "") -> None:
         os.write(2, f"{program}: {signal.Signals(number).name}: stopped{go_on}\n".encode())
         sys.exit(128 + number)  # as a shell reports a process that the signal ended
 
+    ENDING.listen()
     for heard in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(heard) != signal.SIG_IGN:  # as a shell has it for what a script starts in the background
             signal.signal(heard, stopped)
@@ -48,8 +81,12 @@ def listen(program: str, go_on: str = "") -> None:
 
 def ended(program: str, command: Callable[[], int]) -> int:
     """Runs a command; returns its exit status, 1 with a sentence on stderr where a user can mend what is wrong."""
+    ENDING.status = 1
     try:
-        return command()
+        ENDING.status = command()
+    except SystemExit as stop:  # by a signal
+        ENDING.status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -61,7 +98,7 @@ def ended(program: str, command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
     except (ValueError, OSError) as error:  # what we and transformers raise for what a user can mend
         print(f"{program}: {type(error).__name__}: {error}", file=sys.stderr)
-    return 1
+    return ENDING.status
 
 
 def as_sentence(program: str) -> Callable[..., str]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kernels.commands import help
+from dpo_kernels.commands import endings, help
 from dpo_kernels.commands.inputs import (
     EXAMPLE,
     check_sources,
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None, program: str = "train.py") -> int:
     if wanted := {"-h", "--help", "--help-all", "--help_all"} & set(argv):
         print((help.short if wanted <= {"-h", "--help"} else help.full)(make_parser(), program))
         return 0
-    with together():
+    with together(in_group=endings.ENDING.skip_teardown):
         script, adapter, config = parse(argv)
         output_dir = Path(str(config.output_dir))
         if script.plan:

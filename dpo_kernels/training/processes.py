@@ -22,19 +22,24 @@ LEAVE = 20.0  # seconds that leaving may take
 
 
 @contextmanager
-def together(wait: float = WAIT) -> Iterator[None]:
+def together(wait: float = WAIT, in_group: Callable[[], None] | None = None) -> Iterator[None]:
     """What runs inside ends its part in the group of processes, if one was made, before Python ends.
 
     Threads of gloo that are still there when a process ends may abort it (torch 2.13). After an ordinary end all wait
     for each other, at most `wait` seconds, so that none takes away what another still needs; after an error or a signal
     a process leaves at once, and the others hear of it: with gloo from the broken connection, else from the launcher.
+
+    Args:
+        in_group: called at the end, before a group that was made is left.
     """
+    in_time = 0.0
     try:
         yield
-    except BaseException:
-        leave()
-        raise
-    leave(wait)
+        in_time = wait
+    finally:
+        if in_group is not None and dist.is_available() and dist.is_initialized():
+            in_group()
+        leave(in_time)
 
 
 def leave(wait: float = 0.0) -> None:

@@ -133,6 +133,37 @@ def test_a_warning_is_a_sentence_of_the_command():
     assert "file.py" in formatted("old", FutureWarning, "file.py", 3)
 
 
+@pytest.mark.parametrize(
+    ("does", "status", "says"),
+    [
+        ("return 3", 3, ""),
+        ("raise ValueError('no')", 1, "p: ValueError: no"),
+        ("raise SystemExit(143)", 143, ""),
+        ("raise RuntimeError('a mistake of ours')", 1, "RuntimeError: a mistake of ours"),
+    ],
+)
+def test_a_process_of_a_group_ends_without_teardown(does, status, says):
+    """Where that would abort it: with its own status, behind all functions of atexit, nothing of its output lost."""
+    code = f"""
+import atexit, os, sys
+from dpo_kernels.commands import endings
+class Aborts:
+    def __del__(self):
+        os.abort()
+keep = Aborts()
+endings.listen("p")
+atexit.register(print, "exit function", end="")
+def command():
+    endings.ENDING.skip_teardown()
+    print("output", end="; ")
+    {does}
+sys.exit(endings.ended("p", command))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (status, "output; exit function")
+    assert says in done.stderr
+
+
 def test_show_prints_pairs_as_the_model_sees_them(capsys, few, model_dir):
     text = said(capsys, "show", few, "--model", model_dir, "--count", 2)
     assert "pair 2 of 6" in text
