@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels.layout import part
 from dpo_kernels.vocab_shard import VocabShard
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -156,9 +157,9 @@ class Tokens:
             return Tokens(labels.reshape(-1).long().contiguous(), None)
         if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return Tokens.all_masked(labels, ignore_index)
-        index = (flat_labels(labels) != ignore_index).nonzero().squeeze(1)
-        every = len(index) == labels.numel()
-        return Tokens.found(labels, None if every else index)
+        flat = flat_labels(labels)
+        index = (flat != ignore_index).nonzero().squeeze(1)
+        return Tokens.found(flat, None if len(index) == len(flat) else index)
 
     @staticmethod
     def all_masked(labels: Tensor, ignore_index: int | None) -> Tokens:
@@ -186,13 +187,14 @@ class Tokens:
 
     def spread(self, values: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         """Values (M,) -> the labels' shape, 0 elsewhere."""
-        out = values.new_zeros(labels.shape)  # no view of anything: FSDP hangs hooks on what a module returns
-        if self.index is None:
-            out.view(-1).copy_(values)
+        # No view of anything: FSDP hangs hooks on what a module returns.
+        if self.index is not None:
+            out = values.new_zeros(labels.shape)
+            out.view(-1).index_copy_(0, self.index, values)
+        else:
+            out = values.view(labels.shape).clone()
             if self.masked:
                 out.masked_fill_(ignored(labels, ignore_index), 0)
-        else:
-            out.view(-1).index_copy_(0, self.index, values)
         return out
 
 
@@ -254,7 +256,7 @@ class TokenGrads(NamedTuple):
     grad_entropy: Tensor | None = None
 
     def rows(self, rows: slice) -> TokenGrads:
-        return TokenGrads(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+        return TokenGrads(*(None if t is None else part(t, rows) for t in self))  # type: ignore[arg-type]
 
 
 def ignored(labels: Tensor, ignore_index: int | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dpo_kernels.backends.base import LogitsGradient, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, Grads, TokenGrads
-from dpo_kernels.layout import take_rows
+from dpo_kernels.layout import first_columns, part, take_rows
 from dpo_kernels.planner import Plan, Sweep
 from dpo_kernels.statistics import Finished
 
@@ -27,18 +28,18 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
 
     join: from the state of a part of the vocabulary to rows that know all of it, where the others are on other ranks.
     """
-    operands = _Operands(call, plan, ops)
+    maxima = wide = call.hidden.new_zeros((plan.kept_tokens, plan.blocks), dtype=call.accumulate_dtype)
+    operands = _Operands(call, plan, ops, wide)
     state = ops.new_state(operands.labels)
-    wide = operands.wide
     exps = ops.empty("saved exponentials", plan.kept_tokens, plan.saved_columns, call.compute_dtype)
-    maxima = wide.new_zeros((plan.kept_tokens, plan.blocks))
     jacobian = wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size))
-    by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
+    if plan.kept_tokens and plan.saved_columns > plan.vocab_size:
+        by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
     for columns in plan.forward_spans:
         for rows in plan.token_spans:
             tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
             if plan.mode == "frozen":
-                ops.accumulate_jacobian(state, tile, jacobian[rows])
+                ops.accumulate_jacobian(state, tile, part(jacobian, rows))
             else:
                 ops.accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
             del tile  # or its slices would live while the next are made
@@ -46,24 +47,9 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
     done = state.finish() if join is None else join(state)
     if plan.mode == "frozen":
         for rows in plan.token_spans:
-            ops.settle_jacobian(state, rows, jacobian[rows])
-            _finish_jacobian(call, done.rows(rows), jacobian[rows], operands.label_weight(rows))
-    label_logit = done.label_logit.clone()  # not a row of the whole state
-    return Saved(done.stats, done.maximum, done.log_sum, label_logit, exps, maxima, jacobian)
-
-
-def _finish_jacobian(call: Call, done: Finished, total: Tensor, label_weight: Tensor) -> None:
-    """total, sum of exp(z - m) W times the cap's derivative, becomes d log_prob / d hidden.
-
-    label_weight (n, D): W at the labels. At the label the derivative is 1 - p = -expm1(log p): 1 - p loses every digit
-    where the model is sure.
-    """
-    at_label = torch.expm1(done.stats.log_probs).neg_()
-    derivative = call.transform.cap_derivative(done.label_logit)
-    if derivative is not None:
-        at_label *= derivative
-    total.mul_(done.others.neg()[:, None]).addcmul_(at_label[:, None], label_weight)
-    total.mul_(call.transform.slope)
+            label_weight = partial(operands.label_weight, rows)
+            ops.finish_jacobian(state, rows, done.rows(rows), part(jacobian, rows), label_weight)
+    return Saved(done.stats, done.maximum, done.log_sum, done.label_logit, exps, maxima, jacobian)
 
 
 class InputGrads(NamedTuple):
@@ -84,8 +70,8 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
     """plan: forward's. wanted: the gradients wanted now, some of those that it planned for."""
     if plan.mode == "frozen":
         return InputGrads(_scale_jacobian(call, wanted, plan, grads, saved.jacobian), None, None)
-    operands = _Operands(call, plan, ops)
-    wide = operands.wide
+    wide = grads.log_probs
+    operands = _Operands(call, plan, ops, wide)
     through = call.low_rank is not None and (wanted.hidden or wanted.low_rank)
     low_rank = _LowRankGradient(call, plan, operands, ops) if through else None
     hidden = _hidden_gradient(call, plan, wide, ops) if wanted.hidden else None
@@ -145,9 +131,9 @@ def _sweep(
         exps = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
         dz = ops.logits_gradient(grads.rows(rows), tile, exps, sides, None if bias is None else bias[columns])
         if sweep.hidden and hidden is not None:
-            hidden.add(rows, dz.by_token, tile.weight[:, : plan.hidden_size])
+            hidden.add(rows, dz.by_token, first_columns(tile.weight, plan.hidden_size))
         if sweep.weight and weight is not None:
-            weight.add(columns, dz.by_vocab, tile.hidden[:, : plan.hidden_size])
+            weight.add(columns, dz.by_vocab, first_columns(tile.hidden, plan.hidden_size))
         if sweep.low_rank and low_rank is not None:
             low_rank.add(tile, dz)
         del tile, dz  # or their slices would live while the next are made
@@ -160,7 +146,7 @@ def _scale_jacobian(call: Call, wanted: Grads, plan: Plan, grads: TokenGrads, ja
         return None
     gradient = _hidden_gradient(call, plan, jacobian)
     for rows in plan.token_spans:
-        gradient.write(rows, jacobian[rows] * grads.grad_log_probs[rows, None])
+        gradient.write(rows, part(jacobian, rows) * part(grads.grad_log_probs, rows)[:, None])
     return _in_shape(call, gradient)
 
 
@@ -181,11 +167,13 @@ class _Operands:
 
     A low-rank adapter W + b a is the product of operands with r more columns: h (W + b a)^T = [h, h a^T] [W, b]^T. So
     no weight is rounded with it, and it costs r / D of a product, forward and backward.
+
+    wide: any tensor of the accumulation dtype, which others are made like.
     """
 
-    def __init__(self, call: Call, plan: Plan, ops: TileOps) -> None:
+    def __init__(self, call: Call, plan: Plan, ops: TileOps, wide: Tensor) -> None:
         self.call, self.plan, self.index, self.ops, self.dtype = call, plan, call.tokens.index, ops, ops.operand
-        self.wide = torch.empty(0, dtype=call.accumulate_dtype, device=call.hidden.device)
+        self.wide = wide
         self.labels = call.tokens.labels
         # An adapter's own numbers are wider than the weight's: rounded to the operand's dtype alone. (D, r)
         self._a = None if call.low_rank is None else call.low_rank.a.to(self.dtype).T.contiguous()
@@ -201,7 +189,7 @@ class _Operands:
 
     def hidden(self, rows: slice) -> Tensor:
         if self._all is not None:
-            return self._all[rows]
+            return part(self._all, rows)
         convert = self.convert if self._a is None else self._hidden_beside
         return self._hidden.get(rows, lambda: self.taken(rows), convert)
 
@@ -215,7 +203,7 @@ class _Operands:
             return made
 
         return self._weight.get(
-            columns, lambda: self.call.weight[columns], self.convert if low_rank is None else beside
+            columns, lambda: part(self.call.weight, columns), self.convert if low_rank is None else beside
         )
 
     def release(self) -> None:
@@ -225,7 +213,7 @@ class _Operands:
     def label_weight(self, rows: slice) -> Tensor:
         """W at the labels, (n, D); 0 where a label is not here: on another rank, or beyond the vocabulary, where its
         log-prob is NaN already."""
-        label, last = self.labels[rows], self.plan.vocab_size - 1
+        label, last = part(self.labels, rows), self.plan.vocab_size - 1
         if last < 0:
             return self.wide.new_zeros((len(label), self.plan.hidden_size), dtype=self.dtype)
         taken = self.convert(self.call.weight.index_select(0, label.clamp(0, last)))
@@ -236,6 +224,8 @@ class _Operands:
         return take_rows(self.call.hidden, self.index, rows)
 
     def _all_rows(self) -> Tensor:
+        if self._a is None and self.index is not None and len(self.plan.token_spans) == 1:
+            return self.convert(self.taken(slice(0, self.plan.tokens)))  # is gathered in new memory
         result = self.wide.new_empty((self.plan.tokens, self.plan.hidden_size + self.plan.rank), dtype=self.dtype)
         for rows in self.plan.token_spans:
             if self._a is None:
@@ -353,27 +343,28 @@ class _Gradient:
         again = rows.start in self.begun
         self.begun.add(rows.start)
         if self.once or self.direct:
-            self.ops.multiply(self.out[rows], a, b, add=again)
+            self.ops.multiply(part(self.out, rows), a, b, add=again)
         elif self.whole:
-            self.ops.multiply(self.total[rows], a, b, add=again)
+            self.ops.multiply(part(self.total, rows), a, b, add=again)
         else:
             if self.spans != [rows]:
                 self.finish()
                 self.spans = [rows]
-            self.ops.multiply(self.total[: rows.stop - rows.start], a, b, add=again)
+            self.ops.multiply(self._first(rows), a, b, add=again)
 
     def finish(self) -> None:
         """Casts what is summed."""
         for rows in [] if self.once else self.spans:
-            if self.direct:
-                total = self.out[rows]
-            else:
-                total = self.total[rows] if self.whole else self.total[: rows.stop - rows.start]
+            total = part(self.out, rows) if self.direct else part(self.total, rows) if self.whole else self._first(rows)
             if self.complete is not None:
                 self.complete(rows, total)
             if not self.direct:
                 self.write(rows, total)
         self.spans = []
+
+    def _first(self, rows: slice) -> Tensor:
+        """Of sums of a tile's height the part that this tile fills."""
+        return part(self.total, slice(0, rows.stop - rows.start))
 
     def end(self) -> None:
         """Casts what is summed, and frees the sums before the next sweep makes its own."""
@@ -382,9 +373,9 @@ class _Gradient:
 
     def write(self, rows: slice, values: Tensor) -> None:
         if self.index is None:
-            self.out[rows] = values
+            part(self.out, rows).copy_(values)
         else:
-            self.out.index_copy_(0, self.index[rows], values.to(self.out.dtype))
+            self.out.index_copy_(0, part(self.index, rows), values.to(self.out.dtype))
 
 
 def saved_tile(exps: Tensor, maxima: Tensor, plan: Plan, rows: slice, columns: slice) -> SavedTile | None:

@@ -11,14 +11,24 @@ from torch import Tensor
 CAST = 2**21  # numbers that `spread_rows` casts at a time
 
 
+def part(tensor: Tensor, rows: slice) -> Tensor:
+    """tensor[rows]; the tensor itself where that is all of it: a view costs the host half as much as a launch."""
+    return tensor if rows.start == 0 and rows.stop >= len(tensor) else tensor[rows]
+
+
+def first_columns(matrix: Tensor, count: int) -> Tensor:
+    """matrix[:, :count]; the matrix itself where that is all of it."""
+    return matrix if matrix.shape[1] == count else matrix[:, :count]
+
+
 def take_rows(tensor: Tensor, index: Tensor | None, rows: slice) -> Tensor:
     """Rows `rows` of those that count, of a tensor (..., C) of any strides; never copies the whole tensor."""
     try:
-        flat = tensor.view(-1, tensor.shape[-1])
+        flat = tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
     except RuntimeError:  # no single stride: index the leading dimensions one by one
         where = torch.arange(rows.start, rows.stop, device=tensor.device) if index is None else index[rows]
         return tensor[places(where, tensor.shape[:-1])]
-    return flat[rows] if index is None else flat.index_select(0, index[rows])
+    return part(flat, rows) if index is None else flat.index_select(0, part(index, rows))
 
 
 def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:

@@ -150,7 +150,7 @@ def token_stats_backward_op(
     labels: Tensor,
     *encoded: Any,
 ) -> list[Tensor]:
-    """Gradients of all but the labels; empty where not `wanted` now: some of those that forward was told of.
+    """Gradients of those that are `wanted` now, in the order of the tensors: some of those that forward was told of.
 
     grads: of the log-probs and of the entropy. made: what forward saved, as in `SAVED`.
     """
@@ -168,7 +168,7 @@ def token_stats_backward_op(
     found = dispatch.backward(
         call, Grads(wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4]), execution, rows, of_forward
     )
-    return [hidden.new_empty(0) if g is None else g for g in found]
+    return [g for g, want in zip(found, wanted, strict=True) if want and g is not None]
 
 
 @token_stats_backward_op.register_fake
@@ -185,8 +185,9 @@ def _(
     *encoded: Any,
 ) -> list[Tensor]:
     return [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None and want else hidden.new_empty(0)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for t, want in zip((hidden, weight, bias, low_rank_a, low_rank_b), wanted, strict=True)
+        if t is not None and want
     ]
 
 
@@ -207,8 +208,8 @@ def _token_stats_backward(ctx: Any, *output_grads: Tensor | None) -> Any:
         return none
     saved = ctx.saved_tensors  # once: a checkpoint computes them for one reader
     head, made = saved[:HEAD_TENSORS], saved[HEAD_TENSORS:]
-    found = torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, *head, *ctx.encoded)
-    return (*(g if want else None for g, want in zip(found, wanted, strict=True)), *none[len(found) :])
+    found = iter(torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, *head, *ctx.encoded))
+    return (*(next(found) if want else None for want in wanted), *none[len(wanted) :])
 
 
 @torch.library.custom_op(

@@ -28,6 +28,7 @@ class Capabilities:
     """What the plan has to know of a back end on a device; the values are in `dpo_kernels.backends`.
 
     tiles: (tokens, vocabulary) of a tile, best first; small ones are for small budgets.
+    wide_tiles: the like for calls of few tokens, all of which a tile has to hold; before the others, narrowest first.
     scratch: bytes that library calls, or all threads together, may hold inside a call; the first call of a process also
         loads and generates code.
     widens: dtypes whose operands products need in the accumulation dtype.
@@ -53,6 +54,7 @@ class Capabilities:
     saved_by_vocab: bool = False
     saved_multiple: int | None = None
     splits: tuple[Splits, ...] = ()
+    wide_tiles: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,8 @@ class Workload:
         useful = [
             (n, v) for n, v in self.capabilities.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size
         ]
+        wide = [(n, v) for n, v in self.capabilities.wide_tiles if self.tokens <= n and v // 2 < self.vocab_size]
+        useful = wide[:1] + useful
         return [
             (min(n, max(self.tokens, 1)), min(v, max(self.vocab_size, 1)))
             for n, v in useful or [self.capabilities.tiles[-1]]

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.layout import part
+
 # exp of anything below is 0 in float32 and float64. It keeps 0 * log 0 out of the entropy.
 LOG_ZERO = -1e4
 
@@ -78,7 +80,7 @@ class Finished(NamedTuple):
 
     def rows(self, rows: slice) -> Finished:
         """Views of some rows, without the optional statistics."""
-        return Finished(TokenStats(self.stats.log_probs[rows]), *(t[rows] for t in self[1:]))
+        return Finished(TokenStats(part(self.stats.log_probs, rows)), *(part(t, rows) for t in self[1:]))
 
 
 def empty_state(rows: int, outputs: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> SoftmaxState:

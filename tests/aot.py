@@ -53,7 +53,14 @@ TARGETS = {
     "sm_120": Target(GPUTarget("cuda", 120, 32), configs.Arch("cuda", 12), 99 * 1024, "[HQ]MMA"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), configs.Arch("hip", 9), 64 * 1024, "v_mfma"),
 }
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+NAMES = {
+    torch.bool: "i1",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 MULTIPLY = ("forward_kernel", "recompute_kernel")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SCRATCH = 48 * 2**20  # whatever the chip: budgets below lead to the same modes on all of them

@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "dpo_kernels"
 
 # From the bottom to the top. A file may import what lies below it, and its own layer where `inside` says so.
 LAYERS = (
-    ("vocab_shard", "splits", "warn", "units"),
+    ("vocab_shard", "splits", "layout", "warn", "units"),
     ("call",),
-    ("layout", "statistics"),
+    ("statistics",),
     ("overrides", "reference", "planner", "build", "collectives"),
     ("kernels", "backends.base"),
-    ("driver", "backends.pytorch"),
+    ("driver", "backends.pytorch", "backends.triton_state"),
     ("backends.cpp", "backends.triton", "backends"),
     ("dispatch",),
     ("checks", "dtensors"),

@@ -4,6 +4,7 @@ class in `dispatch.BACKENDS`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -111,8 +112,13 @@ class TileOps(Protocol):
         """Like accumulate; total (n, D) is sum exp(z - m) W, times the cap's derivative, over the vocabulary so far. m
         is a number of the row that the back end knows."""
 
-    def settle_jacobian(self, state: Any, rows: slice, total: Tensor) -> None:
-        """Brings total to the m that the state's sums of those rows are relative to."""
+    def finish_jacobian(
+        self, state: Any, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]
+    ) -> None:
+        """total, as accumulate_jacobian left it, becomes d log_prob / d hidden.
+
+        rows: the tokens of total and of `done`. label_weight: makes W at their labels (n, D), 0 where it is not here.
+        """
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None

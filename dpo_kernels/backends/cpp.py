@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
+from dpo_kernels.backends.pytorch import finish_jacobian
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
 from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows
 from dpo_kernels.planner import Capabilities, Plan, Sweep
@@ -161,8 +163,10 @@ class CppTileOps:
         self._accumulate(state, tile, by_token=share, maxima=maxima, total=total)
         self.multiply(total, share, tile.weight, add=True)
 
-    def settle_jacobian(self, state: CppState, rows: slice, total: Tensor) -> None:
-        pass  # its base is a whole number that was never left
+    def finish_jacobian(
+        self, state: CppState, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]
+    ) -> None:
+        finish_jacobian(self.call.transform, done, total, label_weight())  # the base is one that was never left
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None

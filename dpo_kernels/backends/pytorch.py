@@ -6,6 +6,7 @@ The gradient at the label is -g * expm1(log p), since 1 - p loses every digit wh
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -179,8 +180,10 @@ class PyTorchTileOps:
         share = e if derivative is None else e.mul_(derivative)
         self.multiply(total, share.to(self.operand), tile.weight, add=True)
 
-    def settle_jacobian(self, state: PyTorchState, rows: slice, total: Tensor) -> None:
-        pass  # it is
+    def finish_jacobian(
+        self, state: PyTorchState, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]
+    ) -> None:
+        finish_jacobian(self.call.transform, done, total, label_weight())
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
@@ -249,6 +252,21 @@ class PyTorchTileOps:
             at_label *= transform.cap_derivative(grads.label_logit)  # type: ignore[arg-type]
         _put_label(out, grads.labels - first, at_label)
         return out
+
+
+def finish_jacobian(transform: Transform, done: Finished, total: Tensor, label_weight: Tensor) -> None:
+    """total (n, D), sum of exp(z - m) W times the cap's derivative relative to what `done.others` is for, becomes
+    d log_prob / d hidden.
+
+    label_weight (n, D): W at the labels. At the label the derivative is 1 - p = -expm1(log p): 1 - p loses every digit
+    where the model is sure.
+    """
+    at_label = torch.expm1(done.stats.log_probs).neg_()
+    derivative = transform.cap_derivative(done.label_logit)
+    if derivative is not None:
+        at_label *= derivative
+    total.mul_(done.others.neg()[:, None]).addcmul_(at_label[:, None], label_weight)
+    total.mul_(transform.slope)
 
 
 def apply_transform(product: Tensor, transform: Transform) -> Tensor:

@@ -7,6 +7,7 @@ be tested: TRITON_INTERPRET=1 must be set before the first import of triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +17,16 @@ from torch import Tensor
 from dpo_kernels import overrides
 from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
 from dpo_kernels.backends.pytorch import library_multiply
-from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
+from dpo_kernels.backends.triton_state import TritonState
+from dpo_kernels.call import DTYPE_NAMES, Call, TokenGrads, Tokens, Transform
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import KernelConfig
-from dpo_kernels.layout import in_matrix, lies_in_rows
+from dpo_kernels.layout import in_matrix, lies_in_rows, part
 from dpo_kernels.planner import Capabilities, Plan, Sweep, aligned
-from dpo_kernels.statistics import Finished, SoftmaxState, finish, finite
+from dpo_kernels.statistics import Finished
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
 SHARE_TOLERANCE = 8.0
-MERGE_BLOCK = 128
 WHOLE = 2**31  # columns: a tile of products is never split
 
 # Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
@@ -33,12 +34,22 @@ WHOLE = 2**31  # columns: a tile of products is never split
 _TILES = (
     (8192, 8192), (8192, 4096), (4096, 4096), (2048, 2048), (1024, 1024), (512, 512), (256, 256), (128, 256),
 )  # fmt: skip
+# A call of few tokens is bound by the host, which launches as much for a narrow tile as for a wide one. 32 MiB of half
+# precision stay in the cache of an H100 (waits for a measurement).
+_WIDE_TILES = ((256, 65536), (512, 32768), (1024, 16384))
 # What the library of products holds, by PyTorch's choice: a workspace a handle, and a handle a thread, of which
 # autograd has one of its own for backward. LOADED: what else a first call loads, a guess that no GPU has measured.
 HANDLES, LOADED = 2, 16 * MIB
 WORKSPACES = {("cuda", 8): 65 * MIB // 8, ("cuda", 9): 32 * MIB, ("hip", 9): 128 * MIB}
 _ON_GPUS = Capabilities(
-    _TILES, LOADED, one_pass=True, no_temporaries=True, rounds=True, maxima_columns=64, saved_multiple=128
+    _TILES,
+    LOADED,
+    one_pass=True,
+    no_temporaries=True,
+    rounds=True,
+    maxima_columns=64,
+    saved_multiple=128,
+    wide_tiles=_WIDE_TILES,
 )
 CAPABILITIES = {
     "cuda": _ON_GPUS,
@@ -86,7 +97,8 @@ class TritonBackend:
             known = replace(known, scratch=HANDLES * workspaces[-1] + known.scratch)
         if configuration.strategy == "tiles":
             whole = replace(configuration.splits(configuration.rows), columns=WHOLE)
-            return replace(known, one_pass=False, saved_multiple=None, splits=(whole,))
+            # A tile of float32 products is written and read: it stays as small as it is.
+            return replace(known, one_pass=False, saved_multiple=None, splits=(whole,), wide_tiles=())
         assert known.maxima_columns is not None
         return replace(
             known, maxima_columns=min(known.maxima_columns, configuration.product.block_n),
@@ -115,7 +127,7 @@ class TritonBackend:
             rows = slice(0, tokens.count)
             _accumulate_rows(state, rows, matrix, index, tokens.labels, None, transform, 0, split, configuration)
         done = state.finish()
-        return done.stats.log_probs, done.maximum, done.log_sum, done.label_logit.clone()
+        return done.stats.log_probs, done.maximum, done.log_sum, done.label_logit
 
     def logits_backward(
         self,
@@ -137,36 +149,6 @@ class TritonBackend:
         return 0
 
 
-class TritonState:
-    """The state of M tokens as kernels/softmax_state.py holds it, (FIELDS, M) float32.
-
-    share_base (M,): what the shares of a frozen head's sum are relative to.
-    """
-
-    def __init__(self, labels: Tensor, vocab_size: int, outputs: tuple[str, ...]) -> None:
-        self.labels, self.vocab_size, self.outputs = labels, vocab_size, outputs
-        shape = (len(SoftmaxState._fields), len(labels))
-        self.tensor = torch.zeros(shape, dtype=torch.float32, device=labels.device)
-        self.fields = SoftmaxState(*self.tensor)
-        self.fields.maximum.fill_(-torch.inf)
-        self.fields.label_logit.fill_(torch.nan)  # stays NaN where the label is not in the vocabulary
-        self._share_base: Tensor | None = None
-
-    def share_base(self, rows: slice) -> Tensor:
-        if self._share_base is None:
-            self._share_base = torch.full_like(self.fields.maximum, torch.finfo(torch.float32).min)
-        return self._share_base[rows]
-
-    def finish(self) -> Finished:
-        return finish(self.fields, self.labels, self.vocab_size, self.outputs)
-
-    def part(self) -> SoftmaxState:
-        return self.fields
-
-    def scale_to(self, maximum: Tensor) -> Tensor:
-        return (finite(self.fields.maximum) - finite(maximum)).exp_()
-
-
 class TritonTileOps:
     """What both strategies share; see `dpo_kernels.backends.base.TileOps` for what each method does."""
 
@@ -176,6 +158,7 @@ class TritonTileOps:
         self.rounds = execution.capabilities.rounds
         self.operand = execution.operand(call.compute_dtype)
         self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int, int], Tensor] = {}
 
     def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return self.call.hidden.new_empty((rows, columns), dtype=dtype)
@@ -189,8 +172,22 @@ class TritonTileOps:
     def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
         raise NotImplementedError
 
-    def settle_jacobian(self, state: TritonState, rows: slice, total: Tensor) -> None:
-        total.mul_((state.share_base(rows) - finite(state.fields.maximum[rows])).exp_()[:, None])
+    def finish_jacobian(
+        self, state: TritonState, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]
+    ) -> None:
+        """In one kernel, which reads the labels' rows of W where they are."""
+        (n, features), block = total.shape, self.config.rows
+        weight, transform, compute = self.call.weight, self.call.transform, self.call.compute_dtype
+        launch.run(
+            "finish", "jacobian_kernel", -(-n // block.block_m) * -(-features // block.block_n), block.warps,
+            total=total, states=state.tensor, share_base=state.share_base(rows), log_probs=done.stats.log_probs,
+            others=done.others, label_logits=done.label_logit, labels=part(state.labels, rows), weight=weight, n=n,
+            M=state.tensor.shape[1], row=rows.start, V=len(weight), D=features, total_stride=total.stride(0),
+            weight_stride=weight.stride(0), weight_step=weight.stride(1),
+            to_cap=0.0 if transform.softcap is None else transform.temperature / transform.softcap,
+            slope=transform.slope, CAPPED=transform.softcap is not None,
+            ROUND="" if weight.dtype == compute else DTYPE_NAMES[compute], BLOCK_M=block.block_m, BLOCK_N=block.block_n,
+        )  # fmt: skip
 
     def logits_gradient(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
@@ -198,7 +195,7 @@ class TritonTileOps:
         dz = self._recompute(grads, tile) if saved is None else self._from_saved(grads, saved, tile)
         if bias is not None:
             bias += dz.sum(0, dtype=bias.dtype)
-        return LogitsGradient(dz, dz.T)
+        return LogitsGradient(dz, dz.T if wanted.weight else None)
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         library_multiply(out, a, b, add)
@@ -222,7 +219,9 @@ class TritonTileOps:
         if name not in self._held:
             room = self.plan.tile_tokens * aligned(-(-self.plan.tile_vocab // shared))
             self._held[name] = torch.empty(room, dtype=dtype, device=self.call.hidden.device)
-        return self._held[name][: rows * aligned(columns)].view(rows, aligned(columns))[:, :columns]
+        if (name, rows, columns) not in self._views:
+            self._views[name, rows, columns] = self._held[name].as_strided((rows, columns), (aligned(columns), 1))
+        return self._views[name, rows, columns]
 
     def _dz(self, n: int, v: int) -> Tensor:
         """The left operand of the products that follow: the tile of logits itself, where it has that dtype."""
@@ -231,7 +230,7 @@ class TritonTileOps:
     def _bias(self, tile: Tile) -> Tensor | None:
         """Kernels read it without a stride."""
         bias = self.call.bias
-        return None if bias is None else bias[tile.columns].to(self.call.compute_dtype).contiguous()
+        return None if bias is None else part(bias, tile.columns).to(self.call.compute_dtype).contiguous()
 
     def _from_saved(self, grads: TokenGrads, saved: SavedTile, tile: Tile) -> Tensor:
         n, v = saved.exps.shape
@@ -263,7 +262,7 @@ class FusedTileOps(TritonTileOps):
         split = self._split
         splits = -(-v // split)
         partials = state.tensor.new_empty((splits, len(state.tensor), n))
-        labels = state.labels[tile.rows]
+        labels = part(state.labels, tile.rows)
         exps, maxima = (partials, partials) if saved is None else saved
         # Of nothing, 0: a stride that goes by the tokens could compile the kernel anew.
         exps_stride, maxima_stride = (0, 0) if saved is None else (exps.stride(0), maxima.stride(0))
@@ -277,7 +276,7 @@ class FusedTileOps(TritonTileOps):
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
             MAXIMA_COLUMNS=self.plan.maxima_columns, **arguments,
         )  # fmt: skip
-        _merge(state, tile.rows, partials, labels, split, tile.columns.start, v)
+        state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
 
     def _is_plain(self, arguments: dict[str, Any], outputs: tuple[str, ...]) -> bool:
         """Whether logits are products times a positive number, and nothing else is wanted. In float32 the kernel that
@@ -292,7 +291,7 @@ class FusedTileOps(TritonTileOps):
         block = self.config.rows
         launch.run(
             "logits", "rebase_kernel", -(-n // block.block_m), block.warps,
-            exps=share, block_maxima=maxima, labels=state.labels[tile.rows], first=tile.columns.start,
+            exps=share, block_maxima=maxima, labels=part(state.labels, tile.rows), first=tile.columns.start,
             share_base=state.share_base(tile.rows), total=total, n=n, V=v, D=total.shape[1], stride=share.stride(0),
             maxima_stride=maxima.stride(0), slots=-(-v // self._maxima_columns()), total_stride=total.stride(0),
             tolerance=SHARE_TOLERANCE, **self._maxima(), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
@@ -371,7 +370,7 @@ class CublasTileOps(TritonTileOps):
 
     def _accumulate(self, state: TritonState, tile: Tile, product: Tensor) -> Tensor:
         """Returns the rows' maxima (n,) in this tile."""
-        labels, first = state.labels[tile.rows], tile.columns.start
+        labels, first = part(state.labels, tile.rows), tile.columns.start
         return _accumulate_rows(
             state, tile.rows, product, None, labels, self._bias(tile), self.call.transform, first, product.shape[1],
             self.config,
@@ -386,7 +385,7 @@ class CublasTileOps(TritonTileOps):
         maxima, total = exps if maxima is None else maxima, exps if total is None else total
         launch.run(
             "logits", "exps_kernel", -(-n // block.block_m), block.warps,
-            a=product, labels=state.labels[tile.rows], bias=product if bias is None else bias, maxima=maximum,
+            a=product, labels=part(state.labels, tile.rows), bias=product if bias is None else bias, maxima=maximum,
             exps=exps, block_maxima=maxima, share_base=maximum if saved else state.share_base(tile.rows), total=total,
             n=n, V=v, D=total.shape[1], first=tile.columns.start, stride=product.stride(0), exps_stride=exps.stride(0),
             maxima_stride=maxima.stride(0), slots=maxima.shape[1], total_stride=total.stride(0),
@@ -418,20 +417,8 @@ def _accumulate_rows(
         **launch.transform_arguments(transform), INDEXED=index is not None, BIASED=bias is not None,
         OUTPUTS=launch.bits(state.outputs), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
     )  # fmt: skip
-    _merge(state, rows, partials, labels, split, first, v)
+    state.merge(rows, partials, labels, split, first, v)
     return partials[0, 0]
-
-
-def _merge(
-    state: TritonState, rows: slice, partials: Tensor, labels: Tensor, split: int, first: int, width: int
-) -> None:
-    n = len(labels)
-    launch.run(
-        "softmax_state", "merge_kernel", -(-n // MERGE_BLOCK), 4,
-        partials=partials, states=state.tensor, labels=labels, n=n, M=state.tensor.shape[1], row=rows.start,
-        splits=len(partials), split=split, first=first, width=width, OUTPUTS=launch.bits(state.outputs),
-        BLOCK_M=MERGE_BLOCK,
-    )  # fmt: skip
 
 
 def _gradient(

@@ -192,7 +192,7 @@ def merge_kernel(
     row,
     splits,
     split,  # vocabulary entries of a split
-    first,  # the tile's first vocabulary entry
+    first,  # the tile's first vocabulary entry; where it is 0, `states` is of nothing yet, and not read
     width,  # the tile's vocabulary entries
     OUTPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -207,8 +207,9 @@ def merge_kernel(
     inside = rows < n
     so_far = states + tl.cast(row, tl.int64) + rows
     stride = tl.cast(M, tl.int64)
-    state = load_state(so_far, stride, inside, OUTPUTS)
-    label_logit = tl.load(so_far + _LABEL_LOGIT * stride, mask=inside, other=0.0)
+    before = inside & (first > 0)
+    state = load_state(so_far, stride, before, OUTPUTS)
+    label_logit = tl.load(so_far + _LABEL_LOGIT * stride, mask=before, other=float("nan"))  # where the label is nowhere
     local = tl.load(labels + rows, mask=inside, other=-1) - first
     for i in tl.range(0, splits, num_stages=4):  # each split's numbers are on their way while the last are merged
         pointer = partials + tl.cast(i, tl.int64) * FIELDS * n + rows

@@ -13,12 +13,14 @@ from helpers import assert_close, check_against_reference, loss_of, make_head, s
 from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
 from dpo_kernels.backends import triton as triton_backend
 from dpo_kernels.backends.pytorch import PyTorchBackend
+from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.dispatch import BACKENDS
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import Arch
+from dpo_kernels.kernels.finish import log1p
 from dpo_kernels.kernels.softmax_state import expm1, tanh
 from dpo_kernels.splits import PROGRAM
-from dpo_kernels.statistics import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OPTIONAL_OUTPUTS, Finished, TokenStats, finish
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,24 +120,50 @@ def test_buffers_are_those_of_a_tile(small_tiles, monkeypatch):
 
 
 @triton.jit
-def both(x, t, d, e, N: tl.constexpr):
+def each(x, t, d, e, p, N: tl.constexpr):
     at = tl.arange(0, N)
     value = tl.load(x + at)
     capped, derivative = tanh(value)
     tl.store(t + at, capped)
     tl.store(d + at, derivative)
     tl.store(e + at, expm1(-tl.abs(value)))
+    tl.store(p + at, log1p(tl.exp(-tl.abs(value))))
 
 
 def test_functions_of_the_kernels():
-    """tanh, its derivative and expm1 keep their relative precision where Triton's own building blocks lose it."""
+    """tanh, its derivative, expm1 and log1p keep their relative precision where Triton's own functions lose it."""
     x = torch.cat([torch.logspace(-6, 1.5, 511), torch.zeros(1)]) * torch.tensor([1.0, -1.0]).repeat(256)
     exact = x.double()
-    t, d, e = torch.empty(512), torch.empty(512), torch.empty(512)
-    both[(1,)](x, t, d, e, N=512)
-    for got, truth in ((t, exact.tanh()), (d, exact.cosh() ** -2), (e, torch.expm1(-exact.abs()))):
-        bound = 4e-6 if got is d else 4e-7  # exp(-60) itself has rounded its argument
+    t, d, e, p = (torch.empty(512) for _ in range(4))
+    each[(1,)](x, t, d, e, p, N=512)
+    truths = exact.tanh(), exact.cosh() ** -2, torch.expm1(-exact.abs()), torch.log1p((-exact.abs()).exp())
+    for got, truth in zip((t, d, e, p), truths, strict=True):
+        bound = 4e-6 if got is d or got is p else 4e-7  # exp(-60) itself has rounded its argument
         assert ((got.double() - truth).abs() <= bound * truth.abs()).all()
+
+
+def test_the_kernel_that_finishes_is_the_function():
+    """States of any kind: random, without any other logit, with the label nowhere, beyond float32, with NaN."""
+    torch.manual_seed(0)
+    special = torch.tensor([0.0, 1.0, -1.0, 80.0, -3e38, 3e38, torch.inf, -torch.inf, torch.nan])
+    pairs = torch.cartesian_prod(special, special)
+    n = 100 + len(pairs)
+    maximum = torch.cat([5 * torch.randn(100), pairs[:, 0]])
+    state = TritonState(torch.randint(1000, (n,)), 1000, OPTIONAL_OUTPUTS)
+    state.tensor.copy_(torch.stack([
+        maximum, torch.where(maximum == -torch.inf, 0, 1 + 100 * torch.rand(n)),
+        torch.cat([5 * torch.randn(100), pairs[:, 1]]), -10 * torch.rand(n), torch.rand(n), torch.randn(n),
+        torch.randint(1000, (n,)).float(),
+    ]))  # fmt: skip
+    made = state.finish()
+    meant = finish(state.part(), state.labels, 1000, OPTIONAL_OUTPUTS)
+    known = ~state.part().label_logit.isnan()
+    for name, got, truth in zip(
+        (*TokenStats._fields, *Finished._fields[1:]), (*made.stats, *made[1:]), (*meant.stats, *meant[1:]), strict=True
+    ):
+        rows = known if name == "maximum" else slice(None)  # of no label any number will do: nothing else is one
+        close = torch.isclose(got[rows], truth[rows], rtol=2e-6, atol=1e-6, equal_nan=True)
+        assert close.all(), (name, got[rows][~close], truth[rows][~close])
 
 
 def test_a_descriptor_names_rows_apart_from_one_another():

@@ -1,0 +1,60 @@
+"""What a small call costs the host on a GPU, counted: PyTorch's operations, launches, and waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_kernels import ops
+from dpo_kernels.call import Grads, Options
+from dpo_kernels.kernels.configs import Arch
+from dpo_kernels.overrides import override
+
+TOKENS, FEATURES, VOCAB = 512, 1024, 32_000  # whose kernels take some 50 us on an H100, by their products
+# Before, with all tokens counted: 46, 136 and 131 operations, and 2, 16 and 14 kernels of ours and products.
+LIMITS = {(): (23, 3), ("hidden",): (35, 6), ("hidden", "weight"): (35, 6)}
+WITH_INDEX = 8  # operations more where some labels do not count
+WAITS = ("aten.nonzero", "aten._local_scalar_dense", "aten.item", "aten.is_nonzero")
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ignored", [0, 212])
+@pytest.mark.parametrize("grads", LIMITS)
+def test_a_small_step_asks_little_of_the_host(grads, ignored):
+    """Operators' own code on CPU tensors, with the launches left out; what only a CPU does, looking at labels, too."""
+    hidden, weight = torch.zeros(TOKENS, FEATURES).bfloat16(), torch.zeros(VOCAB, FEATURES).bfloat16()
+    labels = torch.zeros(TOKENS, dtype=torch.int64)
+    labels[TOKENS - ignored :] = -100
+    encoded = Options(grads=Grads.of(grads), compute_dtype=torch.bfloat16, impl="triton").encode()
+    head = (hidden, weight, None, None, None, labels)
+    launches = []
+    with (
+        override(launch=lambda *what: launches.append(what), arch=Arch("cuda", 9), kernels={"strategy": "fused"}),
+        mock.patch("dpo_kernels.backends.triton.library_multiply", lambda *what: launches.append(what)),
+        mock.patch("dpo_kernels.checks.labels_in_range"),
+        Counted() as counted,
+    ):
+        made = ops.token_stats_op._init_fn(*head, *encoded)
+        if grads:
+            wanted = [name in grads for name in ("hidden", "weight", "bias", "low_rank", "low_rank")]
+            upstream = labels.float()
+            counted.operations.pop()
+            saved = list(made[ops.STATS :])
+            ops.token_stats_backward_op._init_fn([upstream, None], saved, wanted, *head, *encoded)
+    operations, kernels = LIMITS[grads]
+    assert len(counted.operations) <= operations + (WITH_INDEX if ignored else 0), counted.operations
+    assert len(launches) <= kernels, [what[1] for what in launches]
+    assert sum(name.startswith(WAITS) for name in counted.operations) == 1  # to find the labels that count; in forward
