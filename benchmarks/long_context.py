@@ -47,7 +47,8 @@ COLORS = {"plain": "#7f7f7f", "ours": "#0072B2", "ours, --fit": "#D55E00", "TRL"
 @dataclass(frozen=True)
 class Row:
     """tokens: of a prompt with its answer. bytes: the most that was resident; None: more than the limit. seconds: of a
-    step. chosen: what --fit chose. planned: bytes, by the plan."""
+    step. chosen: what --fit chose. planned: bytes, by the plan. lowered: with what the step was run again, where memory
+    did not suffice for it (by then it held the limit)."""
 
     system: str
     tokens: int
@@ -55,15 +56,17 @@ class Row:
     seconds: float | None = None
     chosen: str = ""
     planned: int | None = None
+    lowered: str = ""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What trains two steps and returns the seconds of the second. chosen, planned: as of `Row`."""
+    """What trains two steps and returns the seconds of the second. chosen, planned, lowered: as of `Row`."""
 
     train: Callable[[], float]
     chosen: str = ""
     planned: int | None = None
+    lowered: Callable[[], str] = str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +124,7 @@ def _inside(name: str, tokens: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         made = SYSTEMS[name](prompt, tokens - prompt, folder)
         seconds = made.train()
-    return Row(name, tokens, most_resident(), seconds, made.chosen, made.planned)
+    return Row(name, tokens, most_resident(), seconds, made.chosen, made.planned, made.lowered())
 
 
 def _models() -> tuple[Any, Any]:
@@ -156,7 +159,7 @@ def _ours(prompt: int, answer: int, folder: str, budget: int | None = None) -> M
     items = [{key: tensor[0] for key, tensor in each.items()} for each in (made_pairs(*SHORT), pairs)]
     policy, reference = _models()
     trainer = DPOTrainer(policy, reference, args, items)
-    return Made(partial(_train, trainer), chosen, planned)
+    return Made(partial(_train, trainer), chosen, planned, partial(_lowered, trainer))
 
 
 def _trl(prompt: int, answer: int, folder: str) -> Made:
@@ -207,6 +210,10 @@ def _plain(prompt: int, answer: int, folder: str) -> Made:
         return time.perf_counter() - begin
 
     return Made(train)
+
+
+def _lowered(trainer: Any) -> str:
+    return ", ".join(entry["lowered"] for entry in trainer.state.log_history if "lowered" in entry)
 
 
 def _train(trainer: Any) -> float:
@@ -260,7 +267,8 @@ def _cell(row: Row | None) -> str:
         return ""
     if row.bytes is None or row.seconds is None:
         return f"> {LIMIT // GIB} GiB"
-    return f"{row.bytes / 2**20:,.0f} MiB, {row.seconds:,.0f} s"
+    again = f", run again with `{row.lowered}`" if row.lowered else ""
+    return f"{row.bytes / 2**20:,.0f} MiB, {row.seconds:,.0f} s{again}"
 
 
 def _line(row: Row) -> str:
