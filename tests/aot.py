@@ -257,7 +257,8 @@ def fault(row: dict[str, Any]) -> str | None:
     if row.get("serial"):
         return row["serial"]
     if (
-        row["kernel"] in ("accumulate_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
+        row["kernel"]
+        in ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
         and not row["wide"]
     ):
         return "no 16-byte loads"

@@ -27,6 +27,7 @@ from dpo_kernels.statistics import Finished
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
 SHARE_TOLERANCE = 8.0
+SMALLEST_SCALE = 1e-30  # of kernels that scale last, for which the logits of banned entries stay -inf
 WHOLE = 2**31  # columns: a tile of products is never split
 
 # Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
@@ -282,7 +283,7 @@ class FusedTileOps(TritonTileOps):
         """Whether logits are products times a positive number, and nothing else is wanted. In float32 the kernel that
         takes advantage of it spills."""
         more = arguments["BIASED"] or arguments["CAPPED"] or outputs or self.call.compute_dtype == torch.float32
-        return not more and arguments["outer"] > 0
+        return not more and arguments["outer"] > SMALLEST_SCALE
 
     def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
         n, v, shared = len(tile.hidden), len(tile.weight), self.plan.maxima_columns
@@ -410,13 +411,20 @@ def _accumulate_rows(
     n, v, block = len(labels), matrix.shape[1], config.rows
     splits = -(-v // split)
     partials = state.tensor.new_empty((splits, len(state.tensor), n))
-    launch.run(
-        "logits", "accumulate_kernel", -(-n // block.block_m) * splits, block.warps,
-        a=matrix, index=labels if index is None else index, labels=labels, bias=matrix if bias is None else bias,
-        partials=partials, n=n, V=v, first=first, split=split, stride=matrix.stride(0),
-        **launch.transform_arguments(transform), INDEXED=index is not None, BIASED=bias is not None,
-        OUTPUTS=launch.bits(state.outputs), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
-    )  # fmt: skip
+    arguments: dict[str, Any] = {
+        "a": matrix, "index": labels if index is None else index, "labels": labels, "partials": partials,
+        "n": n, "V": v, "first": first, "split": split, "stride": matrix.stride(0), "INDEXED": index is not None,
+        "BLOCK_M": block.block_m, **launch.transform_arguments(transform),
+    }  # fmt: skip
+    name = "accumulate_kernel"
+    if bias is None and not state.outputs and not arguments["CAPPED"] and arguments["outer"] > SMALLEST_SCALE:
+        del arguments["CAPPED"], arguments["inner"]
+        name, width = "fold_kernel", 16 // matrix.element_size()
+        arguments |= {"GROUPS": block.block_n // width, "WIDTH": width}
+    else:
+        arguments |= {"bias": matrix if bias is None else bias, "BIASED": bias is not None}
+        arguments |= {"OUTPUTS": launch.bits(state.outputs), "BLOCK_N": block.block_n}
+    launch.run("logits", name, -(-n // block.block_m) * splits, block.warps, **arguments)
     state.merge(rows, partials, labels, split, first, v)
     return partials[0, 0]
 

@@ -1,6 +1,7 @@
 """Kernels over a matrix of products or logits that is in memory: the logits themselves, or a tile that cuBLAS made.
 
     accumulate_kernel states of rows
+    fold_kernel       the same of plain calls, faster
     exps_kernel       exponentials, to be saved or summed by a frozen head
     gradient_kernel   d loss / d a from a
     saved_kernel      d loss / d a from saved exponentials
@@ -20,6 +21,7 @@ from dpo_kernels.kernels.softmax_state import (
     LOG2E,
     LOG_ZERO,
     LOWEST,
+    beyond,
     block_state,
     empty_state,
     expm1,
@@ -99,6 +101,64 @@ def accumulate_kernel(
         block, _, _ = block_state(z, columns, local, end, first, OUTPUTS)
         state = merge(state, block, OUTPUTS)
     store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, OUTPUTS)
+
+
+@triton.jit(do_not_specialize=["n"])
+def fold_kernel(
+    a,  # (rows, V) any floating dtype
+    index,  # (n,) int64
+    labels,  # (n,) int64
+    partials,  # (splits, FIELDS, n) float32, written
+    n,
+    V,
+    first,
+    split,
+    stride,
+    outer,
+    INDEXED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """accumulate_kernel without bias, cap and statistics, outer > 0. It takes GROUPS x WIDTH columns at a time, WIDTH
+    of them one load of 16 bytes: each group has its own state, so that no thread waits for another until the end.
+
+    As in `plain_block_state` the largest is subtracted before anything is scaled, and few blocks look for the label.
+
+    Traffic: as accumulate_kernel's; 138 instructions of a warp for 4,096 columns on sm_90, not 374 and 9 barriers.
+    """
+    row_blocks = tl.cdiv(n, BLOCK_M)
+    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(0) // row_blocks
+    inside = rows < n
+    offsets = (tl.load(index + rows, mask=inside, other=0) if INDEXED else rows.to(tl.int64)) * stride
+    local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
+    start = part * split
+    end = tl.minimum(start + split, V)
+    scale = outer * LOG2E
+    block = (tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[None, :, :]
+    largest = tl.zeros((BLOCK_M, GROUPS), tl.float32) - float("inf")
+    total = tl.zeros((BLOCK_M, GROUPS), tl.float32)
+    label_logit = tl.zeros((BLOCK_M, GROUPS), tl.float32)
+    for column in tl.range(start, end, GROUPS * WIDTH):
+        columns = column + block
+        mask = inside[:, None, None] & (columns < end)
+        z = tl.load(a + offsets[:, None, None] + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        at = local - column
+        if tl.max(((at >= 0) & (at < GROUPS * WIDTH)).to(tl.int32), 0) > 0:
+            at_label = columns == local[:, None, None]
+            label_logit += tl.sum(tl.where(at_label, z, 0.0), 2)
+            z = tl.where(at_label, float("-inf"), z)
+        grown = tl.maximum(largest, tl.max(z, 2))
+        base = tl.maximum(grown, LOWEST)
+        total = total * tl.exp2((largest - base) * scale) + tl.sum(tl.exp2((z - base[:, :, None]) * scale), 2)
+        largest = grown
+    of_row = tl.max(largest, 1)
+    total = tl.sum(total * tl.exp2((largest - tl.maximum(of_row, LOWEST)[:, None]) * scale), 1)
+    maximum = of_row * outer
+    total = beyond(maximum, total)
+    state = (maximum, total, tl.sum(label_logit, 1) * outer, total, total, total, total)
+    store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, 0)
 
 
 @triton.jit(do_not_specialize=["n"])

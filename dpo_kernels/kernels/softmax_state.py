@@ -101,6 +101,13 @@ def block_state(z, columns, labels, end, first, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
+def beyond(maximum, total):
+    """Sums of logits that were scaled last, which may be beyond float32 then: their row is NaN, and on the other side
+    they are nothing, as if each had been scaled first."""
+    return tl.where(maximum == float("inf"), float("nan"), tl.where(maximum == float("-inf"), 0.0 * total, total))
+
+
+@triton.jit
 def plain_block_state(a, column, local, end, outer, BLOCK_N: tl.constexpr):
     """`block_state` of products a (M, N) from `column` on, without statistics; logits are a * outer, outer > 0.
 
@@ -118,9 +125,7 @@ def plain_block_state(a, column, local, end, outer, BLOCK_N: tl.constexpr):
     largest = tl.max(a, 1)
     exps = tl.exp2((a - tl.maximum(largest, LOWEST)[:, None]) * (outer * LOG2E))
     maximum = largest * outer
-    # Logits beyond float32: their row is NaN, and on the other side they are nothing, as if each had been scaled first.
-    total = tl.sum(exps, 1)
-    total = tl.where(maximum == float("inf"), float("nan"), tl.where(maximum == float("-inf"), 0.0 * total, total))
+    total = beyond(maximum, tl.sum(exps, 1))
     zero = tl.zeros_like(label_logit)
     return (maximum, total, label_logit, zero, zero, zero, zero), exps, tl.maximum(maximum, LOWEST)
 

@@ -76,7 +76,7 @@ def test_logits_are_split_over_programs_where_rows_are_few(override):
     assert_close(
         logits_to_log_probs(logits, labels, impl="triton"), reference.logits_to_log_probs(logits, labels), 1e-5
     )
-    assert launched[0] == ("logits", "accumulate_kernel", 10)
+    assert launched[0] == ("logits", "fold_kernel", 10)
 
 
 @pytest.mark.parametrize("at_once", [1, 300])
