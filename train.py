@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 
+from dpo_kernels.commands import endings
 from dpo_kernels.commands.main import run
 
 
@@ -24,4 +25,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run("train", sys.argv[1:], program="train.py"))
+    endings.last_act(lambda: run("train", sys.argv[1:], program="train.py"))

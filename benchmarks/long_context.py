@@ -66,7 +66,7 @@ class Made:
     train: Callable[[], float]
     chosen: str = ""
     planned: int | None = None
-    lowered: Callable[[], str] = str
+    lowered: Callable[[], str] = lambda: ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,6 @@
 """`python -m dpo_kernels`: the command `dpo-kernels`."""
 
-import sys
-
-from dpo_kernels.commands.main import main
+from dpo_kernels.commands.main import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.layout import part
+from dpo_kernels.layout import rows_of
 from dpo_kernels.vocab_shard import VocabShard
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -256,7 +256,7 @@ class TokenGrads(NamedTuple):
     grad_entropy: Tensor | None = None
 
     def rows(self, rows: slice) -> TokenGrads:
-        return TokenGrads(*(None if t is None else part(t, rows) for t in self))  # type: ignore[arg-type]
+        return TokenGrads(*(None if t is None else rows_of(t, rows) for t in self))  # type: ignore[arg-type]
 
 
 def ignored(labels: Tensor, ignore_index: int | None) -> Tensor:

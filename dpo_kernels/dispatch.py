@@ -89,6 +89,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, vocab_siz
 
 def capabilities(backend: Backend, device: torch.device, configuration: object) -> Capabilities:
     known, changes = backend.capabilities(device, configuration), overrides.current().capabilities
+    if changes and "tiles" in changes:
+        known = replace(known, wide_tiles=())  # whoever names the tiles gets no other
     return replace(known, **changes) if changes else known
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_kernels.backends.base import LogitsGradient, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, Grads, TokenGrads
-from dpo_kernels.layout import first_columns, part, take_rows
+from dpo_kernels.layout import first_columns, rows_of, take_rows
 from dpo_kernels.planner import Plan, Sweep
 from dpo_kernels.statistics import Finished
 
@@ -39,7 +39,7 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
         for rows in plan.token_spans:
             tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
             if plan.mode == "frozen":
-                ops.accumulate_jacobian(state, tile, part(jacobian, rows))
+                ops.accumulate_jacobian(state, tile, rows_of(jacobian, rows))
             else:
                 ops.accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
             del tile  # or its slices would live while the next are made
@@ -48,7 +48,7 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
     if plan.mode == "frozen":
         for rows in plan.token_spans:
             label_weight = partial(operands.label_weight, rows)
-            ops.finish_jacobian(state, rows, done.rows(rows), part(jacobian, rows), label_weight)
+            ops.finish_jacobian(state, rows, done.rows(rows), rows_of(jacobian, rows), label_weight)
     return Saved(done.stats, done.maximum, done.log_sum, done.label_logit, exps, maxima, jacobian)
 
 
@@ -146,7 +146,7 @@ def _scale_jacobian(call: Call, wanted: Grads, plan: Plan, grads: TokenGrads, ja
         return None
     gradient = _hidden_gradient(call, plan, jacobian)
     for rows in plan.token_spans:
-        gradient.write(rows, part(jacobian, rows) * part(grads.grad_log_probs, rows)[:, None])
+        gradient.write(rows, rows_of(jacobian, rows) * rows_of(grads.grad_log_probs, rows)[:, None])
     return _in_shape(call, gradient)
 
 
@@ -181,15 +181,16 @@ class _Operands:
         self._all = self._all_rows() if plan.hold_hidden else None
 
     def convert(self, source: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rounds to the compute dtype, then widens to the dtype of the product's operands."""
-        rounded = source.to(self.call.compute_dtype)
-        if rounded.dtype == self.dtype:
-            return rounded
+        """Rounds to the compute dtype, then widens to the dtype of the product's operands; into `out` if given, unless
+        the source itself will do."""
+        if source.dtype == self.dtype == self.call.compute_dtype:
+            return source
+        rounded = source if self.dtype == self.call.compute_dtype else source.to(self.call.compute_dtype)
         return rounded.to(self.dtype) if out is None else out.copy_(rounded)
 
     def hidden(self, rows: slice) -> Tensor:
         if self._all is not None:
-            return part(self._all, rows)
+            return rows_of(self._all, rows)
         convert = self.convert if self._a is None else self._hidden_beside
         return self._hidden.get(rows, lambda: self.taken(rows), convert)
 
@@ -203,7 +204,7 @@ class _Operands:
             return made
 
         return self._weight.get(
-            columns, lambda: part(self.call.weight, columns), self.convert if low_rank is None else beside
+            columns, lambda: rows_of(self.call.weight, columns), self.convert if low_rank is None else beside
         )
 
     def release(self) -> None:
@@ -213,7 +214,7 @@ class _Operands:
     def label_weight(self, rows: slice) -> Tensor:
         """W at the labels, (n, D); 0 where a label is not here: on another rank, or beyond the vocabulary, where its
         log-prob is NaN already."""
-        label, last = part(self.labels, rows), self.plan.vocab_size - 1
+        label, last = rows_of(self.labels, rows), self.plan.vocab_size - 1
         if last < 0:
             return self.wide.new_zeros((len(label), self.plan.hidden_size), dtype=self.dtype)
         taken = self.convert(self.call.weight.index_select(0, label.clamp(0, last)))
@@ -343,9 +344,9 @@ class _Gradient:
         again = rows.start in self.begun
         self.begun.add(rows.start)
         if self.once or self.direct:
-            self.ops.multiply(part(self.out, rows), a, b, add=again)
+            self.ops.multiply(rows_of(self.out, rows), a, b, add=again)
         elif self.whole:
-            self.ops.multiply(part(self.total, rows), a, b, add=again)
+            self.ops.multiply(rows_of(self.total, rows), a, b, add=again)
         else:
             if self.spans != [rows]:
                 self.finish()
@@ -355,7 +356,8 @@ class _Gradient:
     def finish(self) -> None:
         """Casts what is summed."""
         for rows in [] if self.once else self.spans:
-            total = part(self.out, rows) if self.direct else part(self.total, rows) if self.whole else self._first(rows)
+            all_rows = self.out if self.direct else self.total
+            total = rows_of(all_rows, rows) if self.direct or self.whole else self._first(rows)
             if self.complete is not None:
                 self.complete(rows, total)
             if not self.direct:
@@ -364,7 +366,7 @@ class _Gradient:
 
     def _first(self, rows: slice) -> Tensor:
         """Of sums of a tile's height the part that this tile fills."""
-        return part(self.total, slice(0, rows.stop - rows.start))
+        return rows_of(self.total, slice(0, rows.stop - rows.start))
 
     def end(self) -> None:
         """Casts what is summed, and frees the sums before the next sweep makes its own."""
@@ -373,9 +375,9 @@ class _Gradient:
 
     def write(self, rows: slice, values: Tensor) -> None:
         if self.index is None:
-            part(self.out, rows).copy_(values)
+            rows_of(self.out, rows).copy_(values)
         else:
-            self.out.index_copy_(0, part(self.index, rows), values.to(self.out.dtype))
+            self.out.index_copy_(0, rows_of(self.index, rows), values.to(self.out.dtype))
 
 
 def saved_tile(exps: Tensor, maxima: Tensor, plan: Plan, rows: slice, columns: slice) -> SavedTile | None:

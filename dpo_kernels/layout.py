@@ -11,7 +11,7 @@ from torch import Tensor
 CAST = 2**21  # numbers that `spread_rows` casts at a time
 
 
-def part(tensor: Tensor, rows: slice) -> Tensor:
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
     """tensor[rows]; the tensor itself where that is all of it: a view costs the host half as much as a launch."""
     return tensor if rows.start == 0 and rows.stop >= len(tensor) else tensor[rows]
 
@@ -28,7 +28,7 @@ def take_rows(tensor: Tensor, index: Tensor | None, rows: slice) -> Tensor:
     except RuntimeError:  # no single stride: index the leading dimensions one by one
         where = torch.arange(rows.start, rows.stop, device=tensor.device) if index is None else index[rows]
         return tensor[places(where, tensor.shape[:-1])]
-    return part(flat, rows) if index is None else flat.index_select(0, part(index, rows))
+    return rows_of(flat, rows) if index is None else flat.index_select(0, rows_of(index, rows))
 
 
 def put_rows(tensor: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:

@@ -168,7 +168,12 @@ def token_stats_backward_op(
     found = dispatch.backward(
         call, Grads(wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4]), execution, rows, of_forward
     )
-    return [g for g, want in zip(found, wanted, strict=True) if want and g is not None]
+    gradients = []
+    for name, gradient, want in zip(found._fields, found, wanted, strict=True):
+        if want:
+            assert gradient is not None, name
+            gradients.append(gradient)
+    return gradients
 
 
 @token_stats_backward_op.register_fake
@@ -208,8 +213,9 @@ def _token_stats_backward(ctx: Any, *output_grads: Tensor | None) -> Any:
         return none
     saved = ctx.saved_tensors  # once: a checkpoint computes them for one reader
     head, made = saved[:HEAD_TENSORS], saved[HEAD_TENSORS:]
-    found = iter(torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, *head, *ctx.encoded))
-    return (*(next(found) if want else None for want in wanted), *none[len(wanted) :])
+    found = torch.ops.dpo_kernels.token_stats_backward(grads, made, wanted, *head, *ctx.encoded)
+    each = dict(zip((i for i, want in enumerate(wanted) if want), found, strict=True))
+    return (*map(each.get, range(len(wanted))), *none[len(wanted) :])
 
 
 @torch.library.custom_op(

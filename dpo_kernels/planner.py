@@ -241,12 +241,25 @@ class Workload:
         useful = [
             (n, v) for n, v in self.capabilities.tiles if n // 2 < max(self.tokens, 1) or v // 2 < self.vocab_size
         ]
-        wide = [(n, v) for n, v in self.capabilities.wide_tiles if self.tokens <= n and v // 2 < self.vocab_size]
-        useful = wide[:1] + useful
+        useful = self.wide_tile() + useful
         return [
             (min(n, max(self.tokens, 1)), min(v, max(self.vocab_size, 1)))
             for n, v in useful or [self.capabilities.tiles[-1]]
         ]
+
+    def wide_tile(self) -> list[tuple[int, int]]:
+        """The wide tile that this shape fills at least half, if any. Where W is copied for it a narrow one is better.
+
+        A vocabulary that is no multiple of 16 is cut as narrow tiles cut it, at multiples of their width: kernels are
+        compiled by whether a tile's is one of 16, and no number of tokens may compile them.
+        """
+        if self.operand:
+            return []
+        narrow = self.capabilities.tiles[0][1]
+        found = [(n, v) for n, v in self.capabilities.wide_tiles if self.tokens <= n and v // 2 < self.vocab_size][:1]
+        if self.vocab_size % ALIGNMENT == 0:
+            return found
+        return [(n, min(v, self.vocab_size // narrow * narrow)) for n, v in found if self.vocab_size >= narrow]
 
     def default_budget(self) -> int:
         return max(DEFAULT_BUDGET, 2 * self.dtype.itemsize * self.hidden_size * (self.tokens + self.vocab_size))

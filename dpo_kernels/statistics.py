@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.layout import part
+from dpo_kernels.layout import rows_of
 
 # exp of anything below is 0 in float32 and float64. It keeps 0 * log 0 out of the entropy.
 LOG_ZERO = -1e4
@@ -79,8 +79,8 @@ class Finished(NamedTuple):
     label_logit: Tensor
 
     def rows(self, rows: slice) -> Finished:
-        """Views of some rows, without the optional statistics."""
-        return Finished(TokenStats(part(self.stats.log_probs, rows)), *(part(t, rows) for t in self[1:]))
+        """Some rows, without the optional statistics; of all of them the tensors themselves."""
+        return Finished(TokenStats(rows_of(self.stats.log_probs, rows)), *(rows_of(t, rows) for t in self[1:]))
 
 
 def empty_state(rows: int, outputs: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> SoftmaxState:

@@ -64,6 +64,7 @@ NAMES = {
 MULTIPLY = ("forward_kernel", "recompute_kernel")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SCRATCH = 48 * 2**20  # whatever the chip: budgets below lead to the same modes on all of them
+VOCABULARIES = (4000, 32_000, 50_257)  # narrow and wide tiles, and such that are no multiple of 16
 PLAIN: dict[str, Any] = {}
 CAPPED = {"softcap": 30.0, "temperature": 0.7, "logit_scale": 1.3}
 
@@ -126,7 +127,8 @@ def of_each_count(target: Target, counts: list[int]) -> list[set[Launch]]:
             changes = {"arch": target.arch, "launch": record, "kernels": {"strategy": strategy}}
             with override(**changes, capabilities={"scratch": 0}):
                 for grads in ("none", "hidden", "hidden,weight"):
-                    _run(torch.bfloat16, PLAIN, (), grads, None, tokens=tokens, vocab=4000)
+                    for vocab in VOCABULARIES:
+                        _run(torch.bfloat16, PLAIN, (), grads, None, features=64, tokens=tokens, vocab=vocab)
         found.append(made)
     return found
 
@@ -174,9 +176,10 @@ def _run(
     if grads != "none":
         (made.log_probs if made.entropy is None else made.log_probs + made.entropy).sum().backward()
     else:
-        logits = torch.zeros(tokens, vocab // 4, dtype=dtype, requires_grad=True)
         labels[:9] = -100 if options else 0
-        logits_to_log_probs(logits, labels, impl="triton", **options).sum().backward()
+        for width in (vocab // 4, vocab // 4 + 1):  # rows that start on 16 bytes, and not
+            logits = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
+            logits_to_log_probs(logits, labels, impl="triton", **options).sum().backward()
 
 
 def inspect(target_name: str, launch: Launch) -> dict[str, Any]:

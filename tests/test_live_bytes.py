@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +27,11 @@ TARGETS: dict[str, dict[str, Any]] = {
     "torch": {},
     "triton, fused": {"arch": Arch("cuda", 9), "kernels": {"strategy": "fused"}},
     "triton, tiles": {"arch": Arch("cuda", 9), "kernels": {"strategy": "tiles"}},
+    "triton, fused, wide": {
+        "arch": Arch("cuda", 9),
+        "kernels": {"strategy": "fused"},
+        "wide": ((300, 8192), (1200, 4096)),
+    },
     "torch, a rank": {},
     "triton, fused, a rank": {"arch": Arch("cuda", 9), "kernels": {"strategy": "fused"}},
 }
@@ -40,11 +45,16 @@ class Case:
     features: int
     vocab: int
     dtype: torch.dtype
+    autocast: torch.dtype | None
     grads: tuple[str, ...]
     entropy: bool
     softcap: bool
     rank: int
     room: float  # of the budget, between the least that works and more than enough
+
+    @property
+    def compute(self) -> torch.dtype:
+        return self.autocast or self.dtype
 
     @property
     def impl(self) -> str:
@@ -60,12 +70,14 @@ def drawn(target: str, seed: int) -> Case:
     labels = draw.choice([64, 300, 1000, 2000])
     names = ["hidden", "weight", "bias"] if draw.random() < 0.7 else ["hidden"]
     rank = draw.choice([0, 0, 0, 8])
-    return Case(
+    case = Case(
         target, labels, draw.choice([labels, labels * 3 // 5]), draw.choice([32, 96, 256, 1040]),
-        draw.choice([300, 2003, 6000]), draw.choice([torch.float32, torch.bfloat16, torch.float16]),
+        draw.choice([300, 2003, 6000]), draw.choice([torch.float32, torch.bfloat16, torch.float16]), None,
         tuple(name for name in names if draw.random() < 0.8) + (("low_rank",) if rank else ()),
         draw.random() < 0.25, draw.random() < 0.3, rank, draw.choice([0.0, 0.1, 0.3, 0.6, 1.0, 2.0]),
     )  # fmt: skip
+    autocasts = draw.random() < 0.3 and case.dtype == torch.float32
+    return replace(case, autocast=torch.bfloat16) if autocasts else case
 
 
 class Peak(LiveBytes):
@@ -120,13 +132,15 @@ def held(case: Case) -> Held:
     sizes = (case.counted, case.features, case.vocab, case.dtype)
     options: dict[str, Any] = {
         "grads": case.grads, "outputs": outputs, "softcap": softcap, "impl": case.impl, "labels": case.labels,
-        "rank": case.rank, "ranks": case.ranks,
+        "rank": case.rank, "ranks": case.ranks, "compute_dtype": case.compute,
     }  # fmt: skip
-    with override(launch=nothing, **TARGETS[case.target]), without_products(case):
+    changes = dict(TARGETS[case.target])
+    wide = {"wide_tiles": changes.pop("wide")} if "wide" in changes else {}
+    with override(launch=nothing, **changes, capabilities=wide), without_products(case):
         least = least_budget(*sizes, **options)
         budget = least + int(case.room * (4 * case.counted * case.vocab))
         told = Options(
-            transform=Transform(softcap=softcap), outputs=outputs, grads=grads, compute_dtype=case.dtype,
+            transform=Transform(softcap=softcap), outputs=outputs, grads=grads, compute_dtype=case.compute,
             memory_budget=budget, impl=case.impl, shard=VocabShard(None, 0, case.vocab) if case.ranks else None,
         )  # fmt: skip
         with Peak() as live:
@@ -159,7 +173,7 @@ def group(tmp_path) -> Iterator[None]:
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_call_holds_more_than_its_plan(target):
-    """Random ones, 335 of all targets: shapes, dtypes, ignored labels, gradients, statistics, adapters, budgets."""
+    """Random ones, 402 of all targets: shapes, dtypes, ignored labels, gradients, statistics, adapters, budgets."""
     seen = set()
     for seed in range(67):
         case = drawn(target, seed)

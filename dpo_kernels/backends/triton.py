@@ -21,13 +21,12 @@ from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.call import DTYPE_NAMES, Call, TokenGrads, Tokens, Transform
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import KernelConfig
-from dpo_kernels.layout import in_matrix, lies_in_rows, part
+from dpo_kernels.layout import in_matrix, lies_in_rows, rows_of
 from dpo_kernels.planner import Capabilities, Plan, Sweep, aligned
 from dpo_kernels.statistics import Finished
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
 SHARE_TOLERANCE = 8.0
-SMALLEST_SCALE = 1e-30  # of kernels that scale last, for which the logits of banned entries stay -inf
 WHOLE = 2**31  # columns: a tile of products is never split
 
 # Sums of gradients are read and written once a tile: at 4096 features tiles of 4096 x 4096 spend more on them than a
@@ -182,7 +181,7 @@ class TritonTileOps:
         launch.run(
             "finish", "jacobian_kernel", -(-n // block.block_m) * -(-features // block.block_n), block.warps,
             total=total, states=state.tensor, share_base=state.share_base(rows), log_probs=done.stats.log_probs,
-            others=done.others, label_logits=done.label_logit, labels=part(state.labels, rows), weight=weight, n=n,
+            others=done.others, label_logits=done.label_logit, labels=rows_of(state.labels, rows), weight=weight, n=n,
             M=state.tensor.shape[1], row=rows.start, V=len(weight), D=features, total_stride=total.stride(0),
             weight_stride=weight.stride(0), weight_step=weight.stride(1),
             to_cap=0.0 if transform.softcap is None else transform.temperature / transform.softcap,
@@ -231,7 +230,7 @@ class TritonTileOps:
     def _bias(self, tile: Tile) -> Tensor | None:
         """Kernels read it without a stride."""
         bias = self.call.bias
-        return None if bias is None else part(bias, tile.columns).to(self.call.compute_dtype).contiguous()
+        return None if bias is None else rows_of(bias, tile.columns).to(self.call.compute_dtype).contiguous()
 
     def _from_saved(self, grads: TokenGrads, saved: SavedTile, tile: Tile) -> Tensor:
         n, v = saved.exps.shape
@@ -263,7 +262,7 @@ class FusedTileOps(TritonTileOps):
         split = self._split
         splits = -(-v // split)
         partials = state.tensor.new_empty((splits, len(state.tensor), n))
-        labels = part(state.labels, tile.rows)
+        labels = rows_of(state.labels, tile.rows)
         exps, maxima = (partials, partials) if saved is None else saved
         # Of nothing, 0: a stride that goes by the tokens could compile the kernel anew.
         exps_stride, maxima_stride = (0, 0) if saved is None else (exps.stride(0), maxima.stride(0))
@@ -282,8 +281,8 @@ class FusedTileOps(TritonTileOps):
     def _is_plain(self, arguments: dict[str, Any], outputs: tuple[str, ...]) -> bool:
         """Whether logits are products times a positive number, and nothing else is wanted. In float32 the kernel that
         takes advantage of it spills."""
-        more = arguments["BIASED"] or arguments["CAPPED"] or outputs or self.call.compute_dtype == torch.float32
-        return not more and arguments["outer"] > SMALLEST_SCALE
+        more = arguments["BIASED"] or outputs or self.call.compute_dtype == torch.float32
+        return not more and launch.scales_last(arguments)
 
     def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
         n, v, shared = len(tile.hidden), len(tile.weight), self.plan.maxima_columns
@@ -292,7 +291,7 @@ class FusedTileOps(TritonTileOps):
         block = self.config.rows
         launch.run(
             "logits", "rebase_kernel", -(-n // block.block_m), block.warps,
-            exps=share, block_maxima=maxima, labels=part(state.labels, tile.rows), first=tile.columns.start,
+            exps=share, block_maxima=maxima, labels=rows_of(state.labels, tile.rows), first=tile.columns.start,
             share_base=state.share_base(tile.rows), total=total, n=n, V=v, D=total.shape[1], stride=share.stride(0),
             maxima_stride=maxima.stride(0), slots=-(-v // self._maxima_columns()), total_stride=total.stride(0),
             tolerance=SHARE_TOLERANCE, **self._maxima(), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
@@ -371,7 +370,7 @@ class CublasTileOps(TritonTileOps):
 
     def _accumulate(self, state: TritonState, tile: Tile, product: Tensor) -> Tensor:
         """Returns the rows' maxima (n,) in this tile."""
-        labels, first = part(state.labels, tile.rows), tile.columns.start
+        labels, first = rows_of(state.labels, tile.rows), tile.columns.start
         return _accumulate_rows(
             state, tile.rows, product, None, labels, self._bias(tile), self.call.transform, first, product.shape[1],
             self.config,
@@ -386,7 +385,7 @@ class CublasTileOps(TritonTileOps):
         maxima, total = exps if maxima is None else maxima, exps if total is None else total
         launch.run(
             "logits", "exps_kernel", -(-n // block.block_m), block.warps,
-            a=product, labels=part(state.labels, tile.rows), bias=product if bias is None else bias, maxima=maximum,
+            a=product, labels=rows_of(state.labels, tile.rows), bias=product if bias is None else bias, maxima=maximum,
             exps=exps, block_maxima=maxima, share_base=maximum if saved else state.share_base(tile.rows), total=total,
             n=n, V=v, D=total.shape[1], first=tile.columns.start, stride=product.stride(0), exps_stride=exps.stride(0),
             maxima_stride=maxima.stride(0), slots=maxima.shape[1], total_stride=total.stride(0),
@@ -411,20 +410,25 @@ def _accumulate_rows(
     n, v, block = len(labels), matrix.shape[1], config.rows
     splits = -(-v // split)
     partials = state.tensor.new_empty((splits, len(state.tensor), n))
-    arguments: dict[str, Any] = {
-        "a": matrix, "index": labels if index is None else index, "labels": labels, "partials": partials,
-        "n": n, "V": v, "first": first, "split": split, "stride": matrix.stride(0), "INDEXED": index is not None,
-        "BLOCK_M": block.block_m, **launch.transform_arguments(transform),
+    programs, scale = -(-n // block.block_m) * splits, launch.transform_arguments(transform)
+    shared: dict[str, Any] = {
+        "a": matrix, "index": labels if index is None else index, "labels": labels, "partials": partials, "n": n,
+        "V": v, "first": first, "split": split, "stride": matrix.stride(0), "INDEXED": index is not None,
+        "BLOCK_M": block.block_m,
     }  # fmt: skip
-    name = "accumulate_kernel"
-    if bias is None and not state.outputs and not arguments["CAPPED"] and arguments["outer"] > SMALLEST_SCALE:
-        del arguments["CAPPED"], arguments["inner"]
-        name, width = "fold_kernel", 16 // matrix.element_size()
-        arguments |= {"GROUPS": block.block_n // width, "WIDTH": width}
+    if bias is None and not state.outputs and launch.scales_last(scale):
+        width = 16 // matrix.element_size()
+        launch.run(
+            "logits", "fold_kernel", programs, block.warps, **shared, outer=scale["outer"],
+            ALIGNED=(matrix.stride(0) * matrix.element_size()) % 16 == 0 and matrix.data_ptr() % 16 == 0,
+            GROUPS=block.block_n // width, WIDTH=width,
+        )  # fmt: skip
     else:
-        arguments |= {"bias": matrix if bias is None else bias, "BIASED": bias is not None}
-        arguments |= {"OUTPUTS": launch.bits(state.outputs), "BLOCK_N": block.block_n}
-    launch.run("logits", name, -(-n // block.block_m) * splits, block.warps, **arguments)
+        launch.run(
+            "logits", "accumulate_kernel", programs, block.warps, **shared, **scale,
+            bias=matrix if bias is None else bias, BIASED=bias is not None, OUTPUTS=launch.bits(state.outputs),
+            BLOCK_N=block.block_n,
+        )  # fmt: skip
     state.merge(rows, partials, labels, split, first, v)
     return partials[0, 0]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.kernels import launch
-from dpo_kernels.layout import part
+from dpo_kernels.layout import rows_of
 from dpo_kernels.statistics import Finished, SoftmaxState, TokenStats, finite
 
 BLOCK = 128  # rows of a program
@@ -31,7 +31,7 @@ class TritonState:
     def share_base(self, rows: slice) -> Tensor:
         if self._share_base is None:
             self._share_base = self.tensor.new_full((len(self.labels),), torch.finfo(torch.float32).min)
-        return part(self._share_base, rows)
+        return rows_of(self._share_base, rows)
 
     def finish(self) -> Finished:
         n = len(self.labels)

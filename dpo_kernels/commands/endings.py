@@ -11,9 +11,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 STARTED = os.getpid()
 # Package that may be missing -> the extra that brings it.
@@ -34,29 +33,41 @@ class Ending:
 
     An ordinary end takes modules apart while threads of libraries still run. Those of gloo, which hold a group for as
     long as any object of it is there, then may abort the process, whose work is done and whose status was 0 (torch
-    2.13: "terminate called without an active exception").
+    2.13: "terminate called without an active exception"). At once means without destructors, Python's and C's: what a
+    profiler writes at the very end is not written.
     """
 
     def __init__(self) -> None:
         self.status, self.at_once = 1, False  # 1: that of an error that nobody catches
 
-    def listen(self) -> None:
-        """To be called before anything slow is imported: functions of `atexit` run from the last one to the first."""
-        atexit.register(self._leave)
-
     def skip_teardown(self) -> None:
         self.at_once = True
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         if not self.at_once or os.getpid() != STARTED:
             return
+        status = self.status
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it, or there is none
+            try:
                 stream.flush()
-        os._exit(self.status)
+            except (OSError, ValueError, AttributeError):  # nobody reads it, it is closed, or there is none
+                status = status or 120  # as Python itself has it
+        os._exit(status)
 
 
 ENDING = Ending()
+
+
+def last_act(command: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends the process with its status. To be called before anything slow is imported, which may
+    register functions of `atexit`: they run from the last one to the first."""
+    atexit.register(ENDING.leave)
+    try:
+        ENDING.status = command()
+    except SystemExit as stop:  # by a signal
+        ENDING.status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    sys.exit(ENDING.status)
 
 
 def listen(program: str, go_on: str = "") -> None:
@@ -73,7 +84,6 @@ def listen(program: str, go_on: str = "") -> None:
         os.write(2, f"{program}: {signal.Signals(number).name}: stopped{go_on}\n".encode())
         sys.exit(128 + number)  # as a shell reports a process that the signal ended
 
-    ENDING.listen()
     for heard in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(heard) != signal.SIG_IGN:  # as a shell has it for what a script starts in the background
             signal.signal(heard, stopped)
@@ -81,12 +91,8 @@ def listen(program: str, go_on: str = "") -> None:
 
 def ended(program: str, command: Callable[[], int]) -> int:
     """Runs a command; returns its exit status, 1 with a sentence on stderr where a user can mend what is wrong."""
-    ENDING.status = 1
     try:
-        ENDING.status = command()
-    except SystemExit as stop:  # by a signal
-        ENDING.status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        raise
+        return command()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -98,7 +104,7 @@ def ended(program: str, command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
     except (ValueError, OSError) as error:  # what we and transformers raise for what a user can mend
         print(f"{program}: {type(error).__name__}: {error}", file=sys.stderr)
-    return ENDING.status
+    return 1
 
 
 def as_sentence(program: str) -> Callable[..., str]:

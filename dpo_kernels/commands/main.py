@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from dpo_kernels import __version__
 from dpo_kernels.commands import endings
@@ -43,6 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dpo-kernels: {argv[0]}: no such command; {meant}", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:])
+
+
+def script() -> NoReturn:
+    """`dpo-kernels` itself: `main`, and the end of the process."""
+    endings.last_act(main)
 
 
 def _print_commands() -> int:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.softmax_state import (
+    _MAXIMUM,
     ARGMAX,
     ENTROPY,
     LOG_ZERO,
@@ -48,7 +49,7 @@ def finish_kernel(
 ):
     """Joins the label and makes the statistics.
 
-    Traffic: 40 bytes a row, more with statistics; on an H200 (4.3 TB/s) less than a launch takes.
+    Traffic: 32 bytes a row, more with statistics; on an H200 (4.3 TB/s) less than a launch takes.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
@@ -117,7 +118,8 @@ def jacobian_kernel(
     rows = tl.program_id(0) // column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
-    maximum = tl.load(states + tl.cast(row, tl.int64) + rows, mask=inside, other=0.0)
+    first = tl.cast(M, tl.int64) * _MAXIMUM + row
+    maximum = tl.load(states + first + rows, mask=inside, other=0.0)
     base = tl.load(share_base + rows, mask=inside, other=0.0)
     of_others = -tl.load(others + rows, mask=inside, other=0.0) * tl.exp(base - tl.maximum(maximum, LOWEST))
     at_label = -expm1(tl.load(log_probs + rows, mask=inside, other=0.0))

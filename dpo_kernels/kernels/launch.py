@@ -122,6 +122,12 @@ def bits(outputs: tuple[str, ...]) -> int:
     return sum(1 << i for i, name in enumerate(OPTIONAL_OUTPUTS) if name in outputs)
 
 
+def scales_last(arguments: dict[str, Any]) -> bool:
+    """Whether kernels that multiply by `outer` what is left of the largest logit hold its numbers: 0 times a scale that
+    is infinite, or -inf times one that is 0, would be NaN."""
+    return not arguments["CAPPED"] and 1e-30 < arguments["outer"] < 1e30
+
+
 def transform_arguments(transform: Transform) -> dict[str, Any]:
     if transform.softcap is None:
         return {"inner": 1.0, "outer": transform.slope, "CAPPED": False}

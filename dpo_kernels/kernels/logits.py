@@ -116,12 +116,14 @@ def fold_kernel(
     stride,
     outer,
     INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether each row starts on 16 bytes
     BLOCK_M: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """accumulate_kernel without bias, cap and statistics, outer > 0. It takes GROUPS x WIDTH columns at a time, WIDTH
-    of them one load of 16 bytes: each group has its own state, so that no thread waits for another until the end.
+    of them one load of 16 bytes (GROUPS apart where rows do not start on 16 bytes, and loads are narrow): each group
+    has its own state, so that no thread waits for another until the end.
 
     As in `plain_block_state` the largest is subtracted before anything is scaled, and few blocks look for the label.
 
@@ -136,7 +138,10 @@ def fold_kernel(
     start = part * split
     end = tl.minimum(start + split, V)
     scale = outer * LOG2E
-    block = (tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[None, :, :]
+    if ALIGNED:
+        block = (tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[None, :, :]
+    else:
+        block = (tl.arange(0, GROUPS)[:, None] + tl.arange(0, WIDTH)[None, :] * GROUPS)[None, :, :]
     largest = tl.zeros((BLOCK_M, GROUPS), tl.float32) - float("inf")
     total = tl.zeros((BLOCK_M, GROUPS), tl.float32)
     label_logit = tl.zeros((BLOCK_M, GROUPS), tl.float32)
@@ -161,7 +166,7 @@ def fold_kernel(
     store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, 0)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "slots"])
 def exps_kernel(
     a,  # (n, V) float32
     labels,  # (n,) int64
@@ -375,7 +380,7 @@ def saved_kernel(
     tl.store(out + (place * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "slots"])
 def rebase_kernel(
     exps,  # (n, V) as forward_kernel wrote it; overwritten
     block_maxima,  # (n, slots) float32

@@ -187,7 +187,7 @@ def store_state(pointer, stride, inside, state, OUTPUTS: tl.constexpr):
         tl.store(pointer + _ARGMAX * stride, argmax, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "M", "row", "splits"])
+@triton.jit(do_not_specialize=["n", "M", "row", "splits", "first", "width"])
 def merge_kernel(
     partials,  # (splits, FIELDS, n) float32: the states of the splits of a tile
     states,  # (FIELDS, M) float32: the states so far, of which the tile has rows row.. row + n

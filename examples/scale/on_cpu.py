@@ -38,4 +38,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from dpo_kernels.commands import endings
+
+    endings.last_act(lambda: main(sys.argv[1:]))

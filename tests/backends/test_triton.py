@@ -120,7 +120,7 @@ def test_buffers_are_those_of_a_tile(small_tiles, monkeypatch):
 
 
 @triton.jit
-def each(x, t, d, e, p, N: tl.constexpr):
+def each(x, t, d, e, p, q, N: tl.constexpr):
     at = tl.arange(0, N)
     value = tl.load(x + at)
     capped, derivative = tanh(value)
@@ -128,16 +128,20 @@ def each(x, t, d, e, p, N: tl.constexpr):
     tl.store(d + at, derivative)
     tl.store(e + at, expm1(-tl.abs(value)))
     tl.store(p + at, log1p(tl.exp(-tl.abs(value))))
+    tl.store(q + at, log1p(tl.minimum(tl.abs(value), 1.0)))
 
 
 def test_functions_of_the_kernels():
     """tanh, its derivative, expm1 and log1p keep their relative precision where Triton's own functions lose it."""
     x = torch.cat([torch.logspace(-6, 1.5, 511), torch.zeros(1)]) * torch.tensor([1.0, -1.0]).repeat(256)
     exact = x.double()
-    t, d, e, p = (torch.empty(512) for _ in range(4))
-    each[(1,)](x, t, d, e, p, N=512)
-    truths = exact.tanh(), exact.cosh() ** -2, torch.expm1(-exact.abs()), torch.log1p((-exact.abs()).exp())
-    for got, truth in zip((t, d, e, p), truths, strict=True):
+    t, d, e, p, q = (torch.empty(512) for _ in range(5))
+    each[(1,)](x, t, d, e, p, q, N=512)
+    truths = (
+        exact.tanh(), exact.cosh() ** -2, torch.expm1(-exact.abs()), torch.log1p((-exact.abs()).exp()),
+        torch.log1p(exact.abs().clamp(max=1)),
+    )  # fmt: skip
+    for got, truth in zip((t, d, e, p, q), truths, strict=True):
         bound = 4e-6 if got is d or got is p else 4e-7  # exp(-60) itself has rounded its argument
         assert ((got.double() - truth).abs() <= bound * truth.abs()).all()
 
@@ -162,8 +166,37 @@ def test_the_kernel_that_finishes_is_the_function():
         (*TokenStats._fields, *Finished._fields[1:]), (*made.stats, *made[1:]), (*meant.stats, *meant[1:]), strict=True
     ):
         rows = known if name == "maximum" else slice(None)  # of no label any number will do: nothing else is one
+        if name == "log_probs":  # where the model is sure, down to the smallest
+            sure = truth > -1e-3
+            assert sure.sum() > 5
+            torch.testing.assert_close(got[sure], truth[sure], rtol=4e-6, atol=1e-44)
         close = torch.isclose(got[rows], truth[rows], rtol=2e-6, atol=1e-6, equal_nan=True)
         assert close.all(), (name, got[rows][~close], truth[rows][~close])
+
+
+@pytest.mark.parametrize("budget", [None, 13 * MIB])
+@pytest.mark.parametrize("grads", ["none", "hidden", "hidden,weight"])
+def test_few_tokens_take_wide_tiles(override, grads, budget):
+    """The numbers of narrow ones, by both ways to cut a vocabulary, and with several of them."""
+    override(capabilities={"widens": (), "scratch": 0, "wide_tiles": ((60, 1024), (150, 512))})
+    for tokens, vocab in ((50, 960), (50, 2000), (50, 1007), (120, 960), (120, 1007), (300, 960)):
+        head = make_head(tokens, 32, vocab, grads=grads)
+        check_against_reference(head, impl="triton", memory_budget=budget)
+
+
+@pytest.mark.parametrize("vocab", [1000, 1001])
+@pytest.mark.parametrize("scale", [1.0, 3.0, -1.0, 1e-20, 1e-35, 1e35])
+def test_a_fold_of_logits(vocab, scale):
+    """Rows that start on 16 bytes and not; blocks without a finite logit; scales beyond those of the fast kernel."""
+    torch.manual_seed(0)
+    logits = torch.randn(70, vocab, dtype=torch.float64) * (2 / max(abs(scale), 1))
+    logits[:20, :900] = -torch.inf * (1 if scale > 0 else -1)
+    logits[20] = -torch.inf * (1 if scale > 0 else -1)
+    labels = torch.randint(900, vocab, (70,))
+    logits[20, labels[20]] = 1.0
+    got = logits_to_log_probs(logits.float(), labels, logit_scale=scale, impl="triton")
+    truth = reference.logits_to_log_probs(logits.float().double(), labels, logit_scale=scale)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=2e-6)
 
 
 def test_a_descriptor_names_rows_apart_from_one_another():

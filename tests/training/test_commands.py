@@ -139,6 +139,7 @@ def test_a_warning_is_a_sentence_of_the_command():
         ("return 3", 3, ""),
         ("raise ValueError('no')", 1, "p: ValueError: no"),
         ("raise SystemExit(143)", 143, ""),
+        ("raise SystemExit", 0, ""),
         ("raise RuntimeError('a mistake of ours')", 1, "RuntimeError: a mistake of ours"),
     ],
 )
@@ -151,13 +152,12 @@ class Aborts:
     def __del__(self):
         os.abort()
 keep = Aborts()
-endings.listen("p")
-atexit.register(print, "exit function", end="")
 def command():
+    atexit.register(print, "exit function", end="")
     endings.ENDING.skip_teardown()
     print("output", end="; ")
     {does}
-sys.exit(endings.ended("p", command))
+endings.last_act(lambda: endings.ended("p", command))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (status, "output; exit function")
