@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import ROOT
 
-from benchmarks import busy, compare, results, screen
+from benchmarks import busy, compare, long_context, results, screen
 from benchmarks.busy import Machine, Reading
 from benchmarks.cases import MIB, Case
 from benchmarks.results import Results, Row
@@ -196,3 +197,24 @@ def test_a_file_is_whole_when_its_writer_is_killed(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         results.save(run_of(2), path)
     assert results.load(path).rows[1].samples == run_of(1).rows[1].samples
+
+
+def test_a_long_pair_under_a_limit():
+    """Who passed it, who ran the step again with less, and what the page says of the figures that were measured."""
+    rows = [
+        long_context.Row("plain", 64, None),
+        long_context.Row("ours", 64, 3 * 2**20, 2.0, lowered="--gradient_checkpointing true"),
+        long_context.Row("ours, --fit", 64, 2**20, 4.0, "--mlp_tiles auto", 2**20),
+    ]
+    assert long_context.table(rows).splitlines()[2] == (
+        "| 2 x 64 | > 16 GiB | 3 MiB, 2 s, run again with `--gradient_checkpointing true` | 1 MiB, 4 s | "
+        "`--mlp_tiles auto` |"
+    )
+    page = [_cells(line) for line in (ROOT / "docs/memory.md").read_text(encoding="utf-8").splitlines()]
+    of_file = long_context.table(long_context._load(ROOT / "docs/long_context.json")).splitlines()[2:]
+    assert len(of_file) == 5
+    assert all(_cells(line) in page for line in of_file)
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import scale_runs
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType, ParallelismConfig
 from helpers import slow
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from dpo_kernels.training.engines import (
     sizes_asked_for,
     split_at_load,
 )
+from dpo_kernels.training.processes import together
 from dpo_kernels.training.saving import gathered_once, once_each
 
 
@@ -186,3 +188,24 @@ def test_who_reads_which_pairs():
     rows = torch.arange(8)
     assert ranks.one_of_each(lambda t: t)(rows).tolist() == [0, 1, 4, 5]
     assert Ranks(4).one_of_each(len) is len
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, SystemExit])
+@pytest.mark.parametrize("in_group", [True, False])
+def test_who_was_in_a_group_says_so_and_leaves_it(tmp_path, in_group, error):
+    """However the run ends: then the process ends without the teardown that may abort it (commands/endings.py)."""
+    said = []
+    if in_group:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    with (
+        nullcontext() if error is None else pytest.raises(error),
+        together(in_group=lambda: said.append(is_in_group())),
+    ):
+        if error is not None:
+            raise error
+    assert said == ([True] if in_group else [])
+    assert not is_in_group()
+
+
+def is_in_group() -> bool:
+    return dist.is_initialized()
