@@ -61,6 +61,7 @@ NAMES = {
     torch.int64: "i64",
     torch.int32: "i32",
 }
+ROWS = ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
 MULTIPLY = ("forward_kernel", "recompute_kernel")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SCRATCH = 48 * 2**20  # whatever the chip: budgets below lead to the same modes on all of them
@@ -86,6 +87,7 @@ class Launch(NamedTuple):
         known = dict(self.constants)
         flags = [k.lower() for k in ("BIASED", "CAPPED", "SAVE", "INDEXED", "DESCRIPTORS") if known.get(k)]
         flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]
+        flags += ["odd rows"] if self.kernel in ROWS and "stride" not in self.aligned else []
         types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
         return ",".join([*dict.fromkeys(types), *flags])
 
@@ -259,11 +261,7 @@ def fault(row: dict[str, Any]) -> str | None:
         return f"no {TARGETS[row['target']].product}"
     if row.get("serial"):
         return row["serial"]
-    if (
-        row["kernel"]
-        in ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
-        and not row["wide"]
-    ):
+    if row["kernel"] in ROWS and not row["wide"] and "odd rows" not in row["variant"]:
         return "no 16-byte loads"
     return None
 

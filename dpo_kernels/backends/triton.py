@@ -410,6 +410,7 @@ def _accumulate_rows(
     n, v, block = len(labels), matrix.shape[1], config.rows
     splits = -(-v // split)
     partials = state.tensor.new_empty((splits, len(state.tensor), n))
+    aligned_rows = matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0  # as the compiler will know
     programs, scale = -(-n // block.block_m) * splits, launch.transform_arguments(transform)
     shared: dict[str, Any] = {
         "a": matrix, "index": labels if index is None else index, "labels": labels, "partials": partials, "n": n,
@@ -420,14 +421,13 @@ def _accumulate_rows(
         width = 16 // matrix.element_size()
         launch.run(
             "logits", "fold_kernel", programs, block.warps, **shared, outer=scale["outer"],
-            ALIGNED=matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0,  # as the compiler will know
-            GROUPS=block.block_n // width, WIDTH=width,
+            ALIGNED=aligned_rows, GROUPS=block.block_n // width, WIDTH=width,
         )  # fmt: skip
     else:
         launch.run(
             "logits", "accumulate_kernel", programs, block.warps, **shared, **scale,
             bias=matrix if bias is None else bias, BIASED=bias is not None, OUTPUTS=launch.bits(state.outputs),
-            BLOCK_N=block.block_n,
+            BLOCK_N=block.block_n if aligned_rows else block.block_n // 2,  # narrow loads take more registers
         )  # fmt: skip
     state.merge(rows, partials, labels, split, first, v)
     return partials[0, 0]
