@@ -15,7 +15,7 @@ from dpo_kernels.commands.inputs import has_second_model, model_options, weights
 from dpo_kernels.commands.options import ScriptArguments
 from dpo_kernels.training import DPOConfig, DPOTrainer, layout_check
 from dpo_kernels.training.adapters import AdapterOptions, base_of, peft_config_of
-from dpo_kernels.training.budget import COMPUTE
+from dpo_kernels.training.budget import COMPUTE, check_budget
 from dpo_kernels.training.config import WITH_ANSWERS_AT_ONCE
 from dpo_kernels.training.engines import asked_for, sizes_asked_for
 from dpo_kernels.training.layouts import PairTokens, most_tokens
@@ -58,6 +58,8 @@ def show_plan(
     """
     device = torch.device(script.plan_device or config.device)
     run = fake_run(script, adapter, config, device, dataset, example)
+    if dataset is not None:
+        check_budget(config, run.policy, run.reference, dataset, None, device)
     shape, pairs = _pairs(script, config, run, dataset)
     limit = _limit(config, device)
     if script.fit and limit is None:
@@ -82,14 +84,15 @@ def show_plan(
 
 
 def told_plan(
-    script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, dataset: Any, example: Any
+    script: ScriptArguments, adapter: AdapterOptions, config: DPOConfig, dataset: Any, held_out: Any, example: Any
 ) -> RunPlan | None:
     """The plan of a run that is about to start, of the longest batch of its data; changes the config as --fit chooses,
     and says so. None, where it cannot be told, and --fit was not asked for.
 
     Raises:
         PlanError: it cannot be told, and --fit was asked for.
-        ValueError: it surely does not fit; says by how much, and what would help.
+        ValueError: it surely does not fit; says by how much, and what would help. Or the head's budget is too small for
+            a batch; names the least that works for all of them.
     """
     if not (script.fit or script.rehearsal):
         return None
@@ -102,6 +105,7 @@ def told_plan(
         return None
     try:
         run = fake_run(script, adapter, config, config.device, dataset, example)
+        check_budget(config, run.policy, run.reference, dataset, held_out, config.device)
         shape, pairs = _pairs(script, config, run, dataset)
         limit = _limit(config, config.device)
         title = _title(script, config, run, shape, dataset)

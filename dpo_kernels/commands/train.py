@@ -79,7 +79,7 @@ def train_in(output_dir: Path, script: ScriptArguments, adapter: AdapterOptions,
     if config.process_index == 0:
         tell(script, train, held_out, tokenizer, output_dir)
     of_example = example[0].config if example else None
-    plan = told_plan(script, adapter, config, train, of_example)
+    plan = told_plan(script, adapter, config, train, held_out, of_example)
     start = None
     if example:
         with config.main_process_first(desc="teaching the example's model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from training_helpers import logs
@@ -117,6 +118,22 @@ def test_a_run_that_does_not_fit_is_told_before_it_loads_and_fit_finds_what_does
     assert "--fit chose --" in text
     assert "memory: the longest batch holds " in text
     assert len(logs(tmp_path / "fits")) == 1
+
+
+def test_the_least_budget_that_is_named_works(capsys, model_dir, tmp_path):
+    """For all batches, also where a plan is told before: nobody is sent from one number to the next."""
+    rows = [
+        {"prompt": "Count.", "chosen": "one two three " * (3 + i), "rejected": "four five six " * (9 - i)}
+        for i in range(7)
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    options = ("--ref_weight", model_dir, "--data_path", pairs, "--use_cpu", "true", "--max_steps", 2, "--eval_size", 2,
+               "--per_device_train_batch_size", 3, "--report", "false", "--save_strategy", "no")  # fmt: skip
+    told = ran(capsys, *options, "--output_dir", tmp_path / "no", "--memory_budget", "1MiB", status=1)
+    least = re.search(r"give --memory_budget (\d+) ", told)[1]
+    ran(capsys, *options, "--output_dir", tmp_path / "yes", "--memory_budget", least)
+    assert (tmp_path / "yes/model.safetensors").exists()
 
 
 def test_what_optimizers_keep():
