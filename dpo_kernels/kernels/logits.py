@@ -61,6 +61,20 @@ def follow(maximum, share_base, total, rows, inside, D, total_stride, tolerance,
     return base
 
 
+@triton.jit
+def split_of_rows(index, labels, n, V, first, split, stride, INDEXED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What a program reads: its rows, which of them are there, where they begin, their labels in the tile, and which
+    split of the columns, from where to where."""
+    row_blocks = tl.cdiv(n, BLOCK_M)
+    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(0) // row_blocks
+    inside = rows < n
+    offsets = (tl.load(index + rows, mask=inside, other=0) if INDEXED else rows.to(tl.int64)) * stride
+    local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
+    start = part * split
+    return rows, inside, offsets, local, part, start, tl.minimum(start + split, V)
+
+
 @triton.jit(do_not_specialize=["n"])
 def accumulate_kernel(
     a,  # (rows, V) any floating dtype
@@ -86,14 +100,9 @@ def accumulate_kernel(
 
     Traffic: n V numbers read. On an H200 (4.3 TB/s): 0.6 ms for bfloat16 logits of (8192, 151936).
     """
-    row_blocks = tl.cdiv(n, BLOCK_M)
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    part = tl.program_id(0) // row_blocks
-    inside = rows < n
-    offsets = (tl.load(index + rows, mask=inside, other=0) if INDEXED else rows.to(tl.int64)) * stride
-    local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
-    start = part * split
-    end = tl.minimum(start + split, V)
+    rows, inside, offsets, local, part, start, end = split_of_rows(
+        index, labels, n, V, first, split, stride, INDEXED, BLOCK_M
+    )
     state = empty_state(BLOCK_M)
     for column in tl.range(start, end, BLOCK_N):
         columns = column + tl.arange(0, BLOCK_N)
@@ -116,27 +125,22 @@ def fold_kernel(
     stride,
     outer,
     INDEXED: tl.constexpr,
-    ALIGNED: tl.constexpr,  # whether each row starts on 16 bytes
+    ALIGNED: tl.constexpr,  # whether each row starts on a multiple of 16 numbers
     BLOCK_M: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """accumulate_kernel without bias, cap and statistics, outer > 0. It takes GROUPS x WIDTH columns at a time, WIDTH
-    of them one load of 16 bytes (GROUPS apart where rows do not start on 16 bytes, and loads are narrow): each group
+    of them one load of 16 bytes (GROUPS apart where rows do not start so, and loads are narrow): each group
     has its own state, so that no thread waits for another until the end.
 
     As in `plain_block_state` the largest is subtracted before anything is scaled, and few blocks look for the label.
 
     Traffic: as accumulate_kernel's; 138 instructions of a warp for 4,096 columns on sm_90, not 374 and 9 barriers.
     """
-    row_blocks = tl.cdiv(n, BLOCK_M)
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    part = tl.program_id(0) // row_blocks
-    inside = rows < n
-    offsets = (tl.load(index + rows, mask=inside, other=0) if INDEXED else rows.to(tl.int64)) * stride
-    local = (tl.load(labels + rows, mask=inside, other=-1) - first).to(tl.int32)
-    start = part * split
-    end = tl.minimum(start + split, V)
+    rows, inside, offsets, local, part, start, end = split_of_rows(
+        index, labels, n, V, first, split, stride, INDEXED, BLOCK_M
+    )
     scale = outer * LOG2E
     if ALIGNED:
         block = (tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[None, :, :]
