@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -88,9 +88,9 @@ class Options:
     """
 
     ignore_index: int | None = -100
-    transform: Transform = Transform()
+    transform: Transform = field(default_factory=Transform)
     outputs: tuple[str, ...] = ()
-    grads: Grads = Grads()
+    grads: Grads = field(default_factory=Grads)
     compute_dtype: torch.dtype = torch.float32
     memory_budget: int | None = None
     impl: str | None = None

@@ -48,6 +48,15 @@ LIKE = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         torch.ops.aten._scaled_dot_product_flash_attention_backward,
 }  # fmt: skip
+# Attention -> where its keys are among its arguments: the values are behind them, the queries before.
+KEYS = {
+    torch.ops.aten._scaled_dot_product_efficient_attention: 1,
+    torch.ops.aten._scaled_dot_product_flash_attention: 1,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: 1,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: 2,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: 2,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: 2,
+}
 ARCH = ("cuda", 9)  # what a plan for a GPU takes it for where there is none
 
 
@@ -283,9 +292,8 @@ class StepBytes(LiveBytes):
             self.held.pop()
             self.live[HEAD] = max(self.waits, sum(self.held))
             return results, {}
-        packet = LIKE.get(func._overloadpacket, func._overloadpacket)
-        if (count := flop_registry.get(packet)) is not None and func.namespace != "dpo_kernels":
-            self.flops += count(*args, **kwargs, out_val=results)
+        if func.namespace != "dpo_kernels":
+            self.flops += _flops(func._overloadpacket, args, kwargs, results)
         return results, {}
 
     def _plan(self, args: tuple[Any, ...], options: Options) -> Any:
@@ -302,6 +310,22 @@ class StepBytes(LiveBytes):
             )  # fmt: skip
         self.flops += int(2 * made.gemms * counted * hidden.shape[-1] * weight.shape[0])
         return made
+
+
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: Any, results: Any) -> int:
+    """Of one operation, by PyTorch's formulas; 0 where it has none.
+
+    Keys and values are counted once for each query's head: torch 2.10 refuses to count fewer.
+    """
+    packet = LIKE.get(packet, packet)
+    count = flop_registry.get(packet)
+    if count is None:
+        return 0
+    if (at := KEYS.get(packet)) is not None:
+        batch, heads, *_ = args[at - 1].shape
+        shared = [torch.Size((batch, heads, *given.shape[2:])) for given in args[at : at + 2]]
+        args = (*args[:at], *shared, *args[at + 2 :])
+    return int(count(*args, **kwargs, out_val=results))
 
 
 def _counted(batch: PairBatch) -> dict[int, int]:
