@@ -244,7 +244,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
     }
   });
   const Matrix total(out.total);
-  run_tasks(tile.n, 128, [&](int64_t begin, int64_t end) {
+  run_tasks(tile.n, total ? 128 : 256, [&](int64_t begin, int64_t end) {
     std::vector<float> old(state[kBase] + begin, state[kBase] + end);
     for (int64_t lane = 0; lane < grid.column_lanes; ++lane) {
       float* s[kLaneFields];

@@ -11,10 +11,14 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
 
 namespace dpo_kernels {
 
 constexpr int64_t kBlock = 64;       // rows and columns of a block of logits: 16 KiB in float32, half of an L1
+constexpr int64_t kPacked = 1 << 17; // numbers that one thread packs before a second is asked
 // Terms of a product at a time: both operands of a block stay in the L2.
 template <typename T>
 constexpr int64_t kDepth = std::is_same_v<T, float> ? 256 : 1024;
@@ -66,7 +70,8 @@ inline int64_t block_width(int64_t n, int64_t block) { return std::min(kBlock, r
 template <typename T>
 void pack_transposed(const T* x, int64_t n, int64_t k, int64_t ldx, T* packed) {
   const int64_t depth = round_up(k, kPair<T>);
-  run_tasks(ceil_div(n, kBlock), 1, [&](int64_t first, int64_t last) {
+  const int64_t least = ceil_div(kPacked, kBlock * depth);
+  run_tasks(ceil_div(n, kBlock), least, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       const T* from = x + block * kBlock * ldx;
       T* to = packed + block * kBlock * depth;
@@ -142,11 +147,19 @@ void multiply(
     });
     return;
   }
-  run_tasks(strips, 1, [&](int64_t first, int64_t last) {
-    for (int64_t strip = first; strip < last; ++strip) pack(strip);
-  });
+  // Strips are packed by whoever comes first, then multiplied in the same kernel: a thread that lost its core keeps only
+  // those waiting that need its strip. Packing waits for nothing, so that no two threads wait for each other.
+  std::atomic<int64_t> next_strip{0};
+  const auto packed = std::make_unique<std::atomic<bool>[]>(strips);
   run_products(row_blocks * strips, bfloat16, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) block(task / strips, task % strips);
+    for (int64_t strip = next_strip; strip < strips && (strip = next_strip.fetch_add(1)) < strips;) {
+      pack(strip);
+      packed[strip].store(true, std::memory_order_release);
+    }
+    for (int64_t task = first; task < last; ++task) {
+      while (!packed[task % strips].load(std::memory_order_acquire)) std::this_thread::yield();
+      block(task / strips, task % strips);
+    }
   });
 }
 

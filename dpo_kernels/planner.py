@@ -21,6 +21,7 @@ from dpo_kernels.splits import Splits
 MIB = 2**20
 ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
 DEFAULT_BUDGET = 1024 * MIB
+WIDEST_COPY = 16 * MIB  # of the weight's columns of a wide tile, where a back end packs them: more leaves its cache
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class Workload:
         ]
 
     def wide_tile(self) -> list[tuple[int, int]]:
-        """The wide tile that this shape fills at least half, if any. Where W is copied for it a narrow one is better.
+        """The wide tile that this shape fills at least half, if any. Where W is converted for it a narrow one is better.
 
         A vocabulary that is no multiple of 16 is cut as narrow tiles cut it, at multiples of their width: kernels are
         compiled by whether a tile's is one of 16, and no number of tokens may compile them.
@@ -256,7 +257,12 @@ class Workload:
         if self.operand:
             return []
         narrow = self.capabilities.tiles[0][1]
-        found = [(n, v) for n, v in self.capabilities.wide_tiles if self.tokens <= n and v // 2 < self.vocab_size][:1]
+        copied = self.capabilities.packs * self.columns * self.product  # bytes of a column
+        found = [
+            (n, v)
+            for n, v in self.capabilities.wide_tiles
+            if self.tokens <= n and v // 2 < self.vocab_size and v * copied <= WIDEST_COPY
+        ][:1]
         if self.vocab_size % ALIGNMENT == 0:
             return found
         return [(n, min(v, self.vocab_size // narrow * narrow)) for n, v in found if self.vocab_size >= narrow]

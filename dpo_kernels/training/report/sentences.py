@@ -215,7 +215,7 @@ def _good(log: Log) -> Finding:
                 parts.append(f"held-out {name}{of} is {kept[-1][1]:.2f}")
     losses, margins = ([value for _, value in points(log, key)] for key in ("loss", "rewards/margins"))
     if len(losses) > 1:
-        parts.append(f"the loss went from {losses[0]:.3f} to {_end(losses):.3f}")
+        parts.append(f"on the trained pairs the loss went from {losses[0]:.3f} to {_end(losses):.3f}")
     if margins:
         parts.append(f"the margin is {figure('rewards/margins', _end(margins))}")
     told = "; ".join(parts)
