@@ -138,12 +138,33 @@ Tensor new_state_op(int64_t tokens) {
 // For tests: the names that dpo_kernels/statistics.py has too.
 std::vector<std::string> state_fields_op() { return {kFieldNames, kFieldNames + kFields}; }
 
+void check_product(const ProductArgs& product) {
+  const auto& [out, a, b, add, room] = product;
+  check_operand("a", a);
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.scalar_type() == b.scalar_type(), "a is ", a.scalar_type(), ", b ", b.scalar_type());
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  check_matrix("a", a, m, k);
+  check_matrix("b", b, k, n);
+  check_written("out", out, m, n);
+  TORCH_CHECK(m > 0 && n > 0 && k > 0, "an empty product: ", a.sizes(), " x ", b.sizes());
+  check_vector("room", room, n * round_up(k, a.scalar_type() == at::kFloat ? 1 : 2), a.scalar_type());
+  TORCH_CHECK(!add || out.scalar_type() == at::kFloat, "cannot add to ", out.scalar_type());
+}
+
+void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add, Tensor room) {
+  const ProductArgs product{out, a, b, add, room};
+  check_product(product);
+  multiply(product);
+}
+
+// Products: outs, right operands and rooms, whether by_vocab is the left one (else by_token), and whether they add.
 void gradient_op(
     const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
     double temperature, double logit_scale, std::optional<double> softcap, const Tensor& grad,
     const Tensor& log_probs, const Tensor& maximum, const Tensor& log_sum, const Tensor& label_logit, const Maybe& entropy,
     const Maybe& grad_entropy, const Maybe& by_token, const Maybe& by_vocab, const Maybe& grad_bias,
-    const Maybe& exps, const Maybe& bases) {
+    const Maybe& exps, const Maybe& bases, at::TensorList outs, at::TensorList rights, at::TensorList rooms,
+    at::IntArrayRef of_vocab, at::IntArrayRef adds) {
   const TileArgs args = checked_tile(packed, weight, bias, labels, first, temperature, logit_scale, softcap);
   const int64_t n = labels.size(0), v = weight.size(0);
   check_vector("grad", grad, n, at::kFloat);
@@ -159,28 +180,20 @@ void gradient_op(
   check_vector("grad_bias", grad_bias, v);
   check_matrix("exps", exps, v, n);
   check_bases(exps.has_value(), bases, n, v);
-  gradient(args, {grad, log_probs, maximum, log_sum, label_logit, entropy, grad_entropy}, {by_token, by_vocab, grad_bias, exps, bases});
-}
-
-void multiply_op(Tensor out, const Tensor& a, const Tensor& b, bool add, Tensor room) {
-  check_operand("a", a);
-  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.scalar_type() == b.scalar_type(), "a is ", a.scalar_type(), ", b ", b.scalar_type());
-  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
-  check_matrix("a", a, m, k);
-  check_matrix("b", b, k, n);
-  check_written("out", out, m, n);
-  TORCH_CHECK(m > 0 && n > 0 && k > 0, "an empty product: ", a.sizes(), " x ", b.sizes());
-  check_vector("room", room, n * round_up(k, a.scalar_type() == at::kFloat ? 1 : 2), a.scalar_type());
-  TORCH_CHECK(!add || out.scalar_type() == at::kFloat, "cannot add to ", out.scalar_type());
-  with_type(out.scalar_type(), [&](auto number) {
-    auto run = [&](auto operand) {
-      using T = decltype(operand);
-      multiply(
-          out.data_ptr<decltype(number)>(), out.stride(0), a.const_data_ptr<T>(), a.stride(0), b.const_data_ptr<T>(),
-          b.stride(0), m, n, k, add, room.data_ptr<T>());
-    };
-    a.scalar_type() == at::kFloat ? run(float()) : run(at::BFloat16());
-  });
+  TORCH_CHECK(
+      rights.size() == outs.size() && rooms.size() == outs.size() && of_vocab.size() == outs.size() &&
+          adds.size() == outs.size(),
+      outs.size(), " products with ", rights.size(), " right operands");
+  std::vector<GradientProduct> products;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    const Maybe& left = of_vocab[i] ? by_vocab : by_token;
+    TORCH_CHECK(left.has_value(), "product ", i, " has no left operand");
+    products.push_back({{outs[i], *left, rights[i], adds[i] != 0, rooms[i]}, of_vocab[i] != 0});
+    check_product(products.back().args);
+  }
+  gradient(
+      args, {grad, log_probs, maximum, log_sum, label_logit, entropy, grad_entropy},
+      {by_token, by_vocab, grad_bias, exps, bases}, products);
 }
 
 void check_rows(const char* name, const Maybe& index, int64_t m, const char* of, const Tensor& matrix) {
@@ -259,6 +272,29 @@ Tensor run_tasks_op(int64_t count, int64_t fails, bool ours) {
   return runs;
 }
 
+// For tests: how often each of `count` tasks of a second phase ran, each of which waits for one of the first. Task `fails` of
+// the first, if there is one, throws.
+Tensor run_phases_op(int64_t count, int64_t fails) {
+  Tensor runs = at::zeros({count}, at::TensorOptions().dtype(at::kLong));
+  int64_t* of_task = runs.data_ptr<int64_t>();
+  Phases phases;
+  Parts parts(count, 1);
+  phases.add(count, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      TORCH_CHECK(i != fails, "task ", i, " fails");
+      parts.made(i);
+    }
+  });
+  phases.add(count, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (!phases.wait([&] { return parts.ready(count - 1 - i); })) return;
+      ++of_task[i];
+    }
+  });
+  phases.run([] {});
+  return runs;
+}
+
 void set_crowded_op(bool crowded) { crowd.set(crowded); }
 
 // For tests: whether each of these kernels ran on threads of ours, of which a wait says whether PyTorch's had to wait.
@@ -291,7 +327,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       "gradient(" TILE ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor label_logit,"
       " Tensor? entropy,"
       " Tensor? grad_entropy, Tensor(a!)? by_token, Tensor(b!)? by_vocab, Tensor(c!)? grad_bias, Tensor? exps,"
-      " Tensor? bases) -> ()",
+      " Tensor? bases, Tensor(d!)[] outs, Tensor[] rights, Tensor(e!)[] rooms, int[] of_vocab, int[] adds) -> ()",
       dpo_kernels::gradient_op);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);
   m.def("logits_forward(" LOGITS ") -> Tensor[]", dpo_kernels::logits_forward_op);
@@ -301,6 +337,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
   m.def("empty(str purpose, int rows, int columns, ScalarType dtype) -> Tensor", dpo_kernels::empty_op);
   m.def("release() -> int", dpo_kernels::release_recycled);
   m.def("run_tasks(int count, int fails, bool ours) -> Tensor", dpo_kernels::run_tasks_op);
+  m.def("run_phases(int count, int fails) -> Tensor", dpo_kernels::run_phases_op);
   m.def("set_crowded(bool crowded) -> ()", dpo_kernels::set_crowded_op);
   m.def("crowd(int[] waits) -> int[]", dpo_kernels::crowd_op);
   m.def("runs_on_own_threads() -> int", dpo_kernels::runs_on_own_threads);

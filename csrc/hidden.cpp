@@ -105,16 +105,17 @@ struct Grid {
 
   int64_t largest_share() const { return ceil_div(column_blocks, column_lanes) * ceil_div(token_blocks, token_lanes); }
 
-  // Calls work(lane of columns, column block, first and last token block) for every block, in order within a lane.
+  int64_t lanes() const { return column_lanes * token_lanes; }
+
+  // Calls work(lane of columns, column block, first and last token block) for every block of some lanes, in order within a
+  // lane.
   template <typename F>
-  void run(bool bfloat16, const F& work) const {
-    run_products(column_lanes * token_lanes, bfloat16, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t lane = task / token_lanes, part = task % token_lanes;
-        for (int64_t c = column_blocks * lane / column_lanes; c < column_blocks * (lane + 1) / column_lanes; ++c)
-          work(lane, c, token_blocks * part / token_lanes, token_blocks * (part + 1) / token_lanes);
-      }
-    });
+  void each(int64_t first, int64_t last, const F& work) const {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t lane = task / token_lanes, part = task % token_lanes;
+      for (int64_t c = column_blocks * lane / column_lanes; c < column_blocks * (lane + 1) / column_lanes; ++c)
+        work(lane, c, token_blocks * part / token_lanes, token_blocks * (part + 1) / token_lanes);
+    }
   }
 };
 
@@ -217,7 +218,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
     clear(s, kLaneFields, padded);
   }
   const Matrix by_token(out.by_token), by_vocab(out.by_vocab), bases(out.bases);
-  grid.run(!std::is_same_v<T, float>, [&](int64_t lane, int64_t column_block, int64_t first, int64_t last) {
+  auto block = [&](int64_t lane, int64_t column_block, int64_t first, int64_t last) {
     alignas(64) float z[kBlock * kBlock], transposed[kBlock * kBlock];
     const int64_t columns = tile.columns_of(column_block);
     for (int64_t token_block = first; token_block < last; ++token_block) {
@@ -242,7 +243,8 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
         by_token.write(transposed, tokens, columns, token, column_block * kBlock);
       }
     }
-  });
+  };
+  run_products(grid.lanes(), !std::is_same_v<T, float>, [&](int64_t first, int64_t last) { grid.each(first, last, block); });
   const Matrix total(out.total);
   run_tasks(tile.n, total ? 128 : 256, [&](int64_t begin, int64_t end) {
     std::vector<float> old(state[kBase] + begin, state[kBase] + end);
@@ -323,14 +325,31 @@ void gradient_block(
   }
 }
 
+std::unique_ptr<ProductTasks> make_tasks(const ProductArgs& product) {
+  const Tensor &out = product.out, &a = product.a, &b = product.b, &room = product.room;
+  std::unique_ptr<ProductTasks> made;
+  auto make = [&](auto operand, auto number) {
+    using T = decltype(operand);
+    made = std::make_unique<ProductTasks>(
+        out.data_ptr<decltype(number)>(), out.stride(0), a.const_data_ptr<T>(), a.stride(0), b.const_data_ptr<T>(),
+        b.stride(0), a.size(0), b.size(1), a.size(1), product.add, room.data_ptr<T>());
+  };
+  with_type(out.scalar_type(), [&](auto number) {
+    a.scalar_type() == at::kFloat ? make(float(), number) : make(at::BFloat16(), number);
+  });
+  return made;
+}
+
 template <typename T>
-void gradient_tile(const TileArgs& args, const RowGradients& row_gradients, const GradientOutputs& out) {
+void gradient_tile(
+    const TileArgs& args, const RowGradients& row_gradients, const GradientOutputs& out,
+    const std::vector<GradientProduct>& products) {
   const Tile<T> tile = make_tile<T>(args);
   const Grid grid = Grid::of_blocks(tile.column_blocks(), tile.token_blocks(), !out.bias.has_value());
   const RowFactors rows(row_gradients, tile.token_blocks() * kBlock, tile.transform);
   const Matrix by_token(out.by_token), by_vocab(out.by_vocab), exps(out.exps), bases(out.bases);
   float* bias = out.bias.has_value() ? out.bias->data_ptr<float>() : nullptr;
-  grid.run(!std::is_same_v<T, float>, [&](int64_t, int64_t column_block, int64_t first, int64_t last) {
+  auto block = [&](int64_t column_block, int64_t first, int64_t last) {
     alignas(64) float dz[kBlock * kBlock], transposed[kBlock * kBlock];
     const int64_t columns = tile.columns_of(column_block), column = column_block * kBlock;
     for (int64_t token_block = first; token_block < last; ++token_block) {
@@ -365,7 +384,25 @@ void gradient_tile(const TileArgs& args, const RowGradients& row_gradients, cons
         by_token.write(transposed, tokens, columns, token, column);
       }
     }
+  };
+  // What is multiplied by the weight needs all columns: it comes last, and packing the weight is for who waits for them.
+  Phases phases;
+  Parts columns_made(grid.column_blocks, grid.token_lanes);
+  std::vector<std::unique_ptr<ProductTasks>> of_vocab, of_tokens;
+  for (const GradientProduct& product : products)
+    (product.by_vocab ? of_vocab : of_tokens).push_back(make_tasks(product.args));
+  for (auto& tasks : of_vocab) tasks->add_packing(phases);
+  phases.add(grid.lanes(), [&](int64_t first, int64_t last) {
+    grid.each(first, last, [&](int64_t, int64_t column_block, int64_t first_block, int64_t last_block) {
+      block(column_block, first_block, last_block);
+      columns_made.made(column_block);
+    });
   });
+  for (auto& tasks : of_vocab)
+    tasks->add_products(phases, [&](int64_t column_block) { return columns_made.ready(column_block); });
+  for (auto& tasks : of_tokens) tasks->add_packing(phases);
+  for (auto& tasks : of_tokens) tasks->add_products(phases, [&](int64_t) { return columns_made.all_ready(); });
+  phases.run([] { release_products(!std::is_same_v<T, float>); });
 }
 
 }  // namespace
@@ -389,9 +426,19 @@ void accumulate(const TileArgs& args, Tensor& state, int64_t row, const Outputs&
   else accumulate_tile<at::BFloat16>(args, state, row, want, out);
 }
 
-void gradient(const TileArgs& args, const RowGradients& rows, const GradientOutputs& out) {
-  if (args.weight.scalar_type() == at::kFloat) gradient_tile<float>(args, rows, out);
-  else gradient_tile<at::BFloat16>(args, rows, out);
+void gradient(
+    const TileArgs& args, const RowGradients& rows, const GradientOutputs& out,
+    const std::vector<GradientProduct>& products) {
+  if (args.weight.scalar_type() == at::kFloat) gradient_tile<float>(args, rows, out, products);
+  else gradient_tile<at::BFloat16>(args, rows, out, products);
+}
+
+void multiply(const ProductArgs& product) {
+  const auto tasks = make_tasks(product);
+  Phases phases;
+  tasks->add_packing(phases);
+  tasks->add_products(phases, [](int64_t) { return true; });
+  phases.run([&] { release_products(product.a.scalar_type() != at::kFloat); });
 }
 
 Tensor new_state(int64_t tokens) {

@@ -35,6 +35,19 @@ struct RowGradients {
   const std::optional<at::Tensor>&entropy, &grad_entropy;  // (n,) float
 };
 
+// out (m, n) = a (m, k) b (k, n), or +=. room: for b, packed.
+struct ProductArgs {
+  at::Tensor out, a, b;
+  bool add;
+  at::Tensor room;
+};
+
+// One whose left operand is d loss / d a of a tile: by_vocab or by_token.
+struct GradientProduct {
+  ProductArgs args;
+  bool by_vocab;
+};
+
 // Where to leave d loss / d a of the tile, and where it comes from if saved.
 struct GradientOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v)
@@ -50,8 +63,13 @@ at::Tensor pack_hidden(const at::Tensor& hidden);
 // Merges a tile into the state (kFields, M) of tokens [row, row + n).
 void accumulate(const TileArgs& args, at::Tensor& state, int64_t row, const Outputs& want, const ExpOutputs& out);
 
-// Gradient of a tile's products: dz_v = -p_v [g + gH (log p_v + H)] off the label, through the transform.
-void gradient(const TileArgs& args, const RowGradients& rows, const GradientOutputs& out);
+// Gradient of a tile's products: dz_v = -p_v [g + gH (log p_v + H)] off the label, through the transform; and what is
+// multiplied by it, in the same kernel.
+void gradient(
+    const TileArgs& args, const RowGradients& rows, const GradientOutputs& out,
+    const std::vector<GradientProduct>& products);
+
+void multiply(const ProductArgs& product);
 
 // The state (kFields, M) of M tokens that have seen no logit yet.
 at::Tensor new_state(int64_t tokens);

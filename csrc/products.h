@@ -11,9 +11,7 @@
 #include "vec.h"
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
-#include <thread>
+#include <functional>
 
 namespace dpo_kernels {
 
@@ -57,10 +55,13 @@ inline void deep_product(
   }
 }
 
-// Tasks with products in them: frees brgemm's hardware state behind each thread's.
+// Frees brgemm's hardware state, in a thread that multiplied.
+inline void release_products(bool bfloat16) { at::native::cpublas::brgemm_release(/*is_vnni=*/bfloat16); }
+
+// Tasks with products in them.
 template <typename F>
 void run_products(int64_t count, bool bfloat16, const F& work) {
-  run_tasks(count, 1, work, [&] { at::native::cpublas::brgemm_release(/*is_vnni=*/bfloat16); });
+  run_tasks(count, 1, work, [&] { release_products(bfloat16); });
 }
 
 // Blocks of kBlock rows of x (n, k), transposed and packed as right operands (k, kBlock); the last block is narrower, a
@@ -109,58 +110,67 @@ inline void pack_strip(const T* x, int64_t k, int64_t ldx, int64_t width, T* pac
   }
 }
 
-// out (m, n) = a (m, k) b (k, n), or +=, sums in float32. Rows are lda, ldb and ldo apart. An out of another dtype is
-// rounded once and cannot be added to. room: n * round_up(k, kPair<T>) numbers, for b in packed strips of kBlock columns.
-//
-// Threads share blocks of rows by strips, so that no two write the same number; a thread's blocks follow each other along
-// the rows. A block of sums stays in the L1 cache until it is complete. Few rows take each strip while it is in cache.
-template <typename T, typename Out>
-void multiply(
-    Out* out, int64_t ldo, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, bool add,
-    T* room) {
-  const int64_t strips = ceil_div(n, kBlock), row_blocks = ceil_div(m, kBlock);
-  const int64_t strip_size = kBlock * round_up(k, kPair<T>);
-  auto columns_of = [&](int64_t strip) { return std::min(kBlock, n - strip * kBlock); };
-  auto pack = [&](int64_t strip) {
-    pack_strip(b + strip * kBlock, k, ldb, columns_of(strip), room + strip * strip_size);
-  };
-  auto block = [&](int64_t row_block, int64_t strip) {
-    alignas(64) float sums[kBlock * kBlock];
-    const int64_t row = row_block * kBlock, rows = std::min(kBlock, m - row);
-    const int64_t column = strip * kBlock, columns = columns_of(strip);
-    deep_product(rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
-    for (int64_t r = 0; r < rows; ++r) {
-      Out* to = out + (row + r) * ldo + column;
-      if constexpr (std::is_same_v<Out, float>) {
-        if (add)
-          for (int64_t c = 0; c < columns; ++c) to[c] += sums[r * kBlock + c];
-        else std::memcpy(to, sums + r * kBlock, sizeof(float) * columns);
-      } else {
-        convert(sums + r * kBlock, to, columns);
+// A product as tasks of a kernel: strips of the right operand are packed, then blocks of rows multiplied by strips, so that
+// no two tasks write the same number.
+class ProductTasks {
+ public:
+  int64_t row_blocks = 0, strips = 0;
+
+  // out (m, n) = a (m, k) b (k, n), or +=, sums in float32. Rows are lda, ldb and ldo apart. An out of another dtype is
+  // rounded once and cannot be added to. room: n * round_up(k, kPair<T>) numbers, for b in packed strips of kBlock columns.
+  template <typename T, typename Out>
+  ProductTasks(
+      Out* out, int64_t ldo, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, bool add,
+      T* room)
+      : row_blocks(ceil_div(m, kBlock)), strips(ceil_div(n, kBlock)), packed_(strips, 1) {
+    const int64_t strip_size = kBlock * round_up(k, kPair<T>);
+    auto columns_of = [=](int64_t strip) { return std::min(kBlock, n - strip * kBlock); };
+    pack_ = [=](int64_t strip) { pack_strip(b + strip * kBlock, k, ldb, columns_of(strip), room + strip * strip_size); };
+    multiply_ = [=](int64_t row_block, int64_t strip) {
+      alignas(64) float sums[kBlock * kBlock];
+      const int64_t row = row_block * kBlock, rows = std::min(kBlock, m - row);
+      const int64_t column = strip * kBlock, columns = columns_of(strip);
+      deep_product(rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
+      for (int64_t r = 0; r < rows; ++r) {
+        Out* to = out + (row + r) * ldo + column;
+        if constexpr (std::is_same_v<Out, float>) {
+          if (add)
+            for (int64_t c = 0; c < columns; ++c) to[c] += sums[r * kBlock + c];
+          else std::memcpy(to, sums + r * kBlock, sizeof(float) * columns);
+        } else {
+          convert(sums + r * kBlock, to, columns);
+        }
       }
-    }
-  };
-  constexpr bool bfloat16 = !std::is_same_v<T, float>;
-  if (row_blocks == 1) {
-    run_products(strips, bfloat16, [&](int64_t first, int64_t last) {
-      for (int64_t strip = first; strip < last; ++strip) pack(strip), block(0, strip);
-    });
-    return;
+    };
   }
-  // Strips are packed by whoever comes first, then multiplied in the same kernel: a thread that lost its core keeps only
-  // those waiting that need its strip. Packing waits for nothing, so that no two threads wait for each other.
-  std::atomic<int64_t> next_strip{0};
-  const auto packed = std::make_unique<std::atomic<bool>[]>(strips);
-  run_products(row_blocks * strips, bfloat16, [&](int64_t first, int64_t last) {
-    for (int64_t strip = next_strip; strip < strips && (strip = next_strip.fetch_add(1)) < strips;) {
-      pack(strip);
-      packed[strip].store(true, std::memory_order_release);
-    }
-    for (int64_t task = first; task < last; ++task) {
-      while (!packed[task % strips].load(std::memory_order_acquire)) std::this_thread::yield();
-      block(task / strips, task % strips);
-    }
-  });
-}
+
+  // A phase that packs. Few rows take each strip while it is in cache: then the next one packs.
+  void add_packing(Phases& phases) {
+    if (row_blocks == 1) return;
+    phases.add(strips, [this](int64_t first, int64_t last) {
+      for (int64_t strip = first; strip < last; ++strip) pack_(strip), packed_.made(strip);
+    });
+  }
+
+  // A phase that multiplies. Threads share blocks of rows by strips; a thread's blocks follow each other along the rows. A
+  // block of sums stays in the L1 cache until it is complete. ready(block of rows): whether the left operand is there.
+  template <typename Ready>
+  void add_products(Phases& phases, const Ready& ready) {
+    phases.add(row_blocks * strips, [this, &phases, ready](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t row_block = task / strips, strip = task % strips;
+        if (!phases.wait([&] { return ready(row_block); })) return;
+        if (row_blocks == 1) pack_(strip);
+        else if (!phases.wait([&] { return packed_.ready(strip); })) return;
+        multiply_(row_block, strip);
+      }
+    });
+  }
+
+ private:
+  std::function<void(int64_t)> pack_;
+  std::function<void(int64_t, int64_t)> multiply_;
+  Parts packed_;
+};
 
 }  // namespace dpo_kernels

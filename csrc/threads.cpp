@@ -114,7 +114,7 @@ class Pool {
         error = std::current_exception();
       }
       lock.lock();
-      if (error) job.error = error;
+      if (error && !job.error) job.error = error;
       if (--job.running == 0) done_.notify_all();
     }
   }
@@ -210,6 +210,23 @@ void Crowd::set(bool crowded) {
   calm_ = 0;
   left_ = crowded ? std::numeric_limits<int64_t>::max() : 0;
   until_ = crowded ? Clock::time_point::max() : Clock::time_point::min();
+}
+
+void Phases::run(const std::function<void()>& done) {
+  int64_t workers = 1;
+  for (const auto& phase : phases_) workers = std::max(workers, std::min(phase->count, threads()));
+  run_together(workers - 1, [&] {
+    int64_t taken = 0;
+    try {
+      for (const auto& phase : phases_)
+        taken += take_shares(phase->next, phase->count, 1, workers * kShares, phase->work);
+    } catch (...) {
+      failed_ = true;
+      throw;
+    }
+    done();
+    return taken;
+  });
 }
 
 int64_t runs_on_own_threads() { return pool()->runs(); }

@@ -15,6 +15,10 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
 
 namespace dpo_kernels {
 
@@ -59,23 +63,30 @@ extern Crowd crowd;
 // For tests: how many times threads of ours were asked to help.
 int64_t runs_on_own_threads();
 
+// Calls work(first, last) with shares of what is left of [0, count), divided among parts of threads, of at least `least`
+// each; returns how many it took.
+template <typename Work>
+int64_t take_shares(std::atomic<int64_t>& next, int64_t count, int64_t least, int64_t parts, const Work& work) {
+  int64_t taken = 0, first = next;
+  while (first < count) {
+    const int64_t last = std::min(first + std::max((count - first) / parts, least), count);
+    if (next.compare_exchange_weak(first, last)) {  // else first is what another thread has left
+      work(first, last);
+      ++taken;
+      first = next;
+    }
+  }
+  return taken;
+}
+
 // Runs work(first, last) over [0, count) on at most threads() threads, in shares of at least `least`; then done() once in
 // each thread that took part.
 template <typename Work, typename Done>
 void run_tasks(int64_t count, int64_t least, const Work& work, const Done& done) {
   const int64_t workers = std::min((count + least - 1) / least, threads());
-  const int64_t parts = std::max<int64_t>(workers, 1) * kShares;
   std::atomic<int64_t> next{0};
   run_together(workers - 1, [&] {
-    int64_t taken = 0, first = next;
-    while (first < count) {
-      const int64_t last = std::min(first + std::max((count - first) / parts, least), count);
-      if (next.compare_exchange_weak(first, last)) {  // else first is what another thread has left
-        work(first, last);
-        ++taken;
-        first = next;
-      }
-    }
+    const int64_t taken = take_shares(next, count, least, std::max<int64_t>(workers, 1) * kShares, work);
     done();
     return taken;
   });
@@ -85,5 +96,57 @@ template <typename Work>
 void run_tasks(int64_t count, int64_t least, const Work& work) {
   run_tasks(count, least, work, [] {});
 }
+
+// One kernel of several phases. A thread goes on to the next phase while others are at the last, and waits for nothing but
+// the parts that its share is made from: one that lost its core in the middle of a share keeps few waiting. A phase may
+// wait for earlier ones only, so that no two threads wait for each other.
+class Phases {
+ public:
+  // work(first, last) over [0, count).
+  void add(int64_t count, std::function<void(int64_t, int64_t)> work) {
+    phases_.push_back(std::make_unique<Phase>(count, std::move(work)));
+  }
+
+  // Then done() once in each thread that took part. Rethrows an exception of any of them.
+  void run(const std::function<void()>& done);
+
+  // Inside work: until ready(). False where a thread failed, and what was waited for may never be.
+  template <typename Ready>
+  bool wait(const Ready& ready) const {
+    while (!ready()) {
+      if (failed_) return false;
+      std::this_thread::yield();
+    }
+    return true;
+  }
+
+ private:
+  struct Phase {
+    Phase(int64_t count, std::function<void(int64_t, int64_t)> work) : count(count), work(std::move(work)) {}
+    const int64_t count;
+    const std::function<void(int64_t, int64_t)> work;
+    std::atomic<int64_t> next{0};
+  };
+  std::vector<std::unique_ptr<Phase>> phases_;
+  std::atomic<bool> failed_{false};
+};
+
+// What one phase makes and a later one waits for: parts, each of some pieces.
+class Parts {
+ public:
+  Parts(int64_t count, int64_t pieces) : left_(count), missing_(count * pieces) {
+    for (auto& left : left_) left = pieces;
+  }
+  void made(int64_t part) {
+    left_[part].fetch_sub(1, std::memory_order_release);
+    missing_.fetch_sub(1, std::memory_order_release);
+  }
+  bool ready(int64_t part) const { return left_[part].load(std::memory_order_acquire) == 0; }
+  bool all_ready() const { return missing_.load(std::memory_order_acquire) == 0; }
+
+ private:
+  std::vector<std::atomic<int64_t>> left_;
+  std::atomic<int64_t> missing_;
+};
 
 }  // namespace dpo_kernels

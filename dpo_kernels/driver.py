@@ -9,14 +9,13 @@ decided here, once for all back ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.backends.base import LogitsGradient, Saved, SavedTile, Tile, TileOps
+from dpo_kernels.backends.base import Product, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, Grads, TokenGrads
 from dpo_kernels.layout import first_columns, rows_of, take_rows
 from dpo_kernels.planner import Plan, Sweep
@@ -125,18 +124,18 @@ def _sweep(
     if sweep.weight and weight is not None:
         weight.start(plan.vocab_spans, whole=not vocab_outside, terms=len(plan.token_spans))
         totals.append(weight)
-    sides = replace(sweep, hidden=sweep.hidden or sweep.low_rank, weight=sweep.weight or sweep.low_rank)
     for rows, columns in _tiles(plan, vocab_outside):
         tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
-        exps = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
-        dz = ops.logits_gradient(grads.rows(rows), tile, exps, sides, None if bias is None else bias[columns])
+        products = []
         if sweep.hidden and hidden is not None:
-            hidden.add(rows, dz.by_token, first_columns(tile.weight, plan.hidden_size))
+            products.append(hidden.adds(rows, first_columns(tile.weight, plan.hidden_size), by_vocab=False))
         if sweep.weight and weight is not None:
-            weight.add(columns, dz.by_vocab, first_columns(tile.hidden, plan.hidden_size))
+            products.append(weight.adds(columns, first_columns(tile.hidden, plan.hidden_size), by_vocab=True))
         if sweep.low_rank and low_rank is not None:
-            low_rank.add(tile, dz)
-        del tile, dz  # or their slices would live while the next are made
+            products += low_rank.adds(tile)
+        exps = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
+        ops.gradient_products(grads.rows(rows), tile, exps, products, None if bias is None else bias[columns])
+        del tile, products  # or their slices would live while the next are made
     for total in totals:
         total.end()
 
@@ -285,10 +284,12 @@ class _LowRankGradient:
         self.of_rows = wide.new_zeros((plan.tokens, plan.rank))
         self.of_b = wide.new_zeros((plan.vocab_size, plan.rank))
 
-    def add(self, tile: Tile, dz: LogitsGradient) -> None:
+    def adds(self, tile: Tile) -> list[Product]:
         more = slice(self.plan.hidden_size, None)
-        self.ops.multiply(self.of_rows[tile.rows], dz.by_token, tile.weight[:, more], add=True)
-        self.ops.multiply(self.of_b[tile.columns], dz.by_vocab, tile.hidden[:, more], add=True)
+        return [
+            Product(self.of_rows[tile.rows], tile.weight[:, more], by_vocab=False, add=True),
+            Product(self.of_b[tile.columns], tile.hidden[:, more], by_vocab=True, add=True),
+        ]
 
     def add_to_hidden(self, rows: slice, total: Tensor) -> None:
         """total (n, D): the sum of dz W over the whole vocabulary."""
@@ -338,20 +339,18 @@ class _Gradient:
             height = max((s.stop if whole else s.stop - s.start for s in spans), default=0)
             self.total = self.wide.new_empty((height, self.out.shape[1]))
 
-    def add(self, rows: slice, a: Any, b: Tensor) -> None:
-        """Adds a @ b to the given rows."""
-        assert self.ops is not None
+    def adds(self, rows: slice, right: Tensor, by_vocab: bool) -> Product:
+        """What adds d loss / d a @ right to the given rows."""
         again = rows.start in self.begun
         self.begun.add(rows.start)
         if self.once or self.direct:
-            self.ops.multiply(rows_of(self.out, rows), a, b, add=again)
-        elif self.whole:
-            self.ops.multiply(rows_of(self.total, rows), a, b, add=again)
-        else:
-            if self.spans != [rows]:
-                self.finish()
-                self.spans = [rows]
-            self.ops.multiply(self._first(rows), a, b, add=again)
+            return Product(rows_of(self.out, rows), right, by_vocab, again)
+        if self.whole:
+            return Product(rows_of(self.total, rows), right, by_vocab, again)
+        if self.spans != [rows]:
+            self.finish()
+            self.spans = [rows]
+        return Product(self._first(rows), right, by_vocab, again)
 
     def finish(self) -> None:
         """Casts what is summed."""

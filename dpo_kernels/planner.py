@@ -21,7 +21,7 @@ from dpo_kernels.splits import Splits
 MIB = 2**20
 ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
 DEFAULT_BUDGET = 1024 * MIB
-WIDEST_COPY = 16 * MIB  # of the weight's columns of a wide tile, where a back end packs them: more leaves its cache
+WIDEST_COPY = 32 * MIB  # of the weight's columns of a wide tile, where a back end packs them: more leaves its cache
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Workload:
         ]
 
     def wide_tile(self) -> list[tuple[int, int]]:
-        """The wide tile that this shape fills at least half, if any. Where W is converted for it a narrow one is better.
+        """The wide tile that this shape fills at least half, if any. Where W is converted a narrow one is better.
 
         A vocabulary that is no multiple of 16 is cut as narrow tiles cut it, at multiples of their width: kernels are
         compiled by whether a tile's is one of 16, and no number of tokens may compile them.
@@ -295,7 +295,8 @@ class Workload:
         operands = v * columns * self.operand + gathered
         if self.capabilities.packs:
             left = n * (columns + 1)  # the hidden states, for logits
-            right = max(v * (g.hidden or g.low_rank), n * (g.weight or g.low_rank)) * (self.hidden_size + 1)
+            # The right operands of a tile's products: slices of the weight and of the hidden states.
+            right = ((v + 1) * (g.hidden or g.low_rank) + (n + 1) * (g.weight or g.low_rank)) * columns
             packed = self.product * (left + right)
             sides = (g.hidden or g.low_rank) + (g.weight or g.bias or g.low_rank)
             maxima = self.wide * n * -(-v // 64) * (g.hidden or g.low_rank)

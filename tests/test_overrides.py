@@ -56,7 +56,7 @@ def test_calls_and_plans_resolve_to_it():
 def test_what_forward_decided_holds_in_backward_after_the_block(monkeypatch, grads):
     """And a block around backward alone changes nothing."""
     ran = []
-    for name in ("accumulate", "logits_gradient", "multiply"):
+    for name in ("accumulate", "gradient_products", "multiply"):
         original = getattr(CppTileOps, name)
         monkeypatch.setattr(CppTileOps, name, lambda *a, f=original, name=name, **k: ran.append(name) or f(*a, **k))
 

@@ -4,7 +4,7 @@ class in `dispatch.BACKENDS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
-from dpo_kernels.planner import Capabilities, Plan, Sweep
+from dpo_kernels.planner import Capabilities, Plan
 from dpo_kernels.statistics import Finished, SoftmaxState, TokenStats
 
 MIB = 2**20
@@ -34,11 +34,14 @@ class SavedTile(NamedTuple):
     maxima: Tensor
 
 
-class LogitsGradient(NamedTuple):
-    """d loss / d a of a tile as left operands of the products that follow; a side that is not wanted may be None."""
+class Product(NamedTuple):
+    """out = left @ right, or out += it, in at least the accumulation dtype, rounded once to out's. left is d loss / d a
+    of a tile: (n, v), or by_vocab (v, n)."""
 
-    by_token: Any  # (n, v)
-    by_vocab: Any  # (v, n)
+    out: Tensor
+    right: Tensor
+    by_vocab: bool
+    add: bool
 
 
 class Saved(NamedTuple):
@@ -120,11 +123,11 @@ class TileOps(Protocol):
         rows: the tokens of total and of `done`. label_weight: makes W at their labels (n, D), 0 where it is not here.
         """
 
-    def logits_gradient(
-        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
-    ) -> LogitsGradient:
-        """d loss / d a, from what was saved if given, which stays as it is: backward may run again. Its sums over
-        tokens are added to bias."""
+    def gradient_products(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
+        """Products with d loss / d a of the tile, which is made from what was saved if given, and that stays as it is:
+        backward may run again. Its sums over tokens are added to bias."""
 
     def multiply(self, out: Tensor, a: Any, b: Tensor, add: bool) -> None:
         """out = a @ b, or out += a @ b, in at least the accumulation dtype, rounded once to out's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
+from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile
 from dpo_kernels.backends.pytorch import finish_jacobian
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
 from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows
-from dpo_kernels.planner import Capabilities, Plan, Sweep
+from dpo_kernels.planner import Capabilities, Plan
 from dpo_kernels.statistics import LOG_ZERO, Finished, SoftmaxState, TokenStats, finite
 
 # Rows whose largest logit is beyond this, either way, are not the kernels': float32 numbers beside it lie 0.06 apart,
@@ -30,7 +30,7 @@ LARGEST_LOGIT = 7e5
 # A call of few tokens is many short kernels, and each ends with a wait for its last thread, which may have no core just
 # then: beside two busy processes 4 threads took 189 ms for 256 tokens x 512 x 32,000 in tiles of 4,096, 132 in these
 # (docs/cpp.md).
-WIDE_TILES = ((256, 16384), (512, 8192))
+WIDE_TILES = ((64, 8192), (256, 32768), (256, 16384), (512, 8192))
 CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
     widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
@@ -173,22 +173,29 @@ class CppTileOps:
     ) -> None:
         finish_jacobian(self.call.transform, done, total, label_weight())  # the base is one that was never left
 
-    def logits_gradient(
-        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
-    ) -> LogitsGradient:
+    def gradient_products(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
+        """In one kernel, whose threads need not wait for all others before each of its parts."""
         n, v = len(tile.hidden), len(tile.weight)
-        made = LogitsGradient(
-            self._buffer("by_token", n, v) if wanted.hidden else None,
-            self._buffer("by_vocab", v, n) if wanted.weight else None,
-        )
+        by_token = self._buffer("by_token", n, v) if any(not p.by_vocab for p in products) else None
+        by_vocab = self._buffer("by_vocab", v, n) if any(p.by_vocab for p in products) else None
         exps, maxima = (None, None) if saved is None else (saved.exps.T, saved.maxima.T)
-        _ops().gradient(*self._tile(tile, grads.labels), *_vectors(grads), *made, bias, exps, maxima)
-        return made
+        rights = [_rows_contiguous(p.right) for p in products]
+        _ops().gradient(
+            *self._tile(tile, grads.labels), *_vectors(grads), by_token, by_vocab, bias, exps, maxima,
+            [p.out for p in products], rights, [self._room(right, i) for i, right in enumerate(rights)],
+            [p.by_vocab for p in products], [p.add for p in products],
+        )  # fmt: skip
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-        k, n = b.shape
-        pair = 1 if b.dtype == torch.float32 else 2
-        _ops().multiply(out, a, _rows_contiguous(b), add, self._buffer("right", n, -(-k // pair) * pair).view(-1))
+        right = _rows_contiguous(b)
+        _ops().multiply(out, a, right, add, self._room(right, 0))
+
+    def _room(self, right: Tensor, which: int) -> Tensor:
+        """For a right operand (k, n), packed; one for each of a kernel's products."""
+        (k, n), pair = right.shape, 1 if right.dtype == torch.float32 else 2
+        return self._buffer(f"right {which}", n, -(-k // pair) * pair).view(-1)
 
     def _accumulate(
         self, state: CppState, tile: Tile, by_token: Tensor | None = None, by_vocab: Tensor | None = None,
@@ -212,7 +219,8 @@ class CppTileOps:
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._buffers or self._buffers[name].numel() < rows * columns:
-            self._buffers[name] = torch.empty(rows * columns, dtype=dtype or self.operand)
+            self._buffers.pop(name, None)
+            self._buffers[name] = self.empty(f"{name} of a tile", rows, columns, dtype or self.operand).view(-1)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
 

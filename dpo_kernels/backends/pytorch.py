@@ -6,16 +6,16 @@ The gradient at the label is -g * expm1(log p), since 1 - p loses every digit wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
+from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
 from dpo_kernels.layout import put_rows, take_rows
-from dpo_kernels.planner import Capabilities, Plan, Sweep
+from dpo_kernels.planner import Capabilities, Plan
 from dpo_kernels.statistics import (
     LOG_ZERO,
     Finished,
@@ -185,9 +185,9 @@ class PyTorchTileOps:
     ) -> None:
         finish_jacobian(self.call.transform, done, total, label_weight())
 
-    def logits_gradient(
-        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
-    ) -> LogitsGradient:
+    def gradient_products(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
         transform = self.call.transform
         if saved is not None:
             dz = self._from_saved(grads, saved, self._tile(*saved.exps.shape), tile.columns.start)
@@ -197,8 +197,7 @@ class PyTorchTileOps:
             dz = logits_gradient(z, grads, tile.columns.start, derivative, transform.slope)
         if bias is not None:
             bias += dz.sum(0)
-        dz = dz.to(self.operand)
-        return LogitsGradient(dz, dz.T)
+        multiply_each(self, dz.to(self.operand), products)
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         library_multiply(out, a, b, add)
@@ -275,6 +274,12 @@ def apply_transform(product: Tensor, transform: Transform) -> Tensor:
         return product.mul_(transform.slope) if transform.slope != 1 else product
     product.mul_(transform.logit_scale / transform.softcap).tanh_()
     return product.mul_(transform.softcap / transform.temperature)
+
+
+def multiply_each(ops: TileOps, gradient: Tensor, products: Sequence[Product]) -> None:
+    """gradient: d loss / d a of a tile (n, v)."""
+    for out, right, by_vocab, add in products:
+        ops.multiply(out, gradient.T if by_vocab else gradient, right, add)
 
 
 def library_multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

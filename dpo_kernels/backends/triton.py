@@ -7,7 +7,7 @@ be tested: TRITON_INTERPRET=1 must be set before the first import of triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import overrides
-from dpo_kernels.backends.base import MIB, Execution, LogitsGradient, SavedTile, Tile
-from dpo_kernels.backends.pytorch import library_multiply
+from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile
+from dpo_kernels.backends.pytorch import library_multiply, multiply_each
 from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.call import DTYPE_NAMES, Call, TokenGrads, Tokens, Transform
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import KernelConfig
 from dpo_kernels.layout import in_matrix, lies_in_rows, rows_of
-from dpo_kernels.planner import Capabilities, Plan, Sweep, aligned
+from dpo_kernels.planner import Capabilities, Plan, aligned
 from dpo_kernels.statistics import Finished
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
@@ -189,13 +189,13 @@ class TritonTileOps:
             ROUND="" if weight.dtype == compute else DTYPE_NAMES[compute], BLOCK_M=block.block_m, BLOCK_N=block.block_n,
         )  # fmt: skip
 
-    def logits_gradient(
-        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, wanted: Sweep, bias: Tensor | None
-    ) -> LogitsGradient:
+    def gradient_products(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
         dz = self._recompute(grads, tile) if saved is None else self._from_saved(grads, saved, tile)
         if bias is not None:
             bias += dz.sum(0, dtype=bias.dtype)
-        return LogitsGradient(dz, dz.T if wanted.weight else None)
+        multiply_each(self, dz, products)
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         library_multiply(out, a, b, add)

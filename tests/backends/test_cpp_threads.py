@@ -64,6 +64,19 @@ def test_an_error_of_a_task_reaches_the_caller_and_the_threads_go_on(threads, ou
         assert run_tasks(100, ours=ours).tolist() == [1] * 100
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 1000])
+def test_a_later_phase_waits_for_the_parts_that_it_needs(threads, count):
+    for _ in range(50):
+        assert torch.ops.dpo_kernels_cpp.run_phases(count, -1).tolist() == [1] * count
+
+
+def test_nobody_waits_for_a_part_whose_thread_failed(threads):
+    for fails in (0, 1, 99):
+        with pytest.raises(RuntimeError, match=f"task {fails} fails"):
+            torch.ops.dpo_kernels_cpp.run_phases(100, fails)
+        assert torch.ops.dpo_kernels_cpp.run_phases(100, -1).tolist() == [1] * 100
+
+
 def test_callers_in_many_threads_do_not_disturb_each_other(threads):
     alone = [step(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:

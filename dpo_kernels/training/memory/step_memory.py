@@ -41,7 +41,7 @@ PARTS = (
 )  # fmt: skip
 
 # Of the head's plan: buffers that stay resident for the next call (`dpo_kernels.empty_cache`).
-WAITS = ("kept probabilities", "d log_prob / d hidden")
+WAITS = ("kept probabilities", "d log_prob / d hidden", "tile and operands")
 # Operators that PyTorch's counts of operations do not know, and such as cost the same.
 LIKE = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
@@ -283,7 +283,7 @@ class StepBytes(LiveBytes):
             if options.grads:
                 self.held.append(made.bytes)
                 if self.run.device.type == "cpu":
-                    self.waits = max(self.waits, *(made.memory.get(name, 0) for name in WAITS))
+                    self.waits = max(self.waits, sum(made.memory.get(name, 0) for name in WAITS))
                 self.live[HEAD] = max(self.waits, sum(self.held))
                 return results[: ops.STATS], {}
             return results[: ops.STATS], {HEAD: max(0, made.bytes - self.waits * (not self.held))}
