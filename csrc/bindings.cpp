@@ -183,13 +183,20 @@ void gradient_op(
   TORCH_CHECK(
       rights.size() == outs.size() && rooms.size() == outs.size() && of_vocab.size() == outs.size() &&
           adds.size() == outs.size(),
-      outs.size(), " products with ", rights.size(), " right operands");
+      outs.size(), " products have ", rights.size(), " right operands, ", rooms.size(), " rooms, ", of_vocab.size(),
+      " left operands, ", adds.size(), " sums");
+  for (const auto& [name, left] : {std::pair{"by_token", &by_token}, std::pair{"by_vocab", &by_vocab}})
+    TORCH_CHECK(
+        !left->has_value() || (*left)->scalar_type() == weight.scalar_type(), name, " is ", (*left)->scalar_type(),
+        ", the weight ", weight.scalar_type());
   std::vector<GradientProduct> products;
   for (size_t i = 0; i < outs.size(); ++i) {
     const Maybe& left = of_vocab[i] ? by_vocab : by_token;
     TORCH_CHECK(left.has_value(), "product ", i, " has no left operand");
     products.push_back({{outs[i], *left, rights[i], adds[i] != 0, rooms[i]}, of_vocab[i] != 0});
     check_product(products.back().args);
+    for (size_t j = 0; j < i; ++j)
+      TORCH_CHECK(rooms[i].data_ptr() != rooms[j].data_ptr(), "products ", j, " and ", i, " have the same room");
   }
   gradient(
       args, {grad, log_probs, maximum, log_sum, label_logit, entropy, grad_entropy},
@@ -272,22 +279,23 @@ Tensor run_tasks_op(int64_t count, int64_t fails, bool ours) {
   return runs;
 }
 
-// For tests: how often each of `count` tasks of a second phase ran, each of which waits for one of the first. Task `fails` of
-// the first, if there is one, throws.
+// For tests: how often each of `count` tasks of a second phase ran, each of which waits for both pieces of a part of the
+// first. Task `fails`, if there is one, throws: of the first phase, or from 2 * count on of the second.
 Tensor run_phases_op(int64_t count, int64_t fails) {
   Tensor runs = at::zeros({count}, at::TensorOptions().dtype(at::kLong));
   int64_t* of_task = runs.data_ptr<int64_t>();
   Phases phases;
-  Parts parts(count, 1);
-  phases.add(count, [&](int64_t first, int64_t last) {
+  Parts parts(count, 2);
+  phases.add(2 * count, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       TORCH_CHECK(i != fails, "task ", i, " fails");
-      parts.made(i);
+      parts.made(i % count);
     }
   });
   phases.add(count, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       if (!phases.wait([&] { return parts.ready(count - 1 - i); })) return;
+      TORCH_CHECK(2 * count + i != fails, "task ", 2 * count + i, " fails");
       ++of_task[i];
     }
   });

@@ -78,22 +78,28 @@ Tile<T> make_tile(const TileArgs& args) {
       Transform(args.temperature, args.logit_scale, args.softcap)};
 }
 
+constexpr int64_t kPiece = 64;  // column blocks: the width of the usual tile (dpo_kernels/backends/cpp.py)
+
 // How threads share a tile: by columns, and by tokens too where that makes the largest share smaller.
 struct Grid {
   int64_t column_blocks, token_blocks, column_lanes, token_lanes = 1;
+  int64_t piece = column_blocks, piece_lanes = column_lanes;  // column blocks that share lanes, and how many of these
 
-  // For sums down the columns: the lanes of columns do not depend on the tokens, so that a token's sums are the same to
-  // the last bit whichever tokens stand beside it.
+  // For sums down the columns: the lanes of columns depend neither on the tokens nor on the tile's width, beyond a piece,
+  // so that a token's sums are the same to the last bit whichever tokens, and how many, stand beside it.
   static Grid of_sums(int64_t column_blocks, int64_t token_blocks) {
     const int64_t lanes = std::max(threads(), std::min(threads() * kShares, kThreads));
-    Grid grid{column_blocks, token_blocks, std::min(lanes, column_blocks)};
+    const int64_t piece = std::min(column_blocks, kPiece), piece_lanes = std::min(lanes, piece);
+    const int64_t whole = (column_blocks - 1) / piece, last = column_blocks - whole * piece;
+    Grid grid{column_blocks, token_blocks, whole * piece_lanes + std::min(piece_lanes, last)};
+    grid.piece = piece, grid.piece_lanes = piece_lanes;
     grid.token_lanes = std::clamp<int64_t>(threads() / grid.column_lanes, 1, token_blocks);
     return grid;
   }
 
   // For blocks that have nothing to do with each other, or only along the columns' tokens.
   static Grid of_blocks(int64_t column_blocks, int64_t token_blocks, bool split_tokens) {
-    if (column_blocks >= threads() * kShares) return {column_blocks, token_blocks, threads() * kShares};
+    if (column_blocks >= threads() * kShares) return {column_blocks, token_blocks, column_blocks};
     Grid best{column_blocks, token_blocks, std::min(threads(), column_blocks)};
     for (int64_t columns = best.column_lanes; split_tokens && columns > 0; --columns) {
       const int64_t tokens = std::clamp<int64_t>(threads() / columns, 1, token_blocks);
@@ -113,7 +119,9 @@ struct Grid {
   void each(int64_t first, int64_t last, const F& work) const {
     for (int64_t task = first; task < last; ++task) {
       const int64_t lane = task / token_lanes, part = task % token_lanes;
-      for (int64_t c = column_blocks * lane / column_lanes; c < column_blocks * (lane + 1) / column_lanes; ++c)
+      const int64_t begin = lane / piece_lanes * piece, of_piece = lane % piece_lanes;
+      const int64_t blocks = std::min(piece, column_blocks - begin), lanes = std::min(piece_lanes, blocks);
+      for (int64_t c = begin + blocks * of_piece / lanes; c < begin + blocks * (of_piece + 1) / lanes; ++c)
         work(lane, c, token_blocks * part / token_lanes, token_blocks * (part + 1) / token_lanes);
     }
   }
@@ -246,6 +254,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
   };
   run_products(grid.lanes(), !std::is_same_v<T, float>, [&](int64_t first, int64_t last) { grid.each(first, last, block); });
   const Matrix total(out.total);
+  // A merge of 256 tokens takes less than waking a thread; with sums of features to rescale, one of 128 takes more.
   run_tasks(tile.n, total ? 128 : 256, [&](int64_t begin, int64_t end) {
     std::vector<float> old(state[kBase] + begin, state[kBase] + end);
     for (int64_t lane = 0; lane < grid.column_lanes; ++lane) {
@@ -385,7 +394,7 @@ void gradient_tile(
       }
     }
   };
-  // What is multiplied by the weight needs all columns: it comes last, and packing the weight is for who waits for them.
+  // Products with the weight need all columns, so they come last; whoever would wait for columns packs the weight first.
   Phases phases;
   Parts columns_made(grid.column_blocks, grid.token_lanes);
   std::vector<std::unique_ptr<ProductTasks>> of_vocab, of_tokens;

@@ -55,7 +55,7 @@ inline void deep_product(
   }
 }
 
-// Frees brgemm's hardware state, in a thread that multiplied.
+// Frees brgemm's hardware state, in a thread that may have multiplied.
 inline void release_products(bool bfloat16) { at::native::cpublas::brgemm_release(/*is_vnni=*/bfloat16); }
 
 // Tasks with products in them.
@@ -114,15 +114,13 @@ inline void pack_strip(const T* x, int64_t k, int64_t ldx, int64_t width, T* pac
 // no two tasks write the same number.
 class ProductTasks {
  public:
-  int64_t row_blocks = 0, strips = 0;
-
   // out (m, n) = a (m, k) b (k, n), or +=, sums in float32. Rows are lda, ldb and ldo apart. An out of another dtype is
   // rounded once and cannot be added to. room: n * round_up(k, kPair<T>) numbers, for b in packed strips of kBlock columns.
   template <typename T, typename Out>
   ProductTasks(
       Out* out, int64_t ldo, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, bool add,
       T* room)
-      : row_blocks(ceil_div(m, kBlock)), strips(ceil_div(n, kBlock)), packed_(strips, 1) {
+      : row_blocks_(ceil_div(m, kBlock)), strips_(ceil_div(n, kBlock)), packed_(strips_, 1) {
     const int64_t strip_size = kBlock * round_up(k, kPair<T>);
     auto columns_of = [=](int64_t strip) { return std::min(kBlock, n - strip * kBlock); };
     pack_ = [=](int64_t strip) { pack_strip(b + strip * kBlock, k, ldb, columns_of(strip), room + strip * strip_size); };
@@ -144,10 +142,10 @@ class ProductTasks {
     };
   }
 
-  // A phase that packs. Few rows take each strip while it is in cache: then the next one packs.
+  // A phase that packs. A single block of rows takes each strip while it is in cache: then add_products' phase packs too.
   void add_packing(Phases& phases) {
-    if (row_blocks == 1) return;
-    phases.add(strips, [this](int64_t first, int64_t last) {
+    if (row_blocks_ == 1) return;
+    phases.add(strips_, [this](int64_t first, int64_t last) {
       for (int64_t strip = first; strip < last; ++strip) pack_(strip), packed_.made(strip);
     });
   }
@@ -156,11 +154,11 @@ class ProductTasks {
   // block of sums stays in the L1 cache until it is complete. ready(block of rows): whether the left operand is there.
   template <typename Ready>
   void add_products(Phases& phases, const Ready& ready) {
-    phases.add(row_blocks * strips, [this, &phases, ready](int64_t first, int64_t last) {
+    phases.add(row_blocks_ * strips_, [this, &phases, ready](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t row_block = task / strips, strip = task % strips;
+        const int64_t row_block = task / strips_, strip = task % strips_;
         if (!phases.wait([&] { return ready(row_block); })) return;
-        if (row_blocks == 1) pack_(strip);
+        if (row_blocks_ == 1) pack_(strip);
         else if (!phases.wait([&] { return packed_.ready(strip); })) return;
         multiply_(row_block, strip);
       }
@@ -168,6 +166,7 @@ class ProductTasks {
   }
 
  private:
+  const int64_t row_blocks_, strips_;
   std::function<void(int64_t)> pack_;
   std::function<void(int64_t, int64_t)> multiply_;
   Parts packed_;

@@ -212,21 +212,39 @@ void Crowd::set(bool crowded) {
   until_ = crowded ? Clock::time_point::max() : Clock::time_point::min();
 }
 
+int64_t Phases::take_all(int64_t workers, const std::function<void()>& done) {
+  int64_t taken = 0;
+  try {
+    for (const auto& phase : phases_) {
+      if (failed_) break;
+      taken += take_shares(phase->next, phase->count, 1, workers * kShares, phase->work);
+    }
+  } catch (...) {
+    failed_ = true;
+    throw;
+  }
+  done();
+  return taken;
+}
+
 void Phases::run(const std::function<void()>& done) {
   int64_t workers = 1;
   for (const auto& phase : phases_) workers = std::max(workers, std::min(phase->count, threads()));
-  run_together(workers - 1, [&] {
-    int64_t taken = 0;
-    try {
-      for (const auto& phase : phases_)
-        taken += take_shares(phase->next, phase->count, 1, workers * kShares, phase->work);
-    } catch (...) {
-      failed_ = true;
-      throw;
-    }
-    done();
-    return taken;
-  });
+  run_together(workers - 1, [&] { return take_all(workers, done); });
+  if (workers <= cores() && longest_wait_ > kCrowded.count()) crowd.saw(true);
+}
+
+void Phases::run_on_own_threads(int64_t helpers, const std::function<void()>& done) {
+  dpo_kernels::run_on_own_threads(helpers, [&] { return take_all(helpers + 1, done); });
+}
+
+void Phases::sleep(Clock::time_point since) const {
+  const auto waited = std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - since);
+  int64_t before = longest_wait_;
+  while (waited.count() > before && !longest_wait_.compare_exchange_weak(before, waited.count())) {
+  }
+  if (waited > kYields) std::this_thread::sleep_for(kYields);
+  else std::this_thread::yield();
 }
 
 int64_t runs_on_own_threads() { return pool()->runs(); }

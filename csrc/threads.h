@@ -110,17 +110,25 @@ class Phases {
   // Then done() once in each thread that took part. Rethrows an exception of any of them.
   void run(const std::function<void()>& done);
 
-  // Inside work: until ready(). False where a thread failed, and what was waited for may never be.
+  // For tests: on so many threads of ours beside the caller.
+  void run_on_own_threads(int64_t helpers, const std::function<void()>& done);
+
+  // Inside work: until ready(). False where a thread failed, and what was waited for may never be. Gives its core to others
+  // meanwhile, and sleeps where that takes long.
   template <typename Ready>
   bool wait(const Ready& ready) const {
-    while (!ready()) {
+    if (ready()) return true;
+    for (const auto since = Clock::now(); !ready(); sleep(since))
       if (failed_) return false;
-      std::this_thread::yield();
-    }
     return true;
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::microseconds kYields{100};  // before it sleeps
+  static constexpr std::chrono::microseconds kCrowded{1000};  // no share of a phase takes so long while the cores are ours
+  void sleep(Clock::time_point since) const;
+  int64_t take_all(int64_t workers, const std::function<void()>& done);
   struct Phase {
     Phase(int64_t count, std::function<void(int64_t, int64_t)> work) : count(count), work(std::move(work)) {}
     const int64_t count;
@@ -129,6 +137,7 @@ class Phases {
   };
   std::vector<std::unique_ptr<Phase>> phases_;
   std::atomic<bool> failed_{false};
+  mutable std::atomic<int64_t> longest_wait_{0};  // microseconds
 };
 
 // What one phase makes and a later one waits for: parts, each of some pieces.

@@ -88,6 +88,7 @@ class Options:
     """
 
     ignore_index: int | None = -100
+    # Factories: torch.compile of 2.10 cannot wrap a default that is an object.
     transform: Transform = field(default_factory=Transform)
     outputs: tuple[str, ...] = ()
     grads: Grads = field(default_factory=Grads)

@@ -128,11 +128,11 @@ def _sweep(
         tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
         products = []
         if sweep.hidden and hidden is not None:
-            products.append(hidden.adds(rows, first_columns(tile.weight, plan.hidden_size), by_vocab=False))
+            products.append(hidden.next_product(rows, first_columns(tile.weight, plan.hidden_size), by_vocab=False))
         if sweep.weight and weight is not None:
-            products.append(weight.adds(columns, first_columns(tile.hidden, plan.hidden_size), by_vocab=True))
+            products.append(weight.next_product(columns, first_columns(tile.hidden, plan.hidden_size), by_vocab=True))
         if sweep.low_rank and low_rank is not None:
-            products += low_rank.adds(tile)
+            products += low_rank.products(tile)
         exps = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
         ops.gradient_products(grads.rows(rows), tile, exps, products, None if bias is None else bias[columns])
         del tile, products  # or their slices would live while the next are made
@@ -284,7 +284,7 @@ class _LowRankGradient:
         self.of_rows = wide.new_zeros((plan.tokens, plan.rank))
         self.of_b = wide.new_zeros((plan.vocab_size, plan.rank))
 
-    def adds(self, tile: Tile) -> list[Product]:
+    def products(self, tile: Tile) -> list[Product]:
         more = slice(self.plan.hidden_size, None)
         return [
             Product(self.of_rows[tile.rows], tile.weight[:, more], by_vocab=False, add=True),
@@ -339,7 +339,7 @@ class _Gradient:
             height = max((s.stop if whole else s.stop - s.start for s in spans), default=0)
             self.total = self.wide.new_empty((height, self.out.shape[1]))
 
-    def adds(self, rows: slice, right: Tensor, by_vocab: bool) -> Product:
+    def next_product(self, rows: slice, right: Tensor, by_vocab: bool) -> Product:
         """What adds d loss / d a @ right to the given rows."""
         again = rows.start in self.begun
         self.begun.add(rows.start)

@@ -21,7 +21,6 @@ from dpo_kernels.splits import Splits
 MIB = 2**20
 ALIGNMENT = 16  # numbers; rows that kernels write start on a multiple of it
 DEFAULT_BUDGET = 1024 * MIB
-WIDEST_COPY = 32 * MIB  # of the weight's columns of a wide tile, where a back end packs them: more leaves its cache
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,9 @@ class Capabilities:
     """What the plan has to know of a back end on a device; the values are in `dpo_kernels.backends`.
 
     tiles: (tokens, vocabulary) of a tile, best first; small ones are for small budgets.
-    wide_tiles: the like for calls of few tokens, all of which a tile has to hold; before the others, narrowest first.
+    wide_tiles: the like for calls of few tokens, all of which a tile has to hold; the first that fits goes before the
+        others, where it leaves room for all that they would keep.
+    widest_copy: bytes of the weight's columns of a wide tile, at most, where operands are packed.
     scratch: bytes that library calls, or all threads together, may hold inside a call; the first call of a process also
         loads and generates code.
     widens: dtypes whose operands products need in the accumulation dtype.
@@ -56,6 +57,7 @@ class Capabilities:
     saved_multiple: int | None = None
     splits: tuple[Splits, ...] = ()
     wide_tiles: tuple[tuple[int, int], ...] = ()
+    widest_copy: int = 0
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,9 @@ class Workload:
         found = [
             (n, v)
             for n, v in self.capabilities.wide_tiles
-            if self.tokens <= n and v // 2 < self.vocab_size and v * copied <= WIDEST_COPY
+            if self.tokens <= n and v // 2 < self.vocab_size and v * copied <= self.capabilities.widest_copy
         ][:1]
-        if self.vocab_size % ALIGNMENT == 0:
+        if self.vocab_size % ALIGNMENT == 0 or self.capabilities.packs:
             return found
         return [(n, min(v, self.vocab_size // narrow * narrow)) for n, v in found if self.vocab_size >= narrow]
 
@@ -413,10 +415,15 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
     """
     given = s.default_budget() if budget is None else budget
     budget = given - held
-    for tile, sweeps in _candidates(s, _tile_of_a_full_step(s, budget)):
+    of_full_step = _tile_of_a_full_step(s, budget)
+    wide = s.tile_sizes()[0] if s.wide_tile() and of_full_step is None else None
+    for tile, sweeps in _candidates(s, of_full_step):
         memory = _memory(s, tile, sweeps)
         if sum(memory.values()) <= budget:
-            return _spend(s, budget, tile, sweeps, memory)
+            made = _spend(s, budget, tile, sweeps, memory)
+            # A wide tile gains less than a product that is not done again.
+            if tile != wide or made.kept_tokens == s.tokens or not sweeps or s.entropy:
+                return made
     least = least_budget(s) + held
     raise ValueError(
         f"memory_budget is {given:,} bytes ({_mib(given)}), but {s.tokens:,} tokens x {s.hidden_size:,} features x "

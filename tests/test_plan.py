@@ -93,6 +93,25 @@ def test_more_budget_never_costs_gemms_and_the_dial_is_smooth():
     assert max(a - b for a, b in itertools.pairwise(gemms)) < 0.1
 
 
+@pytest.mark.parametrize("tokens", [64, 256, 512])
+@pytest.mark.parametrize(("features", "vocab"), [(512, 32_000), (1024, 151_936)])
+def test_a_wide_tile_never_costs_a_product(tokens, features, vocab):
+    """It is taken where all that a narrow one would keep is kept beside it."""
+
+    def made_of(budget, **grads):
+        return plan(tokens, features, vocab, memory_budget=budget, capabilities=cpp.CAPABILITIES, **grads)
+
+    made = [made_of(budget) for budget in range(64 * MIB, 400 * MIB, 3 * MIB)]
+    gemms = [one.gemms for one in made]
+    assert gemms == sorted(gemms, reverse=True)
+    assert gemms[-1] == 3
+    assert made[-1].tile_vocab > 4096 or (tokens, features) == (512, 1024)
+    assert all(one.tile_vocab <= 4096 for one in made if one.mode == "mixed")
+    for one in made:  # a reference that wants no gradient goes the same way
+        score = made_of(one.memory_budget, grads=())
+        assert (score.tile_tokens, score.tile_vocab) == (one.tile_tokens, one.tile_vocab)
+
+
 def test_a_gradient_through_the_entropy_recomputes():
     assert plan(100, 64, 5000, outputs=("entropy",)).mode == "recompute"
     assert plan(100, 64, 5000, outputs=("entropy",), grads=("hidden",)).mode == "recompute"

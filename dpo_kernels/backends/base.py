@@ -129,7 +129,7 @@ class TileOps(Protocol):
         """Products with d loss / d a of the tile, which is made from what was saved if given, and that stays as it is:
         backward may run again. Its sums over tokens are added to bias."""
 
-    def multiply(self, out: Tensor, a: Any, b: Tensor, add: bool) -> None:
+    def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         """out = a @ b, or out += a @ b, in at least the accumulation dtype, rounded once to out's."""
 
 

@@ -28,13 +28,13 @@ from dpo_kernels.statistics import LOG_ZERO, Finished, SoftmaxState, TokenStats,
 LARGEST_LOGIT = 7e5
 
 # A call of few tokens is many short kernels, and each ends with a wait for its last thread, which may have no core just
-# then: beside two busy processes 4 threads took 189 ms for 256 tokens x 512 x 32,000 in tiles of 4,096, 132 in these
-# (docs/cpp.md).
+# then (docs/cpp.md). Of 64 tokens the weight is packed by who multiplies it, and wide strips leave the cache (1.2 times
+# slower in float32).
 WIDE_TILES = ((64, 8192), (256, 32768), (256, 16384), (512, 8192))
 CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
     widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
-    wide_tiles=WIDE_TILES,
+    wide_tiles=WIDE_TILES, widest_copy=32 * MIB,
 )  # fmt: skip
 WITHOUT_BFLOAT16 = replace(CAPABILITIES, widens=(torch.float16, torch.bfloat16))
 
@@ -182,20 +182,23 @@ class CppTileOps:
         by_vocab = self._buffer("by_vocab", v, n) if any(p.by_vocab for p in products) else None
         exps, maxima = (None, None) if saved is None else (saved.exps.T, saved.maxima.T)
         rights = [_rows_contiguous(p.right) for p in products]
+        rooms = [
+            self._room(f"{right.shape[1]} columns of {'hidden' if p.by_vocab else 'weight'}", right)
+            for p, right in zip(products, rights, strict=True)
+        ]
         _ops().gradient(
             *self._tile(tile, grads.labels), *_vectors(grads), by_token, by_vocab, bias, exps, maxima,
-            [p.out for p in products], rights, [self._room(right, i) for i, right in enumerate(rights)],
-            [p.by_vocab for p in products], [p.add for p in products],
+            [p.out for p in products], rights, rooms, [p.by_vocab for p in products], [p.add for p in products],
         )  # fmt: skip
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         right = _rows_contiguous(b)
-        _ops().multiply(out, a, right, add, self._room(right, 0))
+        _ops().multiply(out, a, right, add, self._room(f"{right.shape[1]} columns", right))
 
-    def _room(self, right: Tensor, which: int) -> Tensor:
-        """For a right operand (k, n), packed; one for each of a kernel's products."""
+    def _room(self, what: str, right: Tensor) -> Tensor:
+        """For a right operand (k, n), packed."""
         (k, n), pair = right.shape, 1 if right.dtype == torch.float32 else 2
-        return self._buffer(f"right {which}", n, -(-k // pair) * pair).view(-1)
+        return self._buffer(f"packed {what}", n, -(-k // pair) * pair).view(-1)
 
     def _accumulate(
         self, state: CppState, tile: Tile, by_token: Tensor | None = None, by_vocab: Tensor | None = None,

@@ -81,7 +81,7 @@ def test_features_that_are_odd_or_deeper_than_a_block(features, dtype):
 )
 def test_any_number_of_threads(threads, tokens, vocab, count, dtype):
     """Right at any number of threads, repeatable to the last bit at each; all gradients, and a frozen head."""
-    for grads in ("hidden,weight,bias", "hidden"):
+    for grads in ("hidden,weight,bias", "hidden,weight", "hidden"):
         head = make_head(tokens, 40, vocab, dtype, bias=True, grads=grads)
         threads(1)
         alone = run(token_stats, detached(head), outputs=())
@@ -200,6 +200,17 @@ def test_bfloat16_without_onednn():
     check_against_reference(head, outputs=())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [9001, slow(32_000)])
+def test_a_log_prob_is_the_same_whatever_the_number_of_tokens_beside_it(dtype, vocab):
+    """To the last bit: few tokens take wider tiles, whose sums are made of the same pieces."""
+    head = make_head(700, 64, vocab, dtype, ignored=0)
+    whole = hidden_to_log_probs(*detached(head)[:3], impl="cpp")
+    for tokens in (3, 64, 65, 256, 300, 512, 513):
+        few = head._replace(hidden=head.hidden[:tokens], labels=head.labels[:tokens])
+        assert torch.equal(hidden_to_log_probs(*detached(few)[:3], impl="cpp"), whole[:tokens])
+
+
 def test_every_size_is_checked_at_the_boundary():
     hidden, weight, labels = torch.randn(5, 8), torch.randn(30, 8), torch.randint(30, (5,))
     packed, state = ops().pack(hidden), torch.zeros(8, 5)
@@ -242,6 +253,28 @@ def test_every_size_is_checked_at_the_boundary():
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops().multiply(*arguments)
+    rows = [torch.zeros(5) for _ in range(5)]
+    usual = {"outs": [torch.empty(30, 8)], "rights": [hidden], "rooms": [torch.empty(40)], "of_vocab": [1], "adds": [0]}
+
+    def gradient(by_vocab=torch.empty(30, 5), **changes):  # noqa: B008
+        ops().gradient(
+            packed, weight, None, labels, 0, 1.0, 1.0, None, *rows, None, None, None, by_vocab, None, None, None,
+            *(usual | changes).values(),
+        )  # fmt: skip
+
+    gradient()
+    two = {"outs": [torch.empty(30, 8)] * 2, "rights": [hidden] * 2, "of_vocab": [1, 1], "adds": [0, 0]}
+    gradient(**two, rooms=[torch.empty(40), torch.empty(40)])
+    for wrong, message in [
+        ({"adds": []}, "products have"),
+        ({"of_vocab": [0]}, "product 0 has no left operand"),
+        ({"by_vocab": torch.empty(30, 5).bfloat16()}, "by_vocab is BFloat16, the weight Float"),
+        ({"rooms": [torch.empty(39)]}, "room is"),
+        ({"rights": [hidden[:4]]}, "b is"),
+        ({**two, "rooms": [torch.empty(40)] * 2}, "products 0 and 1 have the same room"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            gradient(**wrong)
     with pytest.raises(RuntimeError, match=r"index\[0\] is 9; logits have 5 rows"):
         ops().logits_forward(torch.randn(5, 9), torch.tensor([9]), torch.tensor([0]), 1.0, 1.0, None)
 

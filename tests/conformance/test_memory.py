@@ -59,6 +59,23 @@ def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
 
 
 @needs_proc
+@pytest.mark.parametrize(
+    ("features", "mode", "grads", "budget"),
+    [
+        (512, "keep", "hidden,weight", 130), slow(512, "frozen", "hidden", 100), slow(512, "score", "none", 24),
+        slow(1024, "keep", "hidden,weight", 130), slow(1040, "keep", "hidden,weight", 130),
+    ],
+)  # fmt: skip
+def test_a_wide_tile_holds_no_more_than_its_budget(features, mode, grads, budget):
+    """At 512 features all 32,000 columns at once; 16,384 of 1,024 are as wide as they may be, of 1,040 too wide."""
+    result = probe("cpp", 256, features, 32_000, "bfloat16", budget * MIB, grads)
+    assert result["mode"] == mode
+    assert result["planned"] <= budget * MIB
+    assert result["held"] <= budget * MIB, f"held {result['held'] / MIB:.1f} MiB of {budget}"
+    assert abs(result["held"] - result["planned"]) <= 0.1 * result["planned"] + 18 * MIB
+
+
+@needs_proc
 @pytest.mark.parametrize("impl", ["cpp", slow("torch")])
 def test_a_low_rank_adapter_holds_no_more_than_its_budget(impl):
     """W + B A and its gradient would be 49 MiB each in float32."""

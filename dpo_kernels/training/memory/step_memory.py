@@ -272,7 +272,7 @@ class StepBytes(LiveBytes):
         self.run, self.options, self.counted = run, options, counted
         self.most_on_host = self.flops = 0
         self.held: list[int] = []  # bytes of calls whose backward is to come
-        self.waits = 0  # bytes that stay resident for the next call
+        self.waiting: dict[str, int] = {}  # bytes that stay resident for the next call, one buffer of each name
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: Any, results: Any) -> tuple[Any, dict[str, int]]:
         """Results that count, and what the head holds beside them while it runs."""
@@ -283,10 +283,11 @@ class StepBytes(LiveBytes):
             if options.grads:
                 self.held.append(made.bytes)
                 if self.run.device.type == "cpu":
-                    self.waits = max(self.waits, sum(made.memory.get(name, 0) for name in WAITS))
+                    for name in WAITS:
+                        self.waiting[name] = max(self.waiting.get(name, 0), made.memory.get(name, 0))
                 self.live[HEAD] = max(self.waits, sum(self.held))
                 return results[: ops.STATS], {}
-            return results[: ops.STATS], {HEAD: max(0, made.bytes - self.waits * (not self.held))}
+            return results[: ops.STATS], {HEAD: made.bytes}  # takes none of what waits
         if func is torch.ops.dpo_kernels.token_stats_backward.default and self.held:
             self.look()
             self.held.pop()
@@ -295,6 +296,10 @@ class StepBytes(LiveBytes):
         if func.namespace != "dpo_kernels":
             self.flops += _flops(func._overloadpacket, args, kwargs, results)
         return results, {}
+
+    @property
+    def waits(self) -> int:
+        return sum(self.waiting.values())
 
     def _plan(self, args: tuple[Any, ...], options: Options) -> Any:
         hidden, weight, _, low_rank = args[:4]
