@@ -47,9 +47,9 @@ def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]
 def empty_cache() -> int:
     """Gives the memory that waits for its next use back to the system, and returns its bytes.
 
-    On CPUs the "cpp" implementation lets large buffers (what forward keeps for backward, and gradients that nobody
-    holds any more) wait for the next call, one of each kind: fresh memory costs page faults. The system may take what
-    waits whenever it needs memory, so no budget counts it. On GPUs PyTorch's allocator does the like; see
+    On CPUs the "cpp" implementation lets large buffers (what forward keeps for backward, those of a tile, and gradients
+    that nobody holds any more) wait for the next call, one of each kind: fresh memory costs page faults. The system
+    may take what waits whenever it needs memory, so no budget counts it. On GPUs PyTorch's allocator does the like; see
     `torch.cuda.empty_cache`.
     """
     return sum(backend.empty_cache() for backend in BACKENDS.values())
