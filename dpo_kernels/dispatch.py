@@ -35,13 +35,20 @@ BACKENDS: dict[str, Backend] = {
 NAMES = tuple(BACKENDS)
 
 
-def available_impls(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Name of each implementation -> None if it can run on `device`, else the reason why not.
+class AvailableImpls(dict[str, str | None]):
+    """Name of each implementation -> None if it can run, else the reason why not; printed, it says so in words."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name}: {'can run' if why is None else 'cannot run: ' + why}" for name, why in self.items())
+
+
+def available_impls(device: torch.device | str = "cpu") -> AvailableImpls:
+    """Name of each implementation -> None if it can run on `device`, else the reason why not. Print it.
 
     Nothing is built: "cpp" can run where it is built already, or where a compiler and ninja are there to build it.
     """
     device = torch.device(device)
-    return {name: backend.unavailable(device) for name, backend in BACKENDS.items()}
+    return AvailableImpls((name, backend.unavailable(device)) for name, backend in BACKENDS.items())
 
 
 def empty_cache() -> int:

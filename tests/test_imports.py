@@ -16,6 +16,7 @@ def test_implementations_explain_themselves():
     assert set(reasons) == {"triton", "cpp", "torch"}
     assert reasons["torch"] is None
     assert reasons["triton"] is None or "TRITON_INTERPRET=1" in reasons["triton"]
+    assert "torch: can run" in str(reasons).splitlines()
     assert "no GPU" in (available_impls("cuda")["triton"] or "no GPU")
     assert "not on meta" in available_impls("meta")["triton"]
 
