@@ -183,8 +183,8 @@ class CppTileOps:
         exps, maxima = (None, None) if saved is None else (saved.exps.T, saved.maxima.T)
         rights = [_rows_contiguous(p.right) for p in products]
         rooms = [
-            self._room(f"{right.shape[1]} columns of {'hidden' if p.by_vocab else 'weight'}", right)
-            for p, right in zip(products, rights, strict=True)
+            self._room(f"{right.shape[1]} columns of {'hidden' if p.by_vocab else 'weight'}, {i}", right)
+            for i, (p, right) in enumerate(zip(products, rights, strict=True))
         ]
         _ops().gradient(
             *self._tile(tile, grads.labels), *_vectors(grads), by_token, by_vocab, bias, exps, maxima,

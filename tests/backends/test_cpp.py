@@ -16,7 +16,7 @@ import torch
 from helpers import ROOT, assert_close, check_against_reference, detached, make_head, run, slow
 
 import dpo_kernels
-from dpo_kernels import hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
+from dpo_kernels import LowRank, hidden_to_log_probs, logits_to_log_probs, plan, reference, token_stats
 from dpo_kernels.backends import cpp
 from dpo_kernels.dispatch import BACKENDS
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
@@ -209,6 +209,18 @@ def test_a_log_prob_is_the_same_whatever_the_number_of_tokens_beside_it(dtype, v
     for tokens in (3, 64, 65, 256, 300, 512, 513):
         few = head._replace(hidden=head.hidden[:tokens], labels=head.labels[:tokens])
         assert torch.equal(hidden_to_log_probs(*detached(few)[:3], impl="cpp"), whole[:tokens])
+
+
+def test_an_adapter_as_wide_as_the_features():
+    """Its products have right operands of the same shapes as those of the weight, and room of their own."""
+    hidden, weight, a, b = (torch.randn(n, 8, requires_grad=True) for n in (70, 300, 8, 300))
+    labels = torch.randint(300, (70,))
+    hidden_to_log_probs(hidden, weight, labels, low_rank=LowRank(a, b), impl="cpp").sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight, a, b)]
+    whole = exact[1] + exact[3] @ exact[2]
+    reference.hidden_to_log_probs(exact[0], whole, labels).sum().backward()
+    for got, right in zip((hidden, weight, a, b), exact, strict=True):
+        assert_close(got.grad, right.grad, 1e-4 * right.grad.abs().max().item())
 
 
 def test_every_size_is_checked_at_the_boundary():
