@@ -105,7 +105,7 @@ def test_a_wide_tile_never_costs_a_product(tokens, features, vocab):
     gemms = [one.gemms for one in made]
     assert gemms == sorted(gemms, reverse=True)
     assert gemms[-1] == 3
-    assert made[-1].tile_vocab > 4096 or (tokens, features) == (512, 1024)
+    assert made[-1].tile_vocab > 4096
     assert all(one.tile_vocab <= 4096 for one in made if one.mode == "mixed")
     for one in made:  # a reference that wants no gradient goes the same way
         score = made_of(one.memory_budget, grads=())

@@ -30,11 +30,11 @@ LARGEST_LOGIT = 7e5
 # A call of few tokens is many short kernels, and each ends with a wait for its last thread, which may have no core just
 # then (docs/cpp.md). Of 64 tokens the weight is packed by who multiplies it, and wide strips leave the cache (1.2 times
 # slower in float32).
-WIDE_TILES = ((64, 8192), (256, 32768), (256, 16384), (512, 8192))
+WIDE_TILES = ((64, 8192), (256, 16384), (512, 8192))
 CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
     widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
-    wide_tiles=WIDE_TILES, widest_copy=32 * MIB,
+    wide_tiles=WIDE_TILES, widest_copy=16 * MIB,
 )  # fmt: skip
 WITHOUT_BFLOAT16 = replace(CAPABILITIES, widens=(torch.float16, torch.bfloat16))
 

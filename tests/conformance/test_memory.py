@@ -67,7 +67,7 @@ def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
     ],
 )  # fmt: skip
 def test_a_wide_tile_holds_no_more_than_its_budget(features, mode, grads, budget):
-    """At 512 features all 32,000 columns at once; 16,384 of 1,024 are as wide as they may be, of 1,040 too wide."""
+    """16,384 columns of 512 features and 8,192 of 1,024 are as wide as they may be, of 1,040 too wide."""
     result = probe("cpp", 256, features, 32_000, "bfloat16", budget * MIB, grads)
     assert result["mode"] == mode
     assert result["planned"] <= budget * MIB
