@@ -49,7 +49,7 @@ class Crowd {
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr int64_t kLeast = 16, kMost = 1024;  // a step has 20 to 100 kernels
+  static constexpr int64_t kLeast = 16, kMost = 1024;  // a step has 4 to 100 kernels
   static constexpr std::chrono::seconds kLongest{2};   // of large kernels
   std::atomic<int64_t> left_{0};      // kernels for which it is still believed
   std::atomic<Clock::time_point> until_{Clock::time_point::min()};
