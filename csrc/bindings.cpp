@@ -29,6 +29,12 @@ void check_operand(const char* name, const Tensor& t) {
       "; expected float or bfloat16");
 }
 
+// What products read in the operands' dtype.
+void check_narrower(const char* name, const Tensor& t, at::ScalarType operand) {
+  TORCH_CHECK(
+      t.scalar_type() == operand || operand == at::kFloat, name, " is ", t.scalar_type(), ", the products ", operand);
+}
+
 void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   TORCH_CHECK(
       t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " is ", t.sizes(), "; expected (", rows, ", ",
@@ -72,13 +78,14 @@ TileArgs checked_tile(
     const Tensor& packed, const Tensor& weight, const Maybe& bias, const Tensor& labels, int64_t first,
     double temperature, double logit_scale, std::optional<double> softcap) {
   const int64_t n = labels.size(0), v = weight.size(0), features = weight.size(1);
-  check_operand("weight", weight);
+  check_operand("packed", packed);
   check_matrix("weight", weight, v, features);
+  check_narrower("weight", weight, packed.scalar_type());
   check_vector("labels", labels, n, at::kLong);
   check_vector("bias", bias, v);
   TORCH_CHECK(n > 0 && v > 0 && features > 0, "an empty tile: ", n, " tokens, weight ", weight.sizes());
-  const int64_t pair = weight.scalar_type() == at::kFloat ? 1 : 2, blocks = ceil_div(n, kBlock);
-  TORCH_CHECK(packed.scalar_type() == weight.scalar_type() && packed.is_contiguous(), "packed is ", packed.scalar_type());
+  const int64_t pair = packed.scalar_type() == at::kFloat ? 1 : 2, blocks = ceil_div(n, kBlock);
+  TORCH_CHECK(packed.is_contiguous(), "packed has strides ", packed.strides());
   check_matrix(
       "packed", packed, (blocks - 1) * kBlock + block_width(n, blocks - 1), round_up(features, pair));
   return {packed, weight, bias, labels, first, temperature, logit_scale, softcap};
@@ -135,19 +142,28 @@ Tensor new_state_op(int64_t tokens) {
   return new_state(tokens);
 }
 
+Tensor reference_op(const Tensor& base) {
+  check_vector("base", base, base.numel(), at::kFloat);
+  Tensor made = base.clone();
+  for (int64_t t = 0; t < base.numel(); ++t) made.data_ptr<float>()[t] = reference(base.const_data_ptr<float>()[t]);
+  return made;
+}
+
 // For tests: the names that dpo_kernels/statistics.py has too.
 std::vector<std::string> state_fields_op() { return {kFieldNames, kFieldNames + kFields}; }
 
 void check_product(const ProductArgs& product) {
   const auto& [out, a, b, add, room] = product;
-  check_operand("a", a);
-  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.scalar_type() == b.scalar_type(), "a is ", a.scalar_type(), ", b ", b.scalar_type());
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a is ", a.sizes(), ", b ", b.sizes());
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   check_matrix("a", a, m, k);
   check_matrix("b", b, k, n);
   check_written("out", out, m, n);
   TORCH_CHECK(m > 0 && n > 0 && k > 0, "an empty product: ", a.sizes(), " x ", b.sizes());
-  check_vector("room", room, n * round_up(k, a.scalar_type() == at::kFloat ? 1 : 2), a.scalar_type());
+  check_operand("room", room);
+  check_vector("room", room, n * round_up(k, room.scalar_type() == at::kFloat ? 1 : 2), room.scalar_type());
+  check_narrower("a", a, room.scalar_type());
+  check_narrower("b", b, room.scalar_type());
   TORCH_CHECK(!add || out.scalar_type() == at::kFloat, "cannot add to ", out.scalar_type());
 }
 
@@ -175,6 +191,7 @@ void gradient_op(
   check_vector("entropy", entropy, n);
   check_vector("grad_entropy", grad_entropy, n);
   TORCH_CHECK(entropy.has_value() == grad_entropy.has_value(), "entropy and its gradient come together");
+  TORCH_CHECK(!exps.has_value() || !entropy.has_value(), "nothing is saved that an entropy's gradient needs");
   check_written("by_token", by_token, n, v);
   check_written("by_vocab", by_vocab, v, n);
   check_vector("grad_bias", grad_bias, v);
@@ -187,14 +204,16 @@ void gradient_op(
       " left operands, ", adds.size(), " sums");
   for (const auto& [name, left] : {std::pair{"by_token", &by_token}, std::pair{"by_vocab", &by_vocab}})
     TORCH_CHECK(
-        !left->has_value() || (*left)->scalar_type() == weight.scalar_type(), name, " is ", (*left)->scalar_type(),
-        ", the weight ", weight.scalar_type());
+        !left->has_value() || (*left)->scalar_type() == packed.scalar_type(), name, " is ", (*left)->scalar_type(),
+        ", the products ", packed.scalar_type());
+  TORCH_CHECK(!exps.has_value() || !by_vocab.has_value(), "by_vocab is what was saved");
   std::vector<GradientProduct> products;
   for (size_t i = 0; i < outs.size(); ++i) {
-    const Maybe& left = of_vocab[i] ? by_vocab : by_token;
+    const Maybe& left = !of_vocab[i] ? by_token : exps.has_value() ? exps : by_vocab;
     TORCH_CHECK(left.has_value(), "product ", i, " has no left operand");
     products.push_back({{outs[i], *left, rights[i], adds[i] != 0, rooms[i]}, of_vocab[i] != 0});
     check_product(products.back().args);
+    check_vector("room", rooms[i], rooms[i].numel(), packed.scalar_type());
     for (size_t j = 0; j < i; ++j)
       TORCH_CHECK(rooms[i].data_ptr() != rooms[j].data_ptr(), "products ", j, " and ", i, " have the same room");
   }
@@ -330,6 +349,7 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       dpo_kernels::accumulate_op);
   m.def("new_state(int tokens) -> Tensor", dpo_kernels::new_state_op);
   m.def("finish(Tensor state, Tensor labels, int vocab_size) -> Tensor[]", dpo_kernels::finish_op);
+  m.def("reference(Tensor base) -> Tensor", dpo_kernels::reference_op);
   m.def("state_fields() -> str[]", dpo_kernels::state_fields_op);
   m.def(
       "gradient(" TILE ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor label_logit,"

@@ -1,4 +1,4 @@
-// What hidden.cpp offers; shapes and meaning of every argument. Tensors were checked by the caller (bindings.cpp).
+// What hidden.cpp (forward) and gradient.cpp (backward) offer; shapes and meaning of every argument. Tensors were checked by the caller (bindings.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 
 namespace dpo_kernels {
 
-// A tile of n tokens by v columns, in operands of float or bfloat16.
+// A tile of n tokens by v columns, in operands of float or bfloat16: of packed's dtype. The weight may be narrower.
 struct TileArgs {
   const at::Tensor& packed;               // pack_hidden of (n, D)
   const at::Tensor& weight;               // (v, D), rows of any stride
@@ -35,7 +35,7 @@ struct RowGradients {
   const std::optional<at::Tensor>&entropy, &grad_entropy;  // (n,) float
 };
 
-// out (m, n) = a (m, k) b (k, n), or +=. room: for b, packed.
+// out (m, n) = a (m, k) b (k, n), or +=, in the dtype of room, which is for b, packed. a and b may be narrower.
 struct ProductArgs {
   at::Tensor out, a, b;
   bool add;
@@ -53,7 +53,7 @@ struct GradientOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v)
   const std::optional<at::Tensor>& by_vocab;  // (v, n)
   const std::optional<at::Tensor>& bias;      // (v,) float: sums over tokens are added to it
-  const std::optional<at::Tensor>& exps;      // (v, n), by_vocab of accumulate
+  const std::optional<at::Tensor>& exps;      // (v, n), by_vocab of accumulate: the left operand of products by_vocab, then
   const std::optional<at::Tensor>& bases;     // of accumulate
 };
 

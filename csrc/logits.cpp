@@ -45,12 +45,13 @@ void read_strip(const T* x, int64_t n, const Transform& transform, float* z) {
 
 float sum_of_strip(const float* z, int64_t n, float base) {
   Vec even(0.f), odd(0.f);
+  const Powers powers(Vec(reference(base)));
   int64_t i = 0;
   for (; i + kWidth < n; i += 2 * kWidth) {
-    even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
-    odd = odd + exp2(scaled_difference(Vec::loadu(z + i + kWidth), Vec(base)));
+    even = even + powers(Vec::loadu(z + i));
+    odd = odd + powers(Vec::loadu(z + i + kWidth));
   }
-  if (i < n) even = even + exp2(scaled_difference(Vec::loadu(z + i), Vec(base)));
+  if (i < n) even = even + powers(Vec::loadu(z + i));
   return sum_of(even + odd);
 }
 

@@ -4,6 +4,7 @@
 // 105 to 115 (benchmarks/results).
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 
@@ -12,6 +13,8 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
+#include <vector>
 
 namespace dpo_kernels {
 
@@ -36,19 +39,67 @@ inline void block_product(
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/!std::is_same_v<T, float>);
 }
 
-// The same into a block c of rows kBlock apart, for any k. In float32 each kDepth terms are summed on their own: a long
-// sum rounds small terms to the spacing of what it holds already, such as the label's term. (A depth of 1024 for logits
-// is 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.)
+// A number matrix that a caller gave: rows ld apart, of any floating dtype.
+struct Matrix {
+  char* data = nullptr;
+  int64_t ld = 0, size = 0;
+  at::ScalarType dtype = at::kFloat;
+
+  Matrix() = default;
+  explicit Matrix(const at::Tensor& t)
+      : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))), ld(t.stride(0)), size(t.element_size()),
+        dtype(t.scalar_type()) {}
+  explicit Matrix(const std::optional<at::Tensor>& t) {
+    if (t.has_value()) *this = Matrix(*t);
+  }
+  explicit operator bool() const { return data != nullptr; }
+  void* at(int64_t row, int64_t column) const { return data + (row * ld + column) * size; }
+
+  template <typename F>
+  void visit(int64_t row, int64_t column, const F& f) const {
+    with_type(dtype, [&](auto number) { f(static_cast<decltype(number)*>(at(row, column))); });
+  }
+  template <typename T>
+  bool holds() const { return dtype == c10::CppTypeToScalarType<T>::value; }
+  template <typename T>
+  T* as(int64_t row, int64_t column) const { return static_cast<T*>(at(row, column)); }
+
+  // n numbers from there on, wider.
+  template <typename T>
+  void read(int64_t row, int64_t column, T* to, int64_t n) const {
+    visit(row, column, [&](const auto* from) {
+      if constexpr (std::is_same_v<T, float>) widen(from, to, n);
+      else if (holds<T>()) std::memcpy(static_cast<void*>(to), from, sizeof(T) * n);
+    });
+  }
+  // Rows of a block that lie kBlock apart.
+  void write(const float* block, int64_t rows, int64_t columns, int64_t row, int64_t column) const {
+    visit(row, column, [&](auto* to) {
+      for (int64_t r = 0; r < rows; ++r) convert(block + r * kBlock, to + r * ld, columns);
+    });
+  }
+};
+
+// The same into a block c of rows kBlock apart, for any k, of rows of a matrix `row` and behind. In float32 each kDepth terms
+// are summed on their own: a long sum rounds small terms to the spacing of what it holds already. (A depth of 1024 for logits
+// is 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.) A narrower matrix is widened here.
 template <typename T>
 inline void deep_product(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c) {
+    int64_t m, int64_t n, int64_t k, const Matrix& a, int64_t row, const T* b, int64_t ldb, float* c) {
   constexpr bool apart = std::is_same_v<T, float>;
   alignas(64) float part[apart ? kBlock * kBlock : 1];
+  alignas(64) T wide[apart ? kBlock * kDepth<T> : 1];
   for (int64_t i = 0; i < k; i += kDepth<T>) {
     const bool later = i > 0;
-    block_product(
-        m, n, std::min(kDepth<T>, k - i), a + i, lda, b + i * ldb, ldb, apart && later ? part : c, kBlock,
-        !apart && later);
+    const int64_t depth = std::min(kDepth<T>, k - i);
+    const T* left = a.as<T>(row, i);
+    int64_t ld = a.ld;
+    if constexpr (apart)
+      if (!a.holds<T>()) {
+        for (int64_t r = 0; r < m; ++r) a.read(row + r, i, wide + r * depth, depth);
+        left = wide, ld = depth;
+      }
+    block_product(m, n, depth, left, ld, b + i * ldb, ldb, apart && later ? part : c, kBlock, !apart && later);
     if (apart && later)
       for (int64_t r = 0; r < m; ++r)
         for (int64_t j = 0; j < n; ++j) c[r * kBlock + j] += part[r * kBlock + j];
@@ -91,17 +142,29 @@ void pack_transposed(const T* x, int64_t n, int64_t k, int64_t ldx, T* packed) {
   });
 }
 
-// Columns [0, width) of x (k, ...) as a right operand (k, width).
+// Columns [column, column + width) of x (k, ...) as a right operand (k, width); its rows times `factors` (k,), unless these
+// are null.
 template <typename T>
-inline void pack_strip(const T* x, int64_t k, int64_t ldx, int64_t width, T* packed) {
+inline void pack_strip(const Matrix& x, int64_t column, int64_t k, int64_t width, const float* factors, T* packed) {
+  alignas(64) float wide[kBlock];
+  alignas(64) T made[2][kBlock];
+  const bool as_it_lies = factors == nullptr && x.holds<T>();
+  auto row = [&](int64_t i) -> const T* {
+    if (as_it_lies) return x.as<T>(i, column);
+    x.read(i, column, wide, width);
+    if (factors != nullptr)
+      for (int64_t j = 0; j < width; ++j) wide[j] *= factors[i];
+    convert(wide, made[i % 2], width);
+    return made[i % 2];
+  };
   if constexpr (std::is_same_v<T, float>) {
-    for (int64_t i = 0; i < k; ++i) std::memcpy(packed + i * width, x + i * ldx, sizeof(float) * width);
+    for (int64_t i = 0; i < k; ++i) std::memcpy(packed + i * width, row(i), sizeof(float) * width);
   } else {
     for (int64_t i = 0; i < k; i += 2) {
       uint16_t* to = reinterpret_cast<uint16_t*>(packed) + i * width;
-      const uint16_t* even = reinterpret_cast<const uint16_t*>(x) + i * ldx;
+      const uint16_t* even = reinterpret_cast<const uint16_t*>(row(i));
       if (i + 1 < k) {
-        const uint16_t* odd = even + ldx;
+        const uint16_t* odd = reinterpret_cast<const uint16_t*>(row(i + 1));
         for (int64_t j = 0; j < width; ++j) to[2 * j] = even[j], to[2 * j + 1] = odd[j];
       } else {
         for (int64_t j = 0; j < width; ++j) to[2 * j] = even[j], to[2 * j + 1] = 0;
@@ -110,34 +173,74 @@ inline void pack_strip(const T* x, int64_t k, int64_t ldx, int64_t width, T* pac
   }
 }
 
+// A number of an operand.
+struct Entry {
+  int64_t row, term;
+  float value;
+};
+
+// What the left operand (m, k) of a product is, where it is not a matrix as it lies: diag(rows) left diag(terms) + more.
+template <typename T>
+struct LeftOperand {
+  const float* rows = nullptr;   // (m,), or all 1
+  const float* terms = nullptr;  // (k,), or all 1
+  std::vector<Entry> more;       // in the order of their rows; their products are float32
+  // Blocks of kBlock rows that do not lie where the others do are made by each thread that needs them, (kBlock, k).
+  std::function<bool(int64_t row_block)> as_it_lies = [](int64_t) { return true; };
+  std::function<void(int64_t row_block, T* block)> make;
+};
+
 // A product as tasks of a kernel: strips of the right operand are packed, then blocks of rows multiplied by strips, so that
 // no two tasks write the same number.
 class ProductTasks {
  public:
-  // out (m, n) = a (m, k) b (k, n), or +=, sums in float32. Rows are lda, ldb and ldo apart. An out of another dtype is
-  // rounded once and cannot be added to. room: n * round_up(k, kPair<T>) numbers, for b in packed strips of kBlock columns.
-  template <typename T, typename Out>
+  // out (m, n) = a (m, k) b (k, n), or +=, sums in float32. a and b hold numbers of T, or narrower ones. An out of another
+  // dtype than float is rounded once and cannot be added to. room: n * round_up(k, kPair<T>) numbers, for b in packed strips
+  // of kBlock columns.
+  template <typename T>
   ProductTasks(
-      Out* out, int64_t ldo, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, bool add,
-      T* room)
+      const Matrix& out, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k, bool add, T* room,
+      const LeftOperand<T>& left = {})
       : row_blocks_(ceil_div(m, kBlock)), strips_(ceil_div(n, kBlock)), packed_(strips_, 1) {
     const int64_t strip_size = kBlock * round_up(k, kPair<T>);
     auto columns_of = [=](int64_t strip) { return std::min(kBlock, n - strip * kBlock); };
-    pack_ = [=](int64_t strip) { pack_strip(b + strip * kBlock, k, ldb, columns_of(strip), room + strip * strip_size); };
-    multiply_ = [=](int64_t row_block, int64_t strip) {
+    pack_ = [=, terms = left.terms](int64_t strip) {
+      pack_strip(b, strip * kBlock, k, columns_of(strip), terms, room + strip * strip_size);
+    };
+    multiply_ = [=](int64_t row_block, int64_t strip, MadeBlock& made) {
       alignas(64) float sums[kBlock * kBlock];
       const int64_t row = row_block * kBlock, rows = std::min(kBlock, m - row);
       const int64_t column = strip * kBlock, columns = columns_of(strip);
-      deep_product(rows, columns, k, a + row * lda, lda, room + strip * strip_size, columns, sums);
-      for (int64_t r = 0; r < rows; ++r) {
-        Out* to = out + (row + r) * ldo + column;
-        if constexpr (std::is_same_v<Out, float>) {
-          if (add)
-            for (int64_t c = 0; c < columns; ++c) to[c] += sums[r * kBlock + c];
-          else std::memcpy(to, sums + r * kBlock, sizeof(float) * columns);
-        } else {
-          convert(sums + r * kBlock, to, columns);
+      const T* packed = room + strip * strip_size;
+      if (left.as_it_lies(row_block)) {
+        deep_product(rows, columns, k, a, row, packed, columns, sums);
+      } else {
+        if (made.row_block != row_block) {
+          made.memory.resize(sizeof(T) * kBlock * k);
+          left.make(row_block, reinterpret_cast<T*>(made.memory.data()));
+          made.row_block = row_block;
         }
+        Matrix block;
+        block.data = made.memory.data(), block.ld = k, block.size = sizeof(T);
+        block.dtype = c10::CppTypeToScalarType<T>::value;
+        deep_product(rows, columns, k, block, 0, packed, columns, sums);
+      }
+      auto entry = std::lower_bound(
+          left.more.begin(), left.more.end(), row, [](const Entry& e, int64_t r) { return e.row < r; });
+      for (int64_t r = 0; r < rows; ++r) {
+        float* from = sums + r * kBlock;
+        if (left.rows != nullptr)
+          for (int64_t c = 0; c < columns; ++c) from[c] *= left.rows[row + r];
+        for (; entry != left.more.end() && entry->row == row + r; ++entry)
+          b.visit(entry->term, column, [&](const auto* right) {
+            for (int64_t c = 0; c < columns; ++c) from[c] += entry->value * static_cast<float>(right[c]);
+          });
+        out.visit(row + r, column, [&](auto* to) {
+          using Out = std::remove_pointer_t<decltype(to)>;
+          if (std::is_same_v<Out, float> && add)
+            for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<Out>(static_cast<float>(to[c]) + from[c]);
+          else convert(from, to, columns);
+        });
       }
     };
   }
@@ -155,20 +258,27 @@ class ProductTasks {
   template <typename Ready>
   void add_products(Phases& phases, const Ready& ready) {
     phases.add(row_blocks_ * strips_, [this, &phases, ready](int64_t first, int64_t last) {
+      MadeBlock made;
       for (int64_t task = first; task < last; ++task) {
         const int64_t row_block = task / strips_, strip = task % strips_;
         if (!phases.wait([&] { return ready(row_block); })) return;
         if (row_blocks_ == 1) pack_(strip);
         else if (!phases.wait([&] { return packed_.ready(strip); })) return;
-        multiply_(row_block, strip);
+        multiply_(row_block, strip, made);
       }
     });
   }
 
  private:
+  // Of the left operand, the last one that a thread made.
+  struct MadeBlock {
+    int64_t row_block = -1;
+    std::vector<char> memory;
+  };
+
   const int64_t row_blocks_, strips_;
   std::function<void(int64_t)> pack_;
-  std::function<void(int64_t, int64_t)> multiply_;
+  std::function<void(int64_t, int64_t, MadeBlock&)> multiply_;
   Parts packed_;
 };
 

@@ -1,9 +1,10 @@
 // The statistics of a row of logits over a part of the vocabulary: fields, merge, and how the label joins at the end.
 // dpo_kernels/statistics.py is the same in Python, with the same names (tests/test_statistics.py compares them).
 //
-// Two things differ from Python. Sums are over 2^(z log2 e - base), relative to `base` where Python's are relative to
-// `maximum`: a whole number, so every later rescale is a power of two, which is exact, in bfloat16 too. `maximum` is kept
-// only beside `argmax`, and what `finish` calls the maximum is `base`, within 1 above the largest logit.
+// Two things differ from Python. Sums are over e = 2^(z log2 e - reference(base)), where Python's are relative to
+// `maximum`: a whole number, so every later rescale is a power of two, which is exact, in bfloat16 too. It is 0 for all rows
+// but those of very large or small logits, so hardly a row is ever rescaled. `maximum` is kept only beside `argmax`, and
+// what `finish` calls the maximum is `base`, within 1 above the largest logit.
 //
 // The label's own logit stays out of every sum and joins at the end: where the model is sure, the others' sum is what
 // the log-prob consists of, and 1 + it would lose it.
@@ -27,8 +28,8 @@ constexpr double kReach = 7e5;       // LARGEST_LOGIT in dpo_kernels/backends/cp
 // Rows of a state (kFields, M) of M tokens, float.
 enum Field { kBase, kTotal, kShifted, kSquares, kLogits, kMaximum, kArgmax, kLabelLogit, kFields };
 constexpr const char* kFieldNames[kFields] = {
-    "base",     // the whole exponent that the sums are relative to
-    "total",    // sum of e = 2^(z log2 e - base), without the label, as in all sums but `logits`
+    "base",     // the whole exponent of the largest logit
+    "total",    // sum of e = 2^(z log2 e - reference(base)), without the label, as in all sums but `logits`
     "shifted",  // sum of e (z log2 e - base)
     "squares",  // sum of e^2
     "logits",   // sum of z, the label's too
@@ -51,22 +52,30 @@ N base_of(N largest) {
   return ceil_of(at_most(largest, most) * N(static_cast<float>(kLog2E))) + beyond;
 }
 
-// What is summed relative to a base: of one token (N = float), or of kWidth tokens (N = Vec).
+// What sums are relative to in a row of this base. Between the bounds it is 0, and float32 holds the squares of the largest
+// logits, and of others what is above 2^-94 of the largest.
+constexpr float kLeastBase = -32.f, kMostBase = 48.f;
+inline float reference(float base) { return base >= kLeastBase && base <= kMostBase ? 0.f : base; }
+inline Vec reference(Vec base) {
+  return Vec::blendv(base, Vec(0.f), (base >= Vec(kLeastBase)) & (base <= Vec(kMostBase)));
+}
+
+// What is summed in a row of a base: of one token (N = float), or of kWidth tokens (N = Vec).
 template <typename N>
 struct Sums {
   N base{kNoBase}, total{0.f}, shifted{0.f}, squares{0.f};
 
   // To a base that is not smaller.
   void raise(N to, const Outputs& want) {
-    const N down = base - to, shrink = exp2_whole(down);
+    const N shrink = exp2_whole(reference(base) - reference(to));
     // The power is 0 below -126; a limit keeps it from meeting an infinity.
-    if (want.entropy) shifted = shrink * (shifted + total * at_least(down, -127.f));
+    if (want.entropy) shifted = shrink * (shifted + total * at_least(base - to, -127.f));
     if (want.squares) squares = shrink * shrink * squares;
     total = total * shrink;
     base = to;
   }
 
-  // Of columns behind these, relative to the same base.
+  // Of columns behind these, of the same base.
   void add(N more, N more_shifted, N more_squares, const Outputs& want) {
     total = total + more;
     if (want.entropy) shifted = shifted + more_shifted;
@@ -74,7 +83,7 @@ struct Sums {
   }
 };
 
-// Adds the sums of columns behind these, relative to a base of their own.
+// Adds the sums of columns behind these, of a base of their own.
 inline void merge(Sums<float>& sums, Sums<float> part, const Outputs& want) {
   const float both = std::max(sums.base, part.base);
   sums.raise(both, want);
@@ -131,11 +140,11 @@ struct Joined {
   double maximum;  // a number near the largest logit
 };
 
-inline Joined join(double base, double total, double y) {
-  const bool any = base > kNoBase;  // not total > 0: far from zero, rounding leaves nothing of the sums (see LARGEST_LOGIT)
-  base *= kLn2;
+inline Joined join(float of_row, double total, double y) {
+  const double base = of_row * kLn2;
+  const bool any = of_row > kNoBase;  // not total > 0: far from zero, rounding leaves nothing of the sums (see LARGEST_LOGIT)
   Joined r;
-  r.lse_of_others = base + std::log(total);
+  r.lse_of_others = reference(of_row) * kLn2 + std::log(total);
   const double ahead = y - r.lse_of_others;
   // log sigmoid of how far the label is ahead of the others: exact down to the smallest log-prob
   r.log_prob = ahead > 0 ? -std::log1p(std::exp(-ahead)) : ahead - std::log1p(std::exp(ahead));
@@ -157,18 +166,19 @@ inline void finish(
     const float* const* s, const int64_t* labels, double vocab_size, int64_t begin, int64_t end, float* const* r) {
   for (int64_t t = begin; t < end; ++t) {
     const double y = s[kLabelLogit][t], base = s[kBase][t] * kLn2, total = s[kTotal][t];
+    const double summed_to = reference(s[kBase][t]) * kLn2;
     const auto [log_prob, lse, lse_of_others, maximum] = join(s[kBase][t], total, y);
     const double share = std::exp(lse_of_others - lse), p = std::exp(log_prob);
     const double shifted = total > 0 ? kLn2 * s[kShifted][t] / total : 0.;
     r[Finished::kLogProb][t] = static_cast<float>(log_prob);
     r[Finished::kMaximum][t] = static_cast<float>(maximum);
     r[Finished::kLogSum][t] = static_cast<float>(lse - static_cast<double>(r[Finished::kMaximum][t]));
-    r[Finished::kOthers][t] = static_cast<float>(std::exp(base - lse));
+    r[Finished::kOthers][t] = static_cast<float>(std::exp(summed_to - lse));
     r[Finished::kLabelLogit][t] = s[kLabelLogit][t];
     r[Finished::kEntropy][t] = static_cast<float>(
         (lse - maximum) - (share > 0 ? share * (base + shifted - maximum) : 0.) - (p > 0 ? p * (y - maximum) : 0.));
     r[Finished::kLogSquares][t] =
-        static_cast<float>(std::log(s[kSquares][t] * std::exp(2 * (base - lse)) + p * p));
+        static_cast<float>(std::log(s[kSquares][t] * std::exp(2 * (summed_to - lse)) + p * p));
     r[Finished::kMeanLogit][t] = static_cast<float>(s[kLogits][t] / vocab_size);
     r[Finished::kIsTop1][t] = s[kLabelLogit][t] > s[kMaximum][t] ||
             (s[kLabelLogit][t] == s[kMaximum][t] && static_cast<float>(labels[t]) < s[kArgmax][t])

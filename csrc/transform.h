@@ -66,4 +66,30 @@ inline Vec scaled_difference(Vec z, Vec base) {
   return at::vec::fmadd(z, Vec(low), at::vec::fmadd(z, Vec(high), Vec(0.f) - base));
 }
 
+// exp(z) 2^-base for a whole base, as exact wherever z lies: z log2 e is rounded to a whole number first, and what is left
+// of it has all its digits. 0 where it is below 2^-126.5; of logits out of reach it says nothing, but NaN stays NaN.
+class Powers {
+ public:
+  explicit Powers(Vec base) : shift_(Vec(kMagic) - at::vec::clamp_min(base, Vec(-kReachInBase2))) {}
+
+  Vec operator()(Vec z) const {
+    Vec whole, rest;
+    return of(z, whole, rest);
+  }
+
+  // The same; z log2 e = whole + rest.
+  Vec of(Vec z, Vec& whole, Vec& rest) const {
+    constexpr float high = static_cast<float>(kLog2E), low = static_cast<float>(kLog2E - static_cast<double>(high));
+    z = at::vec::clamp_min(z, Vec(-2 * kReachInBase2));  // an infinite one has no parts
+    const Vec shifted = at::vec::fmadd(z, Vec(high), shift_);
+    whole = shifted - shift_;
+    rest = at::vec::fmadd(z, Vec(low), at::vec::fmadd(z, Vec(high), shift_ - shifted));
+    return exp2_of_parts(at::vec::clamp_min(shifted, Vec(kMagic - 127.f)), rest);
+  }
+
+ private:
+  static constexpr float kReachInBase2 = 1.1e6f;  // more than kReach * log2 e
+  Vec shift_;
+};
+
 }  // namespace dpo_kernels

@@ -21,14 +21,12 @@ constexpr int64_t kWidth = Vec::size();
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// 2^x for x <= 127, to 2 units in the last place (tests/backends/test_cpp.py measures 1.1); 0 below -126.5, NaN for NaN.
-// x = n + f with n the nearest whole number; 2^f by a polynomial of degree 6 whose relative error is 1.9e-9 on
-// [-1/2, 1/2] (Remez exchange); n goes into the exponent's bits. Adding 1.5 * 2^23 rounds and leaves n in the low bits.
-inline Vec exp2(Vec x) {
-  x = at::vec::clamp_min(x, Vec(-127.f));
-  const Vec magic(12582912.f);
-  const Vec shifted = x + magic;
-  const Vec f = x - (shifted - magic);
+constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: added to a number, it rounds and leaves the whole number in the low bits
+
+// 2^(n + f) of n + kMagic, n from -127 to 127, and f in [-1/2, 1/2], to 2 units in the last place
+// (tests/backends/test_cpp.py measures 1.1); 0 for n = -127. 2^f by a polynomial of degree 6 whose relative error is 1.9e-9
+// (Remez exchange); n goes into the exponent's bits.
+inline Vec exp2_of_parts(Vec shifted, Vec f) {
   Vec p = at::vec::fmadd(f, Vec(1.5345812215840183e-4f), Vec(1.339993120947414e-3f));
   p = at::vec::fmadd(f, p, Vec(9.618488956522791e-3f));
   p = at::vec::fmadd(f, p, Vec(5.5503287769976636e-2f));
@@ -38,6 +36,14 @@ inline Vec exp2(Vec x) {
   using Int = at::vec::Vectorized<int32_t>;
   const Int exponent = (at::vec::cast<int32_t>(shifted) << Int(23)) + Int(127 << 23);
   return p * at::vec::cast<float>(exponent);
+}
+
+// 2^x for x <= 127; 0 below -126.5, NaN for NaN.
+inline Vec exp2(Vec x) {
+  x = at::vec::clamp_min(x, Vec(-127.f));
+  const Vec magic(kMagic);
+  const Vec shifted = x + magic;
+  return exp2_of_parts(shifted, x - (shifted - magic));
 }
 
 // 2^n for whole n <= 127, exactly; 0 below -126.
@@ -96,6 +102,18 @@ inline void convert(const float* from, T* to, int64_t n) {
     int64_t i = 0;
     for (; i + 2 * kWidth <= n; i += 2 * kWidth) store2(to + i, Vec::loadu(from + i), Vec::loadu(from + i + kWidth));
     for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
+  }
+}
+
+// Reads n numbers of T as floats.
+template <typename T>
+inline void widen(const T* from, float* to, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(to, from, sizeof(float) * n);
+  } else {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) read(from + i).store(to + i);
+    for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
   }
 }
 

@@ -179,13 +179,14 @@ class _Operands:
         self._weight, self._hidden = _Slice(), _Slice()
         self._all = self._all_rows() if plan.hold_hidden else None
 
-    def convert(self, source: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rounds to the compute dtype, then widens to the dtype of the product's operands; into `out` if given, unless
+    def convert(self, source: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Rounds to the compute dtype, then widens to a dtype, by default the operands'; into `out` if given, unless
         the source itself will do."""
-        if source.dtype == self.dtype == self.call.compute_dtype:
+        to = dtype or self.dtype
+        if source.dtype == to == self.call.compute_dtype:
             return source
-        rounded = source if self.dtype == self.call.compute_dtype else source.to(self.call.compute_dtype)
-        return rounded.to(self.dtype) if out is None else out.copy_(rounded)
+        rounded = source if to == self.call.compute_dtype else source.to(self.call.compute_dtype)
+        return rounded.to(to) if out is None else out.copy_(rounded)
 
     def hidden(self, rows: slice) -> Tensor:
         if self._all is not None:
@@ -202,8 +203,9 @@ class _Operands:
             made[:, self.plan.hidden_size :] = low_rank.b[columns]
             return made
 
+        read = partial(self.convert, dtype=self.ops.weight_dtype)
         return self._weight.get(
-            columns, lambda: rows_of(self.call.weight, columns), self.convert if low_rank is None else beside
+            columns, lambda: rows_of(self.call.weight, columns), read if low_rank is None else beside
         )
 
     def release(self) -> None:

@@ -228,6 +228,12 @@ class Workload:
         return 0 if self.dtype == self.compute_dtype and not self.rank else self.compute_dtype.itemsize
 
     @property
+    def weight_slice(self) -> int:  # bytes of a number of the weight's slice, 0 where the weight itself is read
+        if not self.capabilities.packs or self.rank:
+            return self.operand
+        return 0 if self.dtype == self.compute_dtype else self.compute_dtype.itemsize
+
+    @property
     def converts(self) -> bool:  # operands are widened first
         return self.compute_dtype in self.capabilities.widens
 
@@ -256,7 +262,7 @@ class Workload:
         A vocabulary that is no multiple of 16 is cut as narrow tiles cut it, at multiples of their width: kernels are
         compiled by whether a tile's is one of 16, and no number of tokens may compile them.
         """
-        if self.operand:
+        if self.weight_slice:
             return []
         narrow = self.capabilities.tiles[0][1]
         copied = self.capabilities.packs * self.columns * self.product  # bytes of a column
@@ -294,7 +300,7 @@ class Workload:
         """The logits tile, what stands beside it while it is accumulated, and both operands."""
         g, columns = self.grads, self.columns
         gathered = n * (self.hidden_size * self.dtype.itemsize + columns * self.operand)
-        operands = v * columns * self.operand + gathered
+        operands = v * columns * self.weight_slice + gathered
         if self.capabilities.packs:
             left = n * (columns + 1)  # the hidden states, for logits
             # The right operands of a tile's products: slices of the weight and of the hidden states.
@@ -389,6 +395,11 @@ class Workload:
             aligned(self.vocab_size) * self.compute_dtype.itemsize
             + -(-self.vocab_size // (self.capabilities.maxima_columns or v)) * self.wide
         )
+
+    def unused_beside_saved(self, n: int, v: int) -> int:
+        """What a tile needs no room for if all tokens are kept: products multiply what is saved as it lies."""
+        of_vocab = self.grads.weight or self.grads.low_rank
+        return self.product * n * v * (self.capabilities.packs and of_vocab)
 
     def sweep_choices(self) -> list[tuple[Sweep, ...]]:
         """The ways to order the backward loops, fewest GEMMs first."""
@@ -488,7 +499,10 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     kept = 0
     if sweeps and not s.entropy:
         kept = s.tokens
-        if s.saved_row(v) * s.tokens > left:
+        unused = s.unused_beside_saved(n, v)
+        if s.saved_row(v) * s.tokens <= left + unused:
+            memory["tile and operands"] -= unused
+        else:
             # A gradient that one product makes is made of two where some tokens are kept.
             more = s.accumulators(n, v, sweeps, single=False) - memory["gradient accumulators"]
             step = s.capabilities.saved_multiple or n

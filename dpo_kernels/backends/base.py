@@ -28,7 +28,8 @@ class Tile(NamedTuple):
 
 
 class SavedTile(NamedTuple):
-    """Of a tile: exp(z - m) (n, v), times the cap's derivative, and the block maxima m (n, blocks)."""
+    """Of a tile: exp(z - m) (n, v), times the cap's derivative, and the block maxima m (n, blocks), or numbers near
+    them. At the labels it is 0 or anything: the gradient there is made of the statistics."""
 
     exps: Tensor
     maxima: Tensor
@@ -96,10 +97,13 @@ class TileOps(Protocol):
     """How a back end multiplies a tile, a = h W^T + b, and accumulates it; made for one call and one execution.
 
     operand: the dtype that operands are converted to.
+    weight_dtype: the same of the weight, or the compute dtype where products widen it as they read it. With an
+        adapter's columns beside it, it has the operands' in any case.
     rounds: `multiply` writes a dtype narrower than it sums in.
     """
 
     operand: torch.dtype
+    weight_dtype: torch.dtype
     rounds: bool
 
     def empty(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """The back end for CPUs: the C++ kernels of csrc/, which make and accumulate logits in cache.
 
-Built just in time at the first call (see `dpo_kernels.build`). Products run in bfloat16 where the CPU has them, and in
-float32 for float32 and float16.
+Built just in time at the first call (see `dpo_kernels.build`). Products run in bfloat16 where the CPU has fast ones,
+and in float32 for float32 and float16.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ CAPABILITIES = Capabilities(
     widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
     wide_tiles=WIDE_TILES, widest_copy=16 * MIB,
 )  # fmt: skip
+# Sapphire Rapids and Emerald Rapids.
+SLOW_BFLOAT16 = (("GenuineIntel", "6", "143"), ("GenuineIntel", "6", "207"))
 WITHOUT_BFLOAT16 = replace(CAPABILITIES, widens=(torch.float16, torch.bfloat16))
 
 
@@ -118,24 +120,28 @@ class CppState:
     def part(self) -> SoftmaxState:
         """From base 2 to the natural one. Exponents go through float64: rounded, they would cost sums their digits."""
         given = dict(zip(_state_fields(), self.fields, strict=True))
-        base, total = self._log_base(), given["total"].double()
+        largest, relative = self._logs()
+        total = given["total"].double()
         # The largest logit is known only beside its place.
-        maximum = given["maximum"] if "is_top1" in self.outputs else base.float()
-        up = base - finite(maximum).double()  # also where no logit is finite, and the sums are 0
-        scale = torch.where(given["total"] == 0, 1.0, up.exp())
-        shifted = scale * (given["shifted"] * math.log(2) + total * up.clamp(min=LOG_ZERO))
+        maximum = given["maximum"] if "is_top1" in self.outputs else largest.float()
+        floor = finite(maximum).double()
+        # 0 sums where no logit is finite
+        scale = torch.where(given["total"] == 0, 1.0, (relative - floor).exp())
+        shifted = scale * (given["shifted"] * math.log(2) + total * (largest - floor).clamp(min=LOG_ZERO))
         return SoftmaxState(
             maximum=maximum, total=(total * scale).float(), label_logit=given["label_logit"], shifted=shifted.float(),
             squares=(given["squares"] * scale.square()).float(), logits=given["logits"], argmax=given["argmax"].long(),
         )  # fmt: skip
 
     def scale_to(self, maximum: Tensor) -> Tensor:
-        return (self._log_base() - finite(maximum).double()).exp_().float()
+        return (self._logs()[1] - finite(maximum).double()).exp_().float()
 
-    def _log_base(self) -> Tensor:
-        """What the sums are relative to, float64; the smallest float32 of rows without a finite logit."""
-        base = self.fields[_state_fields().index("base")].double() * math.log(2)
-        return torch.where(base < -1e38, -torch.inf, base)
+    def _logs(self) -> tuple[Tensor, Tensor]:
+        """The largest logit, or a number near it, and what the sums are relative to: float64, -inf in rows without a
+        finite logit."""
+        base = self.fields[_state_fields().index("base")]
+        both = torch.stack((base, _ops().reference(base))).double() * math.log(2)
+        return tuple(torch.where(base < -1e38, -torch.inf, both))
 
 
 class CppTileOps:
@@ -146,6 +152,7 @@ class CppTileOps:
         self.operand = execution.operand(call.compute_dtype)
         if self.operand == torch.bfloat16 and not _multiplies_bfloat16():
             self.operand = torch.float32  # oneDNN was switched off since forward
+        self.weight_dtype = call.compute_dtype
         self._packed: tuple[slice, Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
 
@@ -179,7 +186,8 @@ class CppTileOps:
         """In one kernel, whose threads need not wait for all others before each of its parts."""
         n, v = len(tile.hidden), len(tile.weight)
         by_token = self._buffer("by_token", n, v) if any(not p.by_vocab for p in products) else None
-        by_vocab = self._buffer("by_vocab", v, n) if any(p.by_vocab for p in products) else None
+        # What is saved is a left operand as it is.
+        by_vocab = self._buffer("by_vocab", v, n) if saved is None and any(p.by_vocab for p in products) else None
         exps, maxima = (None, None) if saved is None else (saved.exps.T, saved.maxima.T)
         rights = [_rows_contiguous(p.right) for p in products]
         rooms = [
@@ -197,7 +205,7 @@ class CppTileOps:
 
     def _room(self, what: str, right: Tensor) -> Tensor:
         """For a right operand (k, n), packed."""
-        (k, n), pair = right.shape, 1 if right.dtype == torch.float32 else 2
+        (k, n), pair = right.shape, 1 if self.operand == torch.float32 else 2
         return self._buffer(f"packed {what}", n, -(-k // pair) * pair).view(-1)
 
     def _accumulate(
@@ -263,12 +271,26 @@ def _multiplies_bfloat16() -> bool:
 
 @functools.cache
 def _has_dot_products() -> bool:
-    """Whether the CPU has bfloat16 dot products, and oneDNN multiplies with them when asked to."""
+    """Whether oneDNN multiplies bfloat16 when asked to, and faster than float32."""
     try:
-        if " avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        if not multiplies_bfloat16_faster(Path("/proc/cpuinfo").read_text(encoding="utf-8")):
             return False
         ones = torch.ones(16, 16, dtype=torch.bfloat16)
         _ops().multiply(torch.empty(16, 16, dtype=torch.float32), ones, ones, False, ones.new_empty(256))
     except (OSError, RuntimeError):
         return False
     return True
+
+
+def multiplies_bfloat16_faster(cpuinfo: str) -> bool:
+    """Whether a CPU has bfloat16 dot products that are faster than products in float32. cpuinfo: as in /proc/cpuinfo.
+
+    Those of Intel's Golden Cove are not: where a virtual machine hides their AMX, 84 GFLOP/s a core against 149
+    (docs/cpp.md). It is decided by the model, not by a clock, so that a run has the same numbers each time.
+    """
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
+    flags = fields.get("flags", "").split()
+    if "avx512_bf16" not in flags:
+        return False
+    model = (fields.get("vendor_id"), fields.get("cpu family"), fields.get("model"))
+    return "amx_bf16" in flags or model not in SLOW_BFLOAT16

@@ -155,7 +155,7 @@ class PyTorchTileOps:
     def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
         self.call, self.rounds = call, execution.capabilities.rounds
         self.wide = call.accumulate_dtype
-        self.operand = execution.operand(call.compute_dtype)
+        self.operand = self.weight_dtype = execution.operand(call.compute_dtype)
         self.room = plan.tile_tokens * plan.tile_vocab
         self._buffer: Tensor | None = None
 

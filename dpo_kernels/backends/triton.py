@@ -156,7 +156,7 @@ class TritonTileOps:
         self.call, self.plan = call, plan
         self.config: KernelConfig = execution.configuration
         self.rounds = execution.capabilities.rounds
-        self.operand = execution.operand(call.compute_dtype)
+        self.operand = self.weight_dtype = execution.operand(call.compute_dtype)
         self._held: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int, int], Tensor] = {}
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,9 +112,9 @@ def test_logits_level_splits_a_row_among_threads(threads):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_part_of_a_tile_is_kept(dtype):
     """The dial turns in steps of 64 tokens: within a tile, some keep their probabilities, the others recompute."""
-    head = make_head(700, 64, 3000, dtype, grads="hidden,weight", ignored=0)
-    budget = plan(700, 64, 3000, dtype, memory_budget=64 * MIB).bytes - MIB
-    made = plan(700, 64, 3000, dtype, memory_budget=budget)
+    head = make_head(700, 64, 14000, dtype, grads="hidden,weight", ignored=0)
+    budget = plan(700, 64, 14000, dtype, memory_budget=64 * MIB).bytes - MIB
+    made = plan(700, 64, 14000, dtype, memory_budget=budget)
     assert (made.mode, made.tile_tokens) == ("mixed", 700)
     assert made.kept_tokens % 64 == 0
     check_against_reference(head, outputs=(), memory_budget=budget)
@@ -238,8 +239,9 @@ def test_every_size_is_checked_at_the_boundary():
     accumulate()
     for wrong, message in [
         ({"packed": packed[:-1]}, "packed is"),
-        ({"packed": packed.bfloat16()}, "packed is"),
-        ({"weight": weight.double()}, "weight is Double; expected float or bfloat16"),
+        ({"packed": packed.bfloat16()}, "weight is Float, the products BFloat16"),
+        ({"packed": packed.half()}, "packed is Half; expected float or bfloat16"),
+        ({"weight": weight.double()}, "weight is Double on cpu"),
         ({"weight": weight.T}, "weight has strides"),
         ({"labels": labels.int()}, "labels is Int"),
         ({"labels": labels[:0]}, "an empty tile"),
@@ -268,9 +270,9 @@ def test_every_size_is_checked_at_the_boundary():
     rows = [torch.zeros(5) for _ in range(5)]
     usual = {"outs": [torch.empty(30, 8)], "rights": [hidden], "rooms": [torch.empty(40)], "of_vocab": [1], "adds": [0]}
 
-    def gradient(by_vocab=torch.empty(30, 5), **changes):  # noqa: B008
+    def gradient(by_vocab=torch.empty(30, 5), exps=None, bases=None, **changes):  # noqa: B008
         ops().gradient(
-            packed, weight, None, labels, 0, 1.0, 1.0, None, *rows, None, None, None, by_vocab, None, None, None,
+            packed, weight, None, labels, 0, 1.0, 1.0, None, *rows, None, None, None, by_vocab, None, exps, bases,
             *(usual | changes).values(),
         )  # fmt: skip
 
@@ -280,7 +282,9 @@ def test_every_size_is_checked_at_the_boundary():
     for wrong, message in [
         ({"adds": []}, "products have"),
         ({"of_vocab": [0]}, "product 0 has no left operand"),
-        ({"by_vocab": torch.empty(30, 5).bfloat16()}, "by_vocab is BFloat16, the weight Float"),
+        ({"by_vocab": torch.empty(30, 5).bfloat16()}, "by_vocab is BFloat16, the products Float"),
+        ({"exps": torch.empty(30, 5), "bases": torch.empty(1, 5)}, "by_vocab is what was saved"),
+        ({"by_vocab": None, "exps": torch.empty(30, 5)}, "saved exponentials and their bases come together"),
         ({"rooms": [torch.empty(39)]}, "room is"),
         ({"rights": [hidden[:4]]}, "b is"),
         ({**two, "rooms": [torch.empty(40)] * 2}, "products 0 and 1 have the same room"),
@@ -452,10 +456,85 @@ def test_builds_for_lesser_cpus(capability):
     assert f"_{capability}_" in json.loads(done.stdout)["library"]
 
 
-def test_without_bfloat16_products_operands_are_widened(monkeypatch):
-    monkeypatch.setattr(cpp, "_multiplies_bfloat16", lambda: False)
-    assert torch.bfloat16 in BACKENDS["cpp"].capabilities(torch.device("cpu"), None).widens
-    for grads in ("hidden,weight,bias", "hidden"):
+CPUINFO = Path("/proc/cpuinfo").read_text()
+WAYS = [False, True] if " avx512_bf16" in CPUINFO else [False]
+
+
+@pytest.mark.parametrize("in_bfloat16", WAYS)
+def test_bfloat16_is_multiplied_as_it_is_or_in_float32(in_bfloat16, monkeypatch):
+    """Whichever of the two this CPU takes by itself: all modes, an adapter, a weight of another dtype."""
+    monkeypatch.setattr(cpp, "_multiplies_bfloat16", lambda: in_bfloat16)
+    assert (torch.bfloat16 in BACKENDS["cpp"].capabilities(torch.device("cpu"), None).widens) != in_bfloat16
+    for grads in ("hidden,weight,bias", "hidden", "weight"):
         head = make_head(130, 40, 700, torch.bfloat16, bias=True, grads=grads)
         check_against_reference(head, outputs=())
+        check_against_reference(head, outputs=OPTIONAL_OUTPUTS)
         check_against_reference(head, outputs=(), memory_budget=20 * MIB)
+    wide = make_head(300, 300, 2000, torch.bfloat16, bias=True, grads="hidden,weight,bias")
+    check_against_reference(wide, outputs=())
+    test_an_adapter_as_wide_as_the_features()
+    full = make_head(130, 40, 700, torch.float32, grads="hidden,weight")
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs = hidden_to_log_probs(*full[:3])
+    exact = hidden_to_log_probs(*(t.detach().bfloat16().double() for t in full[:2]), full[2], impl="torch")
+    assert_close(log_probs, exact, 1e-5)
+
+
+def test_a_cpu_whose_bfloat16_products_are_slow():
+    def cpu(vendor: str, model: int, *flags: str) -> str:
+        return (
+            f"vendor_id\t: {vendor}\ncpu family\t: 6\nmodel\t\t: {model}\nflags\t\t: {' '.join(('sse', *flags))}\n\n"
+            * 2
+        )
+
+    assert not cpp.multiplies_bfloat16_faster("")
+    assert not cpp.multiplies_bfloat16_faster(cpu("GenuineIntel", 106, "avx512f"))
+    assert cpp.multiplies_bfloat16_faster(cpu("AuthenticAMD", 17, "avx512_bf16"))
+    for model in (143, 207):
+        assert not cpp.multiplies_bfloat16_faster(cpu("GenuineIntel", model, "avx512_bf16"))
+        assert cpp.multiplies_bfloat16_faster(cpu("GenuineIntel", model, "avx512_bf16", "amx_bf16"))
+
+
+def logits_with(rows, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and a weight whose logits are these, a row each: exact in any dtype that holds them."""
+    logits = torch.tensor(rows).T.contiguous()
+    return torch.eye(logits.shape[1], dtype=dtype).requires_grad_(), logits.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25, 0.0])
+def test_what_is_saved_is_right_wherever_the_logits_lie(scale, dtype):
+    """Rows whose blocks of columns have other bases, and gradients with which products could not take e as it lies."""
+    if dtype == torch.float16 and scale not in (0.0, 1.0):
+        scale = 0.5 if scale < 1 else 1.5  # its gradients hold no more
+    torch.manual_seed(0)
+    noise = torch.randn(6, 400).mul(8).round().div(8)
+    rows = noise.clone()
+    rows[0, :200] -= 120  # far below the others, and the label among them
+    rows[1] += 60
+    rows[2, 300:] += 60  # above what the row began with
+    rows[3] -= 60
+    rows[4, 7:] = -30000  # the label, and next to nothing
+    labels = torch.tensor([3, 250, 5, 399, 7, 64])
+    hidden, weight = logits_with(rows.tolist(), dtype)
+    grad = torch.tensor([1.0, -0.7, 0.3, 2.0, 1.0, -1.0]) * scale
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    got = torch.autograd.grad((hidden_to_log_probs(hidden, weight, labels) * grad).sum(), (hidden, weight))
+    log_probs = hidden_to_log_probs(*exact, labels, impl="torch")
+    truth = torch.autograd.grad((log_probs * grad.double()).sum(), exact)
+    relative = hidden_to_log_probs(hidden, weight, labels) / log_probs
+    assert_close(relative, torch.ones_like(log_probs), 2e-7)
+    for name, a, b in zip(("hidden", "weight"), got, truth, strict=True):
+        tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype] * b.abs().max().item()
+        assert_close(a, b, tolerance, name)
+
+
+def test_the_label_is_not_rounded_for_products():
+    """Its term joins them in float32: a gradient has the error of its last rounding, where labels make most of it."""
+    head = make_head(130, 64, 5000, torch.bfloat16, grads="hidden,weight", ignored=0)
+    got = torch.autograd.grad(hidden_to_log_probs(*head[:3]).sum(), head[:2])
+    exact = [t.detach().double().requires_grad_() for t in head[:2]]
+    truth = torch.autograd.grad(hidden_to_log_probs(*exact, head[2], impl="torch").sum(), exact)
+    for a, b in zip(got, truth, strict=True):
+        rounding = (b.bfloat16().double() - b).norm()
+        assert (a.double() - b).norm() < 1.2 * rounding
