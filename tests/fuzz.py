@@ -81,6 +81,8 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
     zs = z.detach()
     finite = torch.where(zs.isfinite(), zs, 0).abs()
     delta = slope * error + 4 * EPS * finite
+    # The cap's derivative is 1 - tanh^2, which changes by no more than its argument does.
+    cap = 0 * error if t.softcap is None else (abs(t.logit_scale) * error / t.softcap + 16 * EPS).clamp(max=1)
     made = stats(z, labels, spec.ignore_index, spec.outputs)
     values = {k: v for k, v in made._asdict().items() if v is not None}
     names = leaf_names(wanted(spec, inputs))
@@ -115,7 +117,7 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
         upstream_error = torch.zeros_like(off)
         if spec.level == "losses":
             bounds["loss"], upstream_error = bound_loss(spec, inputs, lp, off, upstream["log_probs"])
-        softmax = Softmax(p, log_p, off, moment, counted)
+        softmax = Softmax(p, log_p, off, cap, moment, counted)
         scale = 0.0 if inputs.low_rank is None else abs(inputs.low_rank.scale)
         grad_bounds = bound_gradients(spec, labels, wide, names, softmax, upstream, upstream_error, grads, scale)
     undefined = beyond.any(-1) | values["log_probs"].isnan()
@@ -146,11 +148,13 @@ def bound_loss(
 
 @dataclass
 class Softmax:
-    """p, log_p (..., V): probabilities. off (...): by how much a log-prob may be off. moment: sum of p |log p|."""
+    """p, log_p (..., V): probabilities. off (...): by how much a log-prob may be off; cap (..., V), the cap's derivative.
+    moment: sum of p |log p|."""
 
     p: Tensor
     log_p: Tensor
     off: Tensor
+    cap: Tensor
     moment: Tensor
     counted: Tensor
 
@@ -177,7 +181,7 @@ def bound_gradients(
     size = slope * size
     compute = torch.bfloat16 if spec.autocast else spec.dtype
     rounding = torch.finfo(compute).eps if spec.level != "logits" else 0.0
-    relative = (4 * off.unsqueeze(-1) + rounding + 64 * EPS).clamp(max=4.0)
+    relative = (4 * off.unsqueeze(-1) + softmax.cap + rounding + 64 * EPS).clamp(max=4.0)
     error = size * relative + 64 * torch.finfo(torch.float32).tiny * (1 + slope) * (1 + g.unsqueeze(-1))
     # Where logits are off by more than that, all that is known of a probability is that power of e, and 1.
     most = (p * torch.exp((4 * off).clamp(max=500.0)).unsqueeze(-1)).clamp(max=1.0)
