@@ -122,6 +122,9 @@ void accumulate_op(
   check_written("by_token", by_token, n, v);
   check_written("by_vocab", by_vocab, v, n);
   check_bases(by_token.has_value() || by_vocab.has_value(), bases, n, v);
+  TORCH_CHECK(
+      !by_token.has_value() || by_token->scalar_type() == packed.scalar_type(), "by_token is ", by_token->scalar_type(),
+      ", the products ", packed.scalar_type());
   check_written("bases", bases, ceil_div(v, kBlock), n);
   check_written("total", total, n, weight.size(1));
   TORCH_CHECK(
@@ -142,10 +145,12 @@ Tensor new_state_op(int64_t tokens) {
   return new_state(tokens);
 }
 
+// What sums of rows of these bases are relative to.
 Tensor reference_op(const Tensor& base) {
   check_vector("base", base, base.numel(), at::kFloat);
   Tensor made = base.clone();
-  for (int64_t t = 0; t < base.numel(); ++t) made.data_ptr<float>()[t] = reference(base.const_data_ptr<float>()[t]);
+  float* to = made.data_ptr<float>();
+  for (int64_t t = 0; t < base.numel(); ++t) to[t] = reference(to[t]);
   return made;
 }
 

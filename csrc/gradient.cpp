@@ -6,8 +6,11 @@
 #include "hidden.h"
 #include "tile.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
+#include <vector>
 
 namespace dpo_kernels {
 namespace {
@@ -73,74 +76,95 @@ void gradient_block(
   }
 }
 
-// Saved exponentials: dz is e times a factor of the token's. So products multiply them as they lie,
-// and their other side, or the sum, is what is scaled.
+// Saved exponentials: dz is e times a factor of the token's. So products multiply them as they lie, and what is scaled is the
+// hidden states or the sum. Factors may be as far apart as float32 numbers can be, and further: they are powers of two times
+// numbers of any size, relative to the largest of them.
 struct SavedExps {
   Matrix exps, bases;
-  int64_t n, blocks;
-  std::vector<float> base;    // (n,) of each token, the largest of its blocks
-  std::vector<float> factor;  // (n,) turns an e relative to it into dz; 1 where products had no room for it,
-  std::vector<float> own;     // (n,) and then this is the factor, which is 1 otherwise
-  std::vector<char> moved;    // of each block of columns: whether it has an e that is not relative to its token's base
+  int64_t n;
+  std::vector<float> base;         // (n,): the largest that a block's e of the token are relative to
+  std::vector<float> half, other;  // (n,): dz are e relative to `base`, times both
+  std::vector<float> fold;         // (n,): dz / largest are e times it; 1 where it is too small for products,
+  std::vector<float> rest, last;   // (n,): and then these two are multiplied by e beforehand; 1 otherwise
+  Factors largest;                 // of the tokens
+  bool all_fold = true;
+  std::vector<char> moved;  // of each block of columns: whether any of its e is relative to another number than `base`
 
   SavedExps(const Tensor& saved, const Tensor& saved_bases, const RowFactors& rows)
-      : exps(saved), bases(saved_bases), n(saved.size(1)), blocks(saved_bases.size(0)), base(n, kNoBase), factor(n),
-        own(n, 1.f), moved(blocks) {
+      : exps(saved), bases(saved_bases), n(saved.size(1)), base(n, kNoBase), half(n), other(n), fold(n), rest(n, 1.f),
+        last(n, 1.f), moved(saved_bases.size(0)) {
+    const int64_t blocks = saved_bases.size(0);
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t t = 0; t < n; ++t) base[t] = std::max(base[t], of_block(block)[t]);
-    constexpr float least = 0x1p-64f, most = 0x1p64f;
-    bool any_own = false;
+    for (int64_t block = 0; block < blocks; ++block) moved[block] = !std::equal(base.begin(), base.end(), of_block(block));
+    // Beyond these bounds e or dz are 0. Rows out of reach are not ours, and NaN stays NaN in either part.
+    constexpr double most = 250;
+    std::vector<int> power(n);
+    int top = std::numeric_limits<int>::min();
     for (int64_t t = 0; t < n; ++t) {
-      factor[t] = exp2_whole(base[t] - rows.whole[t]) * rows.exps_scale[t];
-      const float size = std::abs(factor[t]);
-      if (size == 0 || (size >= least && size <= most)) continue;
-      std::swap(factor[t], own[t]);
-      any_own = true;
+      const float number = rows.exps_scale[t];
+      const double exact = std::clamp(static_cast<double>(base[t]) - rows.whole[t], -most, most);
+      power[t] = std::isnan(exact) ? 0 : static_cast<int>(exact);
+      split(number, power[t], half[t], other[t]);
+      if (number != 0 && std::isfinite(number)) top = std::max(top, power[t] + std::ilogb(number));
     }
-    for (int64_t block = 0; block < blocks; ++block)
-      moved[block] = any_own || !std::equal(base.begin(), base.end(), of_block(block));
+    if (top == std::numeric_limits<int>::min()) top = 0;
+    split(1.f, top, largest.one, largest.two);
+    constexpr float least = 0x1p-60f;  // of hidden states times it, what counts beside others is a normal number
+    for (int64_t t = 0; t < n; ++t) {
+      fold[t] = std::ldexp(rows.exps_scale[t], power[t] - top);
+      if (fold[t] == 0 ? rows.exps_scale[t] == 0 : !(std::abs(fold[t]) < least)) continue;
+      fold[t] = 1.f;
+      split(rows.exps_scale[t], power[t] - top, rest[t], last[t]);
+      all_fold = false;
+    }
+  }
+
+  // number * 2^power as two numbers, of which neither is beyond what float32 holds where their product is not.
+  static void split(float number, int power, float& one, float& two) {
+    one = std::ldexp(1.f, power / 2), two = std::ldexp(number, power - power / 2);
   }
 
   const float* of_block(int64_t block) const { return static_cast<float*>(bases.at(block, 0)); }
 
-  // What is missing of a block's e, of tokens [first, first + count).
-  void scales(int64_t block, int64_t first, int64_t count, float* to) const {
-    for (int64_t t = first; t < first + count; ++t) to[t - first] = exp2_whole(of_block(block)[t] - base[t]) * own[t];
-  }
-
-  // Rows of a block of columns, each of them times the scales (n,): e relative to its token's base.
-  template <typename T>
-  void make(int64_t block, int64_t columns, T* to) const {
-    alignas(64) float scale[kBlock], wide[kBlock];
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t count = std::min(kBlock, n - first);
-      scales(block, first, count, scale);
-      for (int64_t c = 0; c < columns; ++c) {
-        times(block * kBlock + c, first, scale, wide, count);
-        convert(wide, to + c * n + first, count);
-      }
-    }
+  // Brings a block's e of tokens [first, first + count) to their `base`.
+  void to_base(int64_t block, int64_t first, int64_t count, float* scale) const {
+    for (int64_t t = first; t < first + count; ++t) scale[t - first] = exp2_whole(of_block(block)[t] - base[t]);
   }
 
   void times(int64_t column, int64_t token, const float* scale, float* to, int64_t tokens) const {
     exps.visit(column, token, [&](const auto* from) { multiply_row(from, scale, to, tokens); });
   }
+
+  // What products by_vocab multiply.
+  LeftOperand left() const {
+    LeftOperand made;
+    made.terms = fold.data();
+    made.all = largest;
+    made.scaled = [this](int64_t block) { return moved[block] || !all_fold; };
+    made.scales = [this](int64_t block, int64_t first, int64_t count, float* scale, float* more) {
+      to_base(block, first, count, scale);
+      for (int64_t t = 0; t < count; ++t) scale[t] *= rest[first + t];
+      std::copy_n(&last[first], count, more);
+    };
+    return made;
+  }
 };
 
 template <typename T>
-std::unique_ptr<ProductTasks> make_tasks(const ProductArgs& product, const LeftOperand<T>& left = {}) {
+std::unique_ptr<ProductTasks> make_tasks(const ProductArgs& product, const LeftOperand& left = {}) {
   const Tensor &a = product.a, &b = product.b;
   return std::make_unique<ProductTasks>(
-      Matrix(product.out), Matrix(a), Matrix(b), a.size(0), b.size(1), a.size(1), product.add, product.room.data_ptr<T>(),
-      left);
+      Matrix::written(product.out), Matrix(a), Matrix(b), a.size(0), b.size(1), a.size(1), product.add,
+      product.room.data_ptr<T>(), left);
 }
 
-// What dz is at the labels, which both left operands leave out: it joins the products in float32.
-template <typename T>
-struct Labels {
-  LeftOperand<T> of_vocab, of_tokens;
+// The left operands of products. What dz is at the labels they leave out: it joins the products in float32.
+struct Lefts {
+  LeftOperand of_vocab, of_tokens;
 
-  Labels(const Tile<T>& tile, const RowFactors& rows) {
+  template <typename T>
+  void add_labels(const Tile<T>& tile, const RowFactors& rows) {
     for (int64_t t = 0; t < tile.n; ++t) {
       const int64_t column = tile.labels[t] - tile.first;
       if (column < 0 || column >= tile.v) continue;
@@ -157,12 +181,12 @@ struct Labels {
 // come last; whoever would wait for columns packs the weight first.
 template <typename T, typename Block>
 void run_gradient(
-    const Grid& grid, const Block& block, const std::vector<GradientProduct>& products, const Labels<T>& labels,
+    const Grid& grid, const Block& block, const std::vector<GradientProduct>& products, const Lefts& lefts,
     bool made_before) {
   std::vector<std::unique_ptr<ProductTasks>> of_vocab, of_tokens;
   for (const GradientProduct& product : products)
-    if (product.by_vocab) of_vocab.push_back(make_tasks(product.args, labels.of_vocab));
-    else of_tokens.push_back(make_tasks(product.args, labels.of_tokens));
+    if (product.by_vocab) of_vocab.push_back(make_tasks<T>(product.args, lefts.of_vocab));
+    else of_tokens.push_back(make_tasks<T>(product.args, lefts.of_tokens));
   Phases phases;
   Parts columns_made(grid.column_blocks, grid.token_lanes);
   for (auto& tasks : of_vocab) tasks->add_packing(phases);
@@ -192,7 +216,7 @@ void gradient_of_saved(
     const Tile<T>& tile, const Grid& grid, const RowFactors& rows, const GradientOutputs& out,
     const std::vector<GradientProduct>& products) {
   const SavedExps saved(*out.exps, *out.bases, rows);
-  const Matrix by_token(out.by_token);
+  const Matrix by_token = Matrix::written(out.by_token);
   float* bias = out.bias.has_value() ? out.bias->data_ptr<float>() : nullptr;
   auto block = [&](int64_t column_block, int64_t first, int64_t last) {
     const int64_t columns = tile.columns_of(column_block), column = column_block * kBlock;
@@ -201,35 +225,34 @@ void gradient_of_saved(
     alignas(64) T rounded[kBlock * kBlock];
     for (int64_t token = first * kBlock; token < std::min(last * kBlock, tile.n); token += kBlock) {
       const int64_t tokens = std::min(kBlock, tile.n - token), width = round_up(tokens, kWidth);
-      auto times_scale = [&] {
+      if (!as_it_lies || bias != nullptr) {
+        saved.to_base(column_block, token, tokens, scale);
         for (int64_t c = 0; c < columns; ++c) {
           saved.times(column + c, token, scale, e + c * kBlock, tokens);
           std::fill(e + c * kBlock + tokens, e + c * kBlock + width, 0.f);
         }
-      };
-      if (!as_it_lies || bias != nullptr) saved.scales(column_block, token, tokens, scale);
+      }
       if (by_token && as_it_lies) {
         transpose(
             saved.exps.as<T>(column, token), saved.exps.ld, columns, tokens, by_token.as<T>(token, column), by_token.ld);
       } else if (by_token) {
-        times_scale();
         for (int64_t c = 0; c < columns; ++c) convert(e + c * kBlock, rounded + c * kBlock, tokens);
         transpose(rounded, kBlock, columns, tokens, by_token.as<T>(token, column), by_token.ld);
       }
       if (bias == nullptr) continue;
-      for (int64_t t = 0; t < tokens; ++t) scale[t] *= saved.factor[token + t];
-      times_scale();
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t t = 0; t < tokens; ++t)
+          e[c * kBlock + t] = e[c * kBlock + t] * saved.half[token + t] * saved.other[token + t];
       add_to_bias(e, columns, width, bias + column);
       tile.each_label(column_block, token / kBlock, [&](int64_t t, int64_t at) {
         bias[column + at / kBlock] += rows.at_label[token + t];
       });
     }
   };
-  Labels<T> labels(tile, rows);
-  labels.of_vocab.terms = labels.of_tokens.rows = saved.factor.data();
-  labels.of_vocab.as_it_lies = [&](int64_t column_block) { return !saved.moved[column_block]; };
-  labels.of_vocab.make = [&](int64_t column_block, T* to) { saved.make(column_block, tile.columns_of(column_block), to); };
-  run_gradient(grid, block, products, labels, /*made_before=*/true);
+  Lefts lefts{saved.left(), {}};
+  lefts.of_tokens.rows = saved.half.data(), lefts.of_tokens.more_rows = saved.other.data();
+  lefts.add_labels(tile, rows);
+  run_gradient<T>(grid, block, products, lefts, /*made_before=*/true);
 }
 
 template <typename T>
@@ -240,7 +263,7 @@ void gradient_tile(
   const Grid grid = Grid::of_blocks(tile.column_blocks(), tile.token_blocks(), !out.bias.has_value());
   const RowFactors rows(row_gradients, tile.token_blocks() * kBlock, tile.transform);
   if (out.exps.has_value()) return gradient_of_saved(tile, grid, rows, out, products);
-  const Matrix by_token(out.by_token), by_vocab(out.by_vocab);
+  const Matrix by_token = Matrix::written(out.by_token), by_vocab = Matrix::written(out.by_vocab);
   float* bias = out.bias.has_value() ? out.bias->data_ptr<float>() : nullptr;
   auto block = [&](int64_t column_block, int64_t first, int64_t last) {
     alignas(64) float dz[kBlock * kBlock], transposed[kBlock * kBlock];
@@ -262,7 +285,9 @@ void gradient_tile(
       }
     }
   };
-  run_gradient(grid, block, products, Labels<T>(tile, rows), /*made_before=*/false);
+  Lefts lefts;
+  lefts.add_labels(tile, rows);
+  run_gradient<T>(grid, block, products, lefts, /*made_before=*/false);
 }
 
 }  // namespace

@@ -72,7 +72,8 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
     of_lane(lane, 0, s);
     clear(s, kLaneFields, padded);
   }
-  const Matrix by_token(out.by_token), by_vocab(out.by_vocab), bases(out.bases);
+  const Matrix by_token = Matrix::written(out.by_token), by_vocab = Matrix::written(out.by_vocab);
+  const Matrix bases = Matrix::written(out.bases);
   const bool narrow = by_vocab && by_vocab.dtype == at::kHalf;  // holds nothing above 65,504
   auto block = [&](int64_t lane, int64_t column_block, int64_t first, int64_t last) {
     alignas(64) float z[kBlock * kBlock], transposed[kBlock * kBlock];
@@ -92,12 +93,15 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
       });
       accumulate_block(
           z, columns, width, tile.first + column_block * kBlock, want, static_cast<bool>(bases), tile.transform, s);
-      float* base = bases ? static_cast<float*>(bases.at(column_block, token)) : nullptr;
-      for (int64_t t = 0; bases && t < tokens; ++t) base[t] = narrow ? s[kBase][t] : reference(s[kBase][t]);
-      for (int64_t t = 0; narrow && t < tokens; ++t) {
-        const float down = exp2_whole(reference(base[t]) - base[t]);
-        for (int64_t c = 0; c < columns; ++c) z[c * kBlock + t] *= down;
+      if (bases) {
+        float* relative_to = bases.as<float>(column_block, token);
+        for (int64_t t = 0; t < tokens; ++t) relative_to[t] = narrow ? s[kBase][t] : reference(s[kBase][t]);
       }
+      if (narrow)
+        for (int64_t t = 0; t < tokens; ++t) {
+          const float down = exp2_whole(reference(s[kBase][t]) - s[kBase][t]);
+          for (int64_t c = 0; c < columns; ++c) z[c * kBlock + t] *= down;
+        }
       if (by_vocab) by_vocab.write(z, columns, tokens, column_block * kBlock, token);
       if (by_token) {
         transpose(z, kBlock, columns, tokens, transposed, kBlock);
@@ -106,7 +110,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
     }
   };
   run_products(grid.lanes(), !std::is_same_v<T, float>, [&](int64_t first, int64_t last) { grid.each(first, last, block); });
-  const Matrix total(out.total);
+  const Matrix total = Matrix::written(out.total);
   // A merge of 256 tokens takes less than waking a thread; with sums of features to rescale, one of 128 takes more.
   run_tasks(tile.n, total ? 128 : 256, [&](int64_t begin, int64_t end) {
     std::vector<float> old(state[kBase] + begin, state[kBase] + end);

@@ -49,9 +49,12 @@ struct Matrix {
   explicit Matrix(const at::Tensor& t)
       : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))), ld(t.stride(0)), size(t.element_size()),
         dtype(t.scalar_type()) {}
-  explicit Matrix(const std::optional<at::Tensor>& t) {
-    if (t.has_value()) *this = Matrix(*t);
+  // One that is written: a lazy copy becomes a real one.
+  static Matrix written(const at::Tensor& t) {
+    t.data_ptr();
+    return Matrix(t);
   }
+  static Matrix written(const std::optional<at::Tensor>& t) { return t.has_value() ? written(*t) : Matrix(); }
   explicit operator bool() const { return data != nullptr; }
   void* at(int64_t row, int64_t column) const { return data + (row * ld + column) * size; }
 
@@ -64,13 +67,9 @@ struct Matrix {
   template <typename T>
   T* as(int64_t row, int64_t column) const { return static_cast<T*>(at(row, column)); }
 
-  // n numbers from there on, wider.
-  template <typename T>
-  void read(int64_t row, int64_t column, T* to, int64_t n) const {
-    visit(row, column, [&](const auto* from) {
-      if constexpr (std::is_same_v<T, float>) widen(from, to, n);
-      else if (holds<T>()) std::memcpy(static_cast<void*>(to), from, sizeof(T) * n);
-    });
+  // n numbers from there on, as floats.
+  void read(int64_t row, int64_t column, float* to, int64_t n) const {
+    visit(row, column, [&](const auto* from) { widen(from, to, n); });
   }
   // Rows of a block that lie kBlock apart.
   void write(const float* block, int64_t rows, int64_t columns, int64_t row, int64_t column) const {
@@ -80,26 +79,61 @@ struct Matrix {
   }
 };
 
-// The same into a block c of rows kBlock apart, for any k, of rows of a matrix `row` and behind. In float32 each kDepth terms
-// are summed on their own: a long sum rounds small terms to the spacing of what it holds already. (A depth of 1024 for logits
-// is 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.) A narrower matrix is widened here.
+// Two numbers whose product is meant: it may be smaller or larger than a float can be.
+struct Factors {
+  float one = 1.f, two = 1.f;
+};
+
+// A number of an operand.
+struct Entry {
+  int64_t row, term;
+  float value;
+};
+
+// What the left operand (m, k) of a product is, where it is not a matrix as it lies:
+//   all (diag(rows) diag(more_rows) left' diag(terms)) + more,
+// left' being left, or of blocks of kBlock rows that are `scaled`, each with scales of its own, left diag(scale) diag(more).
+struct LeftOperand {
+  const float *rows = nullptr, *more_rows = nullptr;  // (m,), or all 1: of the sums
+  const float* terms = nullptr;                       // (k,), or all 1: folded into the right operand as it is packed
+  Factors all;                                        // of the sums
+  std::vector<Entry> more;                            // in the order of their rows; their products are float32
+  std::function<bool(int64_t row_block)> scaled;
+  std::function<void(int64_t row_block, int64_t first, int64_t count, float* scale, float* more)> scales;  // of some terms
+};
+
+constexpr int64_t kMade = 256;  // terms of a left operand that a thread makes at a time: 64 KiB in float32
+
+// The same into a block c of rows kBlock apart, for any k, of a block of rows of a matrix. In float32 each kDepth terms are
+// summed on their own: a long sum rounds small terms to the spacing of what it holds already. (A depth of 1024 for logits is
+// 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.) What a matrix holds narrower, or scaled, is
+// made here.
 template <typename T>
 inline void deep_product(
-    int64_t m, int64_t n, int64_t k, const Matrix& a, int64_t row, const T* b, int64_t ldb, float* c) {
+    int64_t m, int64_t n, int64_t k, const Matrix& a, int64_t row_block, const T* b, int64_t ldb, float* c,
+    const LeftOperand* left = nullptr) {
   constexpr bool apart = std::is_same_v<T, float>;
+  static_assert(!apart || kMade >= kDepth<T>, "parts that are summed on their own are no shorter than what is made");
+  const bool scaled = left != nullptr && left->scaled && left->scaled(row_block), make = scaled || !a.holds<T>();
   alignas(64) float part[apart ? kBlock * kBlock : 1];
-  alignas(64) T wide[apart ? kBlock * kDepth<T> : 1];
-  for (int64_t i = 0; i < k; i += kDepth<T>) {
+  alignas(64) T made[kBlock * kMade];
+  const int64_t row = row_block * kBlock, step = make ? std::min(kMade, kDepth<T>) : kDepth<T>;
+  for (int64_t i = 0; i < k; i += step) {
     const bool later = i > 0;
-    const int64_t depth = std::min(kDepth<T>, k - i);
-    const T* left = a.as<T>(row, i);
-    int64_t ld = a.ld;
-    if constexpr (apart)
-      if (!a.holds<T>()) {
-        for (int64_t r = 0; r < m; ++r) a.read(row + r, i, wide + r * depth, depth);
-        left = wide, ld = depth;
+    const int64_t depth = std::min(step, k - i);
+    if (make) {
+      alignas(64) float scale[kMade], more[kMade], wide[kMade];
+      if (scaled) left->scales(row_block, i, depth, scale, more);
+      for (int64_t r = 0; r < m; ++r) {
+        a.read(row + r, i, wide, depth);
+        if (scaled)
+          for (int64_t j = 0; j < depth; ++j) wide[j] = wide[j] * scale[j] * more[j];
+        convert(wide, made + r * depth, depth);
       }
-    block_product(m, n, depth, left, ld, b + i * ldb, ldb, apart && later ? part : c, kBlock, !apart && later);
+    }
+    block_product(
+        m, n, depth, make ? made : a.as<T>(row, i), make ? depth : a.ld, b + i * ldb, ldb, apart && later ? part : c, kBlock,
+        !apart && later);
     if (apart && later)
       for (int64_t r = 0; r < m; ++r)
         for (int64_t j = 0; j < n; ++j) c[r * kBlock + j] += part[r * kBlock + j];
@@ -173,23 +207,6 @@ inline void pack_strip(const Matrix& x, int64_t column, int64_t k, int64_t width
   }
 }
 
-// A number of an operand.
-struct Entry {
-  int64_t row, term;
-  float value;
-};
-
-// What the left operand (m, k) of a product is, where it is not a matrix as it lies: diag(rows) left diag(terms) + more.
-template <typename T>
-struct LeftOperand {
-  const float* rows = nullptr;   // (m,), or all 1
-  const float* terms = nullptr;  // (k,), or all 1
-  std::vector<Entry> more;       // in the order of their rows; their products are float32
-  // Blocks of kBlock rows that do not lie where the others do are made by each thread that needs them, (kBlock, k).
-  std::function<bool(int64_t row_block)> as_it_lies = [](int64_t) { return true; };
-  std::function<void(int64_t row_block, T* block)> make;
-};
-
 // A product as tasks of a kernel: strips of the right operand are packed, then blocks of rows multiplied by strips, so that
 // no two tasks write the same number.
 class ProductTasks {
@@ -200,46 +217,37 @@ class ProductTasks {
   template <typename T>
   ProductTasks(
       const Matrix& out, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k, bool add, T* room,
-      const LeftOperand<T>& left = {})
+      LeftOperand left = {})
       : row_blocks_(ceil_div(m, kBlock)), strips_(ceil_div(n, kBlock)), packed_(strips_, 1) {
     const int64_t strip_size = kBlock * round_up(k, kPair<T>);
     auto columns_of = [=](int64_t strip) { return std::min(kBlock, n - strip * kBlock); };
     pack_ = [=, terms = left.terms](int64_t strip) {
       pack_strip(b, strip * kBlock, k, columns_of(strip), terms, room + strip * strip_size);
     };
-    multiply_ = [=](int64_t row_block, int64_t strip, MadeBlock& made) {
+    multiply_ = [=, left = std::move(left)](int64_t row_block, int64_t strip) {
       alignas(64) float sums[kBlock * kBlock];
       const int64_t row = row_block * kBlock, rows = std::min(kBlock, m - row);
       const int64_t column = strip * kBlock, columns = columns_of(strip);
-      const T* packed = room + strip * strip_size;
-      if (left.as_it_lies(row_block)) {
-        deep_product(rows, columns, k, a, row, packed, columns, sums);
-      } else {
-        if (made.row_block != row_block) {
-          made.memory.resize(sizeof(T) * kBlock * k);
-          left.make(row_block, reinterpret_cast<T*>(made.memory.data()));
-          made.row_block = row_block;
-        }
-        Matrix block;
-        block.data = made.memory.data(), block.ld = k, block.size = sizeof(T);
-        block.dtype = c10::CppTypeToScalarType<T>::value;
-        deep_product(rows, columns, k, block, 0, packed, columns, sums);
-      }
+      deep_product(rows, columns, k, a, row_block, room + strip * strip_size, columns, sums, &left);
       auto entry = std::lower_bound(
           left.more.begin(), left.more.end(), row, [](const Entry& e, int64_t r) { return e.row < r; });
       for (int64_t r = 0; r < rows; ++r) {
         float* from = sums + r * kBlock;
-        if (left.rows != nullptr)
-          for (int64_t c = 0; c < columns; ++c) from[c] *= left.rows[row + r];
+        Factors of = left.all;
+        if (left.rows != nullptr) of = {left.rows[row + r], left.more_rows[row + r]};
+        if (of.one != 1 || of.two != 1)
+          for (int64_t c = 0; c < columns; ++c) from[c] = from[c] * of.one * of.two;
         for (; entry != left.more.end() && entry->row == row + r; ++entry)
           b.visit(entry->term, column, [&](const auto* right) {
             for (int64_t c = 0; c < columns; ++c) from[c] += entry->value * static_cast<float>(right[c]);
           });
         out.visit(row + r, column, [&](auto* to) {
-          using Out = std::remove_pointer_t<decltype(to)>;
-          if (std::is_same_v<Out, float> && add)
-            for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<Out>(static_cast<float>(to[c]) + from[c]);
-          else convert(from, to, columns);
+          if constexpr (std::is_same_v<decltype(to), float*>)
+            if (add) {
+              for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
+              return;
+            }
+          convert(from, to, columns);
         });
       }
     };
@@ -258,27 +266,20 @@ class ProductTasks {
   template <typename Ready>
   void add_products(Phases& phases, const Ready& ready) {
     phases.add(row_blocks_ * strips_, [this, &phases, ready](int64_t first, int64_t last) {
-      MadeBlock made;
       for (int64_t task = first; task < last; ++task) {
         const int64_t row_block = task / strips_, strip = task % strips_;
         if (!phases.wait([&] { return ready(row_block); })) return;
         if (row_blocks_ == 1) pack_(strip);
         else if (!phases.wait([&] { return packed_.ready(strip); })) return;
-        multiply_(row_block, strip, made);
+        multiply_(row_block, strip);
       }
     });
   }
 
  private:
-  // Of the left operand, the last one that a thread made.
-  struct MadeBlock {
-    int64_t row_block = -1;
-    std::vector<char> memory;
-  };
-
   const int64_t row_blocks_, strips_;
   std::function<void(int64_t)> pack_;
-  std::function<void(int64_t, int64_t, MadeBlock&)> multiply_;
+  std::function<void(int64_t, int64_t)> multiply_;
   Parts packed_;
 };
 

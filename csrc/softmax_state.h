@@ -173,7 +173,7 @@ inline void finish(
     r[Finished::kLogProb][t] = static_cast<float>(log_prob);
     r[Finished::kMaximum][t] = static_cast<float>(maximum);
     r[Finished::kLogSum][t] = static_cast<float>(lse - static_cast<double>(r[Finished::kMaximum][t]));
-    r[Finished::kOthers][t] = static_cast<float>(std::exp(summed_to - lse));
+    r[Finished::kOthers][t] = static_cast<float>(std::exp(base - lse));
     r[Finished::kLabelLogit][t] = s[kLabelLogit][t];
     r[Finished::kEntropy][t] = static_cast<float>(
         (lse - maximum) - (share > 0 ? share * (base + shifted - maximum) : 0.) - (p > 0 ? p * (y - maximum) : 0.));

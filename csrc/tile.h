@@ -34,7 +34,7 @@ struct Tile {
     const int64_t begin = column_block * kBlock, columns = columns_of(column_block);
     const int64_t width = block_width(n, token_block);
     deep_product(
-        columns, width, features, weight, begin,
+        columns, width, features, weight, column_block,
         packed + token_block * kBlock * round_up(features, kPair<T>), width, z);
     if (bias == nullptr && transform.trivial()) return;
     for (int64_t c = 0; c < columns; ++c) {

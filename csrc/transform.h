@@ -57,13 +57,14 @@ inline float label_gradient(
   return static_cast<float>(d * transform.slope * (transform.capped ? 1 - tanh * tanh : 1.));
 }
 
+constexpr float kHighLog2E = static_cast<float>(kLog2E), kLowLog2E = static_cast<float>(kLog2E - kHighLog2E);
+static_assert(kLowLog2E > 0, "z = -inf must not meet the other sign");
+
 // z * log2 e - base, with log2 e in two parts: the first alone is off by 1.3e-8 of z, which is much where z is large.
 // Of logits beyond +-700,000, whose own spacing is over 0.06, it says nothing: such rows are the PyTorch back end's
 // (LARGEST_LOGIT in dpo_kernels/backends/cpp.py).
 inline Vec scaled_difference(Vec z, Vec base) {
-  constexpr float high = static_cast<float>(kLog2E), low = static_cast<float>(kLog2E - static_cast<double>(high));
-  static_assert(low > 0, "z = -inf must not meet the other sign");
-  return at::vec::fmadd(z, Vec(low), at::vec::fmadd(z, Vec(high), Vec(0.f) - base));
+  return at::vec::fmadd(z, Vec(kLowLog2E), at::vec::fmadd(z, Vec(kHighLog2E), Vec(0.f) - base));
 }
 
 // exp(z) 2^-base for a whole base, as exact wherever z lies: z log2 e is rounded to a whole number first, and what is left
@@ -79,11 +80,10 @@ class Powers {
 
   // The same; z log2 e = whole + rest.
   Vec of(Vec z, Vec& whole, Vec& rest) const {
-    constexpr float high = static_cast<float>(kLog2E), low = static_cast<float>(kLog2E - static_cast<double>(high));
     z = at::vec::clamp_min(z, Vec(-2 * kReachInBase2));  // an infinite one has no parts
-    const Vec shifted = at::vec::fmadd(z, Vec(high), shift_);
+    const Vec shifted = at::vec::fmadd(z, Vec(kHighLog2E), shift_);
     whole = shifted - shift_;
-    rest = at::vec::fmadd(z, Vec(low), at::vec::fmadd(z, Vec(high), shift_ - shifted));
+    rest = at::vec::fmadd(z, Vec(kLowLog2E), at::vec::fmadd(z, Vec(kHighLog2E), shift_ - shifted));
     return exp2_of_parts(at::vec::clamp_min(shifted, Vec(kMagic - 127.f)), rest);
   }
 

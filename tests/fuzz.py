@@ -148,8 +148,8 @@ def bound_loss(
 
 @dataclass
 class Softmax:
-    """p, log_p (..., V): probabilities. off (...): by how much a log-prob may be off; cap (..., V), the cap's derivative.
-    moment: sum of p |log p|."""
+    """p, log_p (..., V): probabilities. off (...): by how much a log-prob may be off; cap (..., V): and the cap's
+    derivative. moment: sum of p |log p|."""
 
     p: Tensor
     log_p: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile
 from dpo_kernels.backends.pytorch import finish_jacobian
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
-from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows
+from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows, rows_of
 from dpo_kernels.planner import Capabilities, Plan
 from dpo_kernels.statistics import LOG_ZERO, Finished, SoftmaxState, TokenStats, finite
 
@@ -133,8 +133,13 @@ class CppState:
             squares=(given["squares"] * scale.square()).float(), logits=given["logits"], argmax=given["argmax"].long(),
         )  # fmt: skip
 
+    def shrink(self, rows: slice) -> Tensor:
+        """(n,): from what the sums are relative to, to the largest logit: powers of two."""
+        base = rows_of(self.fields[_state_fields().index("base")], rows)
+        return torch.exp2((_ops().reference(base) - base).double()).float()
+
     def scale_to(self, maximum: Tensor) -> Tensor:
-        return (self._logs()[1] - finite(maximum).double()).exp_().float()
+        return (self._logs()[0] - finite(maximum).double()).exp_().float()
 
     def _logs(self) -> tuple[Tensor, Tensor]:
         """The largest logit, or a number near it, and what the sums are relative to: float64, -inf in rows without a
@@ -178,7 +183,9 @@ class CppTileOps:
     def finish_jacobian(
         self, state: CppState, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]
     ) -> None:
-        finish_jacobian(self.call.transform, done, total, label_weight())  # the base is one that was never left
+        # `others` is relative to the largest logit: relative to 0 it could be smaller than a float32 can be.
+        total.mul_(state.shrink(rows)[:, None])
+        finish_jacobian(self.call.transform, done, total, label_weight())
 
     def gradient_products(
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None

@@ -213,6 +213,10 @@ def test_a_log_prob_is_the_same_whatever_the_number_of_tokens_beside_it(dtype, v
 
 
 def test_an_adapter_as_wide_as_the_features():
+    check_an_adapter_as_wide_as_the_features()
+
+
+def check_an_adapter_as_wide_as_the_features() -> None:
     """Its products have right operands of the same shapes as those of the weight, and room of their own."""
     hidden, weight, a, b = (torch.randn(n, 8, requires_grad=True) for n in (70, 300, 8, 300))
     labels = torch.randint(300, (70,))
@@ -250,6 +254,7 @@ def test_every_size_is_checked_at_the_boundary():
         ({"row": -1}, "for rows -1"),
         ({"by_token": torch.empty(5, 30)}, "saved exponentials and their bases come together"),
         ({"by_token": torch.empty(5, 29), "bases": torch.empty(1, 5)}, "by_token is"),
+        ({"by_token": torch.empty(5, 30).half(), "bases": torch.empty(1, 5)}, "by_token is Half, the products Float"),
         ({"by_vocab": torch.empty(5, 30), "bases": torch.empty(1, 5)}, "by_vocab is"),
         ({"by_vocab": torch.empty(30, 5), "bases": torch.empty(2, 5)}, "bases is"),
         ({"total": torch.empty(5, 8)}, "total needs by_token"),
@@ -456,8 +461,8 @@ def test_builds_for_lesser_cpus(capability):
     assert f"_{capability}_" in json.loads(done.stdout)["library"]
 
 
-CPUINFO = Path("/proc/cpuinfo").read_text()
-WAYS = [False, True] if " avx512_bf16" in CPUINFO else [False]
+CPUINFO = Path("/proc/cpuinfo")
+WAYS = [False, True] if CPUINFO.exists() and " avx512_bf16" in CPUINFO.read_text() else [False]
 
 
 @pytest.mark.parametrize("in_bfloat16", WAYS)
@@ -472,7 +477,7 @@ def test_bfloat16_is_multiplied_as_it_is_or_in_float32(in_bfloat16, monkeypatch)
         check_against_reference(head, outputs=(), memory_budget=20 * MIB)
     wide = make_head(300, 300, 2000, torch.bfloat16, bias=True, grads="hidden,weight,bias")
     check_against_reference(wide, outputs=())
-    test_an_adapter_as_wide_as_the_features()
+    check_an_adapter_as_wide_as_the_features()
     full = make_head(130, 40, 700, torch.float32, grads="hidden,weight")
     with torch.autocast("cpu", torch.bfloat16):
         log_probs = hidden_to_log_probs(*full[:3])
@@ -493,48 +498,3 @@ def test_a_cpu_whose_bfloat16_products_are_slow():
     for model in (143, 207):
         assert not cpp.multiplies_bfloat16_faster(cpu("GenuineIntel", model, "avx512_bf16"))
         assert cpp.multiplies_bfloat16_faster(cpu("GenuineIntel", model, "avx512_bf16", "amx_bf16"))
-
-
-def logits_with(rows, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and a weight whose logits are these, a row each: exact in any dtype that holds them."""
-    logits = torch.tensor(rows).T.contiguous()
-    return torch.eye(logits.shape[1], dtype=dtype).requires_grad_(), logits.to(dtype).requires_grad_()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25, 0.0])
-def test_what_is_saved_is_right_wherever_the_logits_lie(scale, dtype):
-    """Rows whose blocks of columns have other bases, and gradients with which products could not take e as it lies."""
-    if dtype == torch.float16 and scale not in (0.0, 1.0):
-        scale = 0.5 if scale < 1 else 1.5  # its gradients hold no more
-    torch.manual_seed(0)
-    noise = torch.randn(6, 400).mul(8).round().div(8)
-    rows = noise.clone()
-    rows[0, :200] -= 120  # far below the others, and the label among them
-    rows[1] += 60
-    rows[2, 300:] += 60  # above what the row began with
-    rows[3] -= 60
-    rows[4, 7:] = -30000  # the label, and next to nothing
-    labels = torch.tensor([3, 250, 5, 399, 7, 64])
-    hidden, weight = logits_with(rows.tolist(), dtype)
-    grad = torch.tensor([1.0, -0.7, 0.3, 2.0, 1.0, -1.0]) * scale
-    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    got = torch.autograd.grad((hidden_to_log_probs(hidden, weight, labels) * grad).sum(), (hidden, weight))
-    log_probs = hidden_to_log_probs(*exact, labels, impl="torch")
-    truth = torch.autograd.grad((log_probs * grad.double()).sum(), exact)
-    relative = hidden_to_log_probs(hidden, weight, labels) / log_probs
-    assert_close(relative, torch.ones_like(log_probs), 2e-7)
-    for name, a, b in zip(("hidden", "weight"), got, truth, strict=True):
-        tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype] * b.abs().max().item()
-        assert_close(a, b, tolerance, name)
-
-
-def test_the_label_is_not_rounded_for_products():
-    """Its term joins them in float32: a gradient has the error of its last rounding, where labels make most of it."""
-    head = make_head(130, 64, 5000, torch.bfloat16, grads="hidden,weight", ignored=0)
-    got = torch.autograd.grad(hidden_to_log_probs(*head[:3]).sum(), head[:2])
-    exact = [t.detach().double().requires_grad_() for t in head[:2]]
-    truth = torch.autograd.grad(hidden_to_log_probs(*exact, head[2], impl="torch").sum(), exact)
-    for a, b in zip(got, truth, strict=True):
-        rounding = (b.bfloat16().double() - b).norm()
-        assert (a.double() - b).norm() < 1.2 * rounding
