@@ -125,10 +125,12 @@ inline void deep_product(
       alignas(64) float scale[kMade], more[kMade], wide[kMade];
       if (scaled) left->scales(row_block, i, depth, scale, more);
       for (int64_t r = 0; r < m; ++r) {
-        a.read(row + r, i, wide, depth);
+        float* to = wide;
+        if constexpr (apart) to = made + r * depth;
+        a.read(row + r, i, to, depth);
         if (scaled)
-          for (int64_t j = 0; j < depth; ++j) wide[j] = wide[j] * scale[j] * more[j];
-        convert(wide, made + r * depth, depth);
+          for (int64_t j = 0; j < depth; ++j) to[j] = to[j] * scale[j] * more[j];
+        if constexpr (!apart) convert(wide, made + r * depth, depth);
       }
     }
     block_product(
