@@ -273,7 +273,7 @@ void gradient_tile(
       const int64_t tokens = std::min(kBlock, tile.n - token);
       tile.logits(column_block, token_block, dz);
       gradient_block(dz, columns, width, token, rows, tile.transform);
-      tile.each_label(column_block, token_block, [&](int64_t t, int64_t at) {
+      tile.each_label(column_block, token_block, [&](int64_t t, int64_t at) {  // see Lefts
         dz[at] = 0.f;
         if (bias != nullptr) bias[column + at / kBlock] += rows.at_label[token + t];
       });

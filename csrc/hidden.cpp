@@ -120,7 +120,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
       merge(state, s, begin, end, want);
     }
     if (!total) return;
-    // To the new base: what was summed before, and blocks that were accumulated before their lane met its maximum.
+    // To the new reference: what was summed before, and blocks that were accumulated before their lane met its maximum.
     for (int64_t t = begin; t < end; ++t) {
       const float base = reference(state[kBase][t]);
       auto scale = [&](const Matrix& matrix, int64_t column, int64_t columns, float factor) {

@@ -1,4 +1,5 @@
-// What hidden.cpp (forward) and gradient.cpp (backward) offer; shapes and meaning of every argument. Tensors were checked by the caller (bindings.cpp).
+// What hidden.cpp (forward) and gradient.cpp (backward) offer; shapes and meaning of every argument. Tensors were checked by
+// the caller (bindings.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,9 +26,10 @@ struct TileArgs {
 struct ExpOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v): e times the cap's derivative, 0 at the label
   const std::optional<at::Tensor>& by_vocab;  // (v, n): the same
-  const std::optional<at::Tensor>& bases;     // (blocks of 64 columns, n) float: the base of each block's e
-  const std::optional<at::Tensor>& total;     // (n, D) float, summed relative to the old base: brought to the new one,
-                                              // and by_token with it
+  const std::optional<at::Tensor>& bases;     // (blocks of 64 columns, n) float: what each block's e is relative to, the
+                                              // reference of its base, or in float16 its base
+  const std::optional<at::Tensor>& total;     // (n, D) float, summed relative to the old reference: brought to the new
+                                              // one, and by_token with it
 };
 
 struct RowGradients {
@@ -53,7 +55,7 @@ struct GradientOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v)
   const std::optional<at::Tensor>& by_vocab;  // (v, n)
   const std::optional<at::Tensor>& bias;      // (v,) float: sums over tokens are added to it
-  const std::optional<at::Tensor>& exps;      // (v, n), by_vocab of accumulate: the left operand of products by_vocab, then
+  const std::optional<at::Tensor>& exps;      // (v, n), by_vocab of accumulate; products by_vocab multiply it then
   const std::optional<at::Tensor>& bases;     // of accumulate
 };
 

@@ -2,9 +2,9 @@
 // dpo_kernels/statistics.py is the same in Python, with the same names (tests/test_statistics.py compares them).
 //
 // Two things differ from Python. Sums are over e = 2^(z log2 e - reference(base)), where Python's are relative to
-// `maximum`: a whole number, so every later rescale is a power of two, which is exact, in bfloat16 too. It is 0 for all rows
-// but those of very large or small logits, so hardly a row is ever rescaled. `maximum` is kept only beside `argmax`, and
-// what `finish` calls the maximum is `base`, within 1 above the largest logit.
+// `maximum`: a whole number, so every later rescale is a power of two, which is exact, in bfloat16 too. The reference is 0
+// for all rows but those of very large or small logits, so hardly a row is ever rescaled. `maximum` is kept only beside `argmax`,
+// and what `finish` calls the maximum is `base`, within 1 above the largest logit.
 //
 // The label's own logit stays out of every sum and joins at the end: where the model is sure, the others' sum is what
 // the log-prob consists of, and 1 + it would lose it.
@@ -52,8 +52,8 @@ N base_of(N largest) {
   return ceil_of(at_most(largest, most) * N(static_cast<float>(kLog2E))) + beyond;
 }
 
-// What sums are relative to in a row of this base. Between the bounds it is 0, and float32 holds the squares of the largest
-// logits, and of others what is above 2^-94 of the largest.
+// What sums are relative to in a row of this base. Between the bounds it is 0, and float32 holds the sum of e^2 of 2^24
+// entries, up to 2^120, and of small e what is above 2^-94 of the largest.
 constexpr float kLeastBase = -32.f, kMostBase = 48.f;
 inline float reference(float base) { return base >= kLeastBase && base <= kMostBase ? 0.f : base; }
 inline Vec reference(Vec base) {

@@ -28,8 +28,8 @@ class Tile(NamedTuple):
 
 
 class SavedTile(NamedTuple):
-    """Of a tile: exp(z - m) (n, v), times the cap's derivative, and the block maxima m (n, blocks), or numbers near
-    them. At the labels it is 0 or anything: the gradient there is made of the statistics."""
+    """Of a tile: exp(z - m) (n, v), times the cap's derivative, and m (n, blocks): block maxima, or whatever the back
+    end has exponentials relative to. At the labels they are the back end's own: the gradient there comes from the statistics."""
 
     exps: Tensor
     maxima: Tensor
