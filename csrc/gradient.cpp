@@ -17,13 +17,6 @@ namespace {
 
 using at::Tensor;
 
-template <typename T>
-void multiply_row(const T* from, const float* factor, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) (read(from + i) * Vec::loadu(factor + i)).store(to + i);
-  for (; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor[i];
-}
-
 // What backward needs of each token, in float32 from float64: of n tokens, padded with tokens that have no gradient.
 struct RowFactors {
   std::vector<float> whole, rest, scale, entropy, entropy_scale, at_label;
@@ -97,7 +90,7 @@ struct SavedExps {
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t t = 0; t < n; ++t) base[t] = std::max(base[t], of_block(block)[t]);
     for (int64_t block = 0; block < blocks; ++block) moved[block] = !std::equal(base.begin(), base.end(), of_block(block));
-    // Beyond these bounds e or dz are 0. Rows out of reach are not ours, and NaN stays NaN in either part.
+    // Beyond these bounds dz is 0, or smaller than any number beside it. Rows out of reach are not ours; NaN stays NaN.
     constexpr double most = 250;
     std::vector<int> power(n);
     int top = std::numeric_limits<int>::min();
@@ -120,7 +113,7 @@ struct SavedExps {
     }
   }
 
-  // number * 2^power as two numbers, of which neither is beyond what float32 holds where their product is not.
+  // number * 2^power as two numbers: float32 holds both also where it does not hold their product.
   static void split(float number, int power, float& one, float& two) {
     one = std::ldexp(1.f, power / 2), two = std::ldexp(number, power - power / 2);
   }
@@ -168,11 +161,11 @@ struct Lefts {
     for (int64_t t = 0; t < tile.n; ++t) {
       const int64_t column = tile.labels[t] - tile.first;
       if (column < 0 || column >= tile.v) continue;
-      of_tokens.more.push_back({t, column, rows.at_label[t]});
-      of_vocab.more.push_back({column, t, rows.at_label[t]});
+      of_tokens.entries.push_back({t, column, rows.at_label[t]});
+      of_vocab.entries.push_back({column, t, rows.at_label[t]});
     }
     std::stable_sort(
-        of_vocab.more.begin(), of_vocab.more.end(), [](const Entry& a, const Entry& b) { return a.row < b.row; });
+        of_vocab.entries.begin(), of_vocab.entries.end(), [](const Entry& a, const Entry& b) { return a.row < b.row; });
   }
 };
 

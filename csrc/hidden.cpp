@@ -97,11 +97,11 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
         float* relative_to = bases.as<float>(column_block, token);
         for (int64_t t = 0; t < tokens; ++t) relative_to[t] = narrow ? s[kBase][t] : reference(s[kBase][t]);
       }
-      if (narrow)
-        for (int64_t t = 0; t < tokens; ++t) {
-          const float down = exp2_whole(reference(s[kBase][t]) - s[kBase][t]);
-          for (int64_t c = 0; c < columns; ++c) z[c * kBlock + t] *= down;
-        }
+      if (narrow) {
+        alignas(64) float down[kBlock];
+        for (int64_t t = 0; t < tokens; ++t) down[t] = exp2_whole(reference(s[kBase][t]) - s[kBase][t]);
+        for (int64_t c = 0; c < columns; ++c) multiply_row(z + c * kBlock, down, z + c * kBlock, tokens);
+      }
       if (by_vocab) by_vocab.write(z, columns, tokens, column_block * kBlock, token);
       if (by_token) {
         transpose(z, kBlock, columns, tokens, transposed, kBlock);
@@ -120,7 +120,7 @@ void accumulate_tile(const TileArgs& args, Tensor& whole_state, int64_t row, con
       merge(state, s, begin, end, want);
     }
     if (!total) return;
-    // To the new reference: what was summed before, and blocks that were accumulated before their lane met its maximum.
+    // To the new reference: what was summed before, and blocks whose lane had another one when they were accumulated.
     for (int64_t t = begin; t < end; ++t) {
       const float base = reference(state[kBase][t]);
       auto scale = [&](const Matrix& matrix, int64_t column, int64_t columns, float factor) {

@@ -50,7 +50,8 @@ struct GradientProduct {
   bool by_vocab;
 };
 
-// Where to leave d loss / d a of the tile, and where it comes from if saved.
+// Where to leave d loss / d a of the tile, 0 at the labels; and where it comes from if saved: by_token is then e relative to
+// one number a token.
 struct GradientOutputs {
   const std::optional<at::Tensor>& by_token;  // (n, v)
   const std::optional<at::Tensor>& by_vocab;  // (v, n)

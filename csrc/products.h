@@ -90,21 +90,22 @@ struct Entry {
   float value;
 };
 
-// What the left operand (m, k) of a product is, where it is not a matrix as it lies:
-//   all (diag(rows) diag(more_rows) left' diag(terms)) + more,
-// left' being left, or of blocks of kBlock rows that are `scaled`, each with scales of its own, left diag(scale) diag(more).
+// What the left operand (m, k) of a product is, where it is not a matrix as it lies: one whose columns are multiplied by
+// `terms`, and by two scales more in blocks of kBlock rows that are `scaled`; whose rows are multiplied by `rows` and
+// `more_rows`, or all by `all`; plus some entries.
 struct LeftOperand {
-  const float *rows = nullptr, *more_rows = nullptr;  // (m,), or all 1: of the sums
-  const float* terms = nullptr;                       // (k,), or all 1: folded into the right operand as it is packed
-  Factors all;                                        // of the sums
-  std::vector<Entry> more;                            // in the order of their rows; their products are float32
+  const float* terms = nullptr;  // (k,), or all 1: folded into the right operand as it is packed
   std::function<bool(int64_t row_block)> scaled;
-  std::function<void(int64_t row_block, int64_t first, int64_t count, float* scale, float* more)> scales;  // of some terms
+  // The scales of terms [first, first + count) of a block.
+  std::function<void(int64_t row_block, int64_t first, int64_t count, float* scale, float* more)> scales;
+  const float *rows = nullptr, *more_rows = nullptr;  // (m,) both, or neither: of the sums
+  Factors all;                                        // of the sums, without `rows`
+  std::vector<Entry> entries;                         // in the order of their rows; their products are float32
 };
 
 constexpr int64_t kMade = 256;  // terms of a left operand that a thread makes at a time: 64 KiB in float32
 
-// The same into a block c of rows kBlock apart, for any k, of a block of rows of a matrix. In float32 each kDepth terms are
+// block_product into a block c of rows kBlock apart, for any k, of a block of rows of a matrix. In float32 each kDepth terms are
 // summed on their own: a long sum rounds small terms to the spacing of what it holds already. (A depth of 1024 for logits is
 // 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.) What a matrix holds narrower, or scaled, is
 // made here.
@@ -232,14 +233,14 @@ class ProductTasks {
       const int64_t column = strip * kBlock, columns = columns_of(strip);
       deep_product(rows, columns, k, a, row_block, room + strip * strip_size, columns, sums, &left);
       auto entry = std::lower_bound(
-          left.more.begin(), left.more.end(), row, [](const Entry& e, int64_t r) { return e.row < r; });
+          left.entries.begin(), left.entries.end(), row, [](const Entry& e, int64_t r) { return e.row < r; });
       for (int64_t r = 0; r < rows; ++r) {
         float* from = sums + r * kBlock;
         Factors of = left.all;
         if (left.rows != nullptr) of = {left.rows[row + r], left.more_rows[row + r]};
         if (of.one != 1 || of.two != 1)
           for (int64_t c = 0; c < columns; ++c) from[c] = from[c] * of.one * of.two;
-        for (; entry != left.more.end() && entry->row == row + r; ++entry)
+        for (; entry != left.entries.end() && entry->row == row + r; ++entry)
           b.visit(entry->term, column, [&](const auto* right) {
             for (int64_t c = 0; c < columns; ++c) from[c] += entry->value * static_cast<float>(right[c]);
           });

@@ -68,7 +68,7 @@ struct Sums {
   // To a base that is not smaller.
   void raise(N to, const Outputs& want) {
     const N shrink = exp2_whole(reference(base) - reference(to));
-    // The power is 0 below -126; a limit keeps it from meeting an infinity.
+    // The limit keeps 0 from meeting an infinity; what is that far down does not count.
     if (want.entropy) shifted = shrink * (shifted + total * at_least(base - to, -127.f));
     if (want.squares) squares = shrink * shrink * squares;
     total = total * shrink;

@@ -121,6 +121,14 @@ struct Grid {
   }
 };
 
+// to = from * factor, n numbers.
+template <typename T>
+void multiply_row(const T* from, const float* factor, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) (read(from + i) * Vec::loadu(factor + i)).store(to + i);
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor[i];
+}
+
 // Rows of a block, ld apart, become columns of rows ldt apart.
 template <typename T>
 void transpose(const T* from, int64_t ld, int64_t rows, int64_t columns, T* to, int64_t ldt) {

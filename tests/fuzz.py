@@ -82,7 +82,7 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
     finite = torch.where(zs.isfinite(), zs, 0).abs()
     delta = slope * error + 4 * EPS * finite
     # The cap's derivative is 1 - tanh^2, which changes by no more than its argument does.
-    cap = 0 * error if t.softcap is None else (abs(t.logit_scale) * error / t.softcap + 16 * EPS).clamp(max=1)
+    cap = 0 * error if t.softcap is None else (abs(t.logit_scale) * error / t.softcap).clamp(max=1)
     made = stats(z, labels, spec.ignore_index, spec.outputs)
     values = {k: v for k, v in made._asdict().items() if v is not None}
     names = leaf_names(wanted(spec, inputs))
@@ -194,6 +194,9 @@ def bound_gradients(
         error = error + slope * 6e-8 * (g.unsqueeze(-1) > 0)
     if spec.softcap is not None:  # 1 - tanh^2 loses its digits where the cap holds
         error = error + slope * (g.unsqueeze(-1) * (p + at_label)) * 64 * EPS
+    # What is 2^-94 times smaller than the largest may be 0, of probabilities and of the terms of sums over tokens.
+    error = error + slope * 2.0**-94 * g.unsqueeze(-1)
+    lost = slope * 2.0**-94 * (g.amax() * g.numel() if g.numel() else 0.0)
     bounds = {}
     vocab = error.shape[-1]
     flat, sizes = (t.reshape(-1, vocab).nan_to_num(0, 0, 0) for t in (error, size))
@@ -215,11 +218,11 @@ def bound_gradients(
                 found = found + adapter_scale * through @ wide["low_rank_b"].abs() @ wide["low_rank_a"].abs()
             found = found.view(wide["hidden"].shape)
         elif name == "weight":
-            found = flat.T @ rows
+            found = flat.T @ rows + lost
         elif name == "low_rank_a":
             found = adapter_scale * (through @ wide["low_rank_b"].abs()).T @ rows
         elif name == "low_rank_b":
-            found = adapter_scale * through.T @ (rows @ wide["low_rank_a"].abs().T)
+            found = adapter_scale * through.T @ (rows @ wide["low_rank_a"].abs().T) + lost
         else:
             found = flat.sum(0)
         bounds[name] = 4 * found + own

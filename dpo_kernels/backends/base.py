@@ -29,7 +29,8 @@ class Tile(NamedTuple):
 
 class SavedTile(NamedTuple):
     """Of a tile: exp(z - m) (n, v), times the cap's derivative, and m (n, blocks): block maxima, or whatever the back
-    end has exponentials relative to. At the labels they are the back end's own: the gradient there comes from the statistics."""
+    end has exponentials relative to. At the labels they are the back end's own: the gradient there is made of the
+    statistics."""
 
     exps: Tensor
     maxima: Tensor

@@ -134,7 +134,7 @@ class CppState:
         )  # fmt: skip
 
     def shrink(self, rows: slice) -> Tensor:
-        """(n,): from what the sums are relative to, to the largest logit: powers of two."""
+        """(n,): from what the sums are relative to, to `base`: powers of two."""
         base = rows_of(self.fields[_state_fields().index("base")], rows)
         return torch.exp2((_ops().reference(base) - base).double()).float()
 
@@ -183,7 +183,7 @@ class CppTileOps:
     def finish_jacobian(
         self, state: CppState, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]
     ) -> None:
-        # `others` is relative to the largest logit: relative to 0 it could be smaller than a float32 can be.
+        # `others` is relative to `base`: relative to 0 it could be smaller than a float32 can be.
         total.mul_(state.shrink(rows)[:, None])
         finish_jacobian(self.call.transform, done, total, label_weight())
 
@@ -193,7 +193,7 @@ class CppTileOps:
         """In one kernel, whose threads need not wait for all others before each of its parts."""
         n, v = len(tile.hidden), len(tile.weight)
         by_token = self._buffer("by_token", n, v) if any(not p.by_vocab for p in products) else None
-        # What is saved is a left operand as it is.
+        # What is saved is a left operand itself.
         by_vocab = self._buffer("by_vocab", v, n) if saved is None and any(p.by_vocab for p in products) else None
         exps, maxima = (None, None) if saved is None else (saved.exps.T, saved.maxima.T)
         rights = [_rows_contiguous(p.right) for p in products]

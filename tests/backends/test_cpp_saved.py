@@ -40,7 +40,7 @@ def rows_of_all_kinds(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         elif kind == 5:
             row[torch.arange(VOCAB) != labels[t]] = -30000  # the label, and next to nothing
         elif kind == 6:
-            row += 30  # the edges of what has 0 for its base
+            row += 30  # the edges of what has 0 for its reference
         elif kind == 7:
             row -= 20
         elif kind == 8:
@@ -96,6 +96,19 @@ def test_each_row_of_hidden_states(learns, dtype):
     assert got[18].isnan().all()
     size = of_logits.T.abs() @ wide.detach().abs() + (1e-3 if dtype == torch.float16 else 1e-34)
     assert ((got.double() - right).abs() <= TOLERANCE[dtype] * size)[others].all()
+
+
+def test_tiles_whose_gradients_are_far_apart(override):
+    """Sums over several tiles, each with a power of two of its own, and labels in one of them."""
+    override(capabilities={"tiles": ((64, 128),), "wide_tiles": ()})
+    head = make_head(192, 40, VOCAB, torch.float32, grads="hidden,weight", ignored=0)
+    grad = torch.tensor([1e-20, 1e20, 1.0]).repeat_interleave(64)
+    got = torch.autograd.grad((hidden_to_log_probs(*head[:3]) * grad).sum(), head[:2])
+    exact = [t.detach().double().requires_grad_() for t in head[:2]]
+    log_probs = hidden_to_log_probs(*exact, head.labels, impl="torch")
+    right = torch.autograd.grad((log_probs * grad.double()).sum(), exact)
+    for a, b in zip(got, right, strict=True):
+        assert ((a.double() - b).abs() <= 1e-5 * b.abs().amax(1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("small", [1e-12, 1e12])
