@@ -48,6 +48,7 @@ def _implementations() -> Iterator[tuple[str, str]]:
     import torch
 
     from dpo_kernels import available_impls, build
+    from dpo_kernels.dispatch import BACKENDS
 
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         reasons = available_impls(device)
@@ -55,6 +56,9 @@ def _implementations() -> Iterator[tuple[str, str]]:
         for name, reason in reasons.items():
             first = ", the one that is taken where none is asked for" if name == fastest else ""
             yield f"impl {name} on {device}", f"can run{first}" if reason is None else f"cannot run: {reason}"
+    if available_impls("cpu")["cpp"] is None:
+        widened = torch.bfloat16 in BACKENDS["cpp"].capabilities(torch.device("cpu"), None).widens
+        yield "bfloat16 on cpu", "multiplied in float32" if widened else "multiplied in bfloat16"
     yield "compiler", _asked(lambda: " ".join(build.compiler()))
     yield "C++ kernels", _asked(lambda: f"{'built' if build.cached_library().exists() else 'not built yet'}: "
                                         f"{build.cached_library()}")  # fmt: skip

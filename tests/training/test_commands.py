@@ -71,6 +71,7 @@ def test_env_says_what_a_report_needs(capsys, monkeypatch):
         assert f"impl {name} on cpu" in text
     assert "None" not in text.replace(f"CUDA {torch.version.cuda}", "")
     assert "C++ kernels" in text
+    assert "bfloat16 on cpu" in text
 
 
 def test_plan_is_that_of_the_function(capsys, model_dir):
