@@ -120,13 +120,19 @@ struct SavedExps {
 
   const float* of_block(int64_t block) const { return static_cast<float*>(bases.at(block, 0)); }
 
-  // Brings a block's e of tokens [first, first + count) to their `base`.
-  void to_base(int64_t block, int64_t first, int64_t count, float* scale) const {
-    for (int64_t t = first; t < first + count; ++t) scale[t - first] = exp2_whole(of_block(block)[t] - base[t]);
+  // What brings a block's e of tokens [first, first + count) to their `base`: two powers of two, since an e may be 2^48, and
+  // what is 2^-126 times it still a number that counts in its own row of dW.
+  void to_base(int64_t block, int64_t first, int64_t count, float* scale, float* more) const {
+    for (int64_t t = first; t < first + count; ++t) {
+      const float down = of_block(block)[t] - base[t], half = std::floor(down / 2);
+      scale[t - first] = exp2_whole(half), more[t - first] = exp2_whole(down - half);
+    }
   }
 
-  void times(int64_t column, int64_t token, const float* scale, float* to, int64_t tokens) const {
+  void times(
+      int64_t column, int64_t token, const float* scale, const float* more, float* to, int64_t tokens) const {
     exps.visit(column, token, [&](const auto* from) { multiply_row(from, scale, to, tokens); });
+    multiply_row(to, more, to, tokens);
   }
 
   // What products by_vocab multiply.
@@ -136,9 +142,8 @@ struct SavedExps {
     made.all = largest;
     made.scaled = [this](int64_t block) { return moved[block] || !all_fold; };
     made.scales = [this](int64_t block, int64_t first, int64_t count, float* scale, float* more) {
-      to_base(block, first, count, scale);
-      for (int64_t t = 0; t < count; ++t) scale[t] *= rest[first + t];
-      std::copy_n(&last[first], count, more);
+      to_base(block, first, count, scale, more);
+      for (int64_t t = 0; t < count; ++t) scale[t] *= rest[first + t], more[t] *= last[first + t];
     };
     return made;
   }
@@ -214,14 +219,14 @@ void gradient_of_saved(
   auto block = [&](int64_t column_block, int64_t first, int64_t last) {
     const int64_t columns = tile.columns_of(column_block), column = column_block * kBlock;
     const bool as_it_lies = !saved.moved[column_block] && saved.exps.holds<T>();
-    alignas(64) float scale[kBlock], e[kBlock * kBlock];
+    alignas(64) float scale[kBlock], more[kBlock], e[kBlock * kBlock];
     alignas(64) T rounded[kBlock * kBlock];
     for (int64_t token = first * kBlock; token < std::min(last * kBlock, tile.n); token += kBlock) {
       const int64_t tokens = std::min(kBlock, tile.n - token), width = round_up(tokens, kWidth);
       if (!as_it_lies || bias != nullptr) {
-        saved.to_base(column_block, token, tokens, scale);
+        saved.to_base(column_block, token, tokens, scale, more);
         for (int64_t c = 0; c < columns; ++c) {
-          saved.times(column + c, token, scale, e + c * kBlock, tokens);
+          saved.times(column + c, token, scale, more, e + c * kBlock, tokens);
           std::fill(e + c * kBlock + tokens, e + c * kBlock + width, 0.f);
         }
       }

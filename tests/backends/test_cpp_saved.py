@@ -25,9 +25,9 @@ def rows_of_all_kinds(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (tokens, VOCAB), a kind a row in turn, and labels."""
     torch.manual_seed(0)
     rows = torch.randn(tokens, VOCAB).mul(8).round().div(8)
-    labels = torch.randint(VOCAB, (tokens,))
+    labels = torch.randint(VOCAB - 1, (tokens,))
     for t in range(tokens):
-        kind, row = t % 9, rows[t]
+        kind, row = t % 10, rows[t]
         if kind == 1:
             row[:200] -= 120  # far below the others
             labels[t] = 3
@@ -46,6 +46,9 @@ def rows_of_all_kinds(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         elif kind == 8:
             row += 30
             row[labels[t]] = 90
+        elif kind == 9:
+            row += 30
+            row[-1] = 90  # far above what the row began with, and not the label
     return rows, labels
 
 
@@ -83,7 +86,7 @@ def test_each_row_of_hidden_states(learns, dtype):
     tokens = 131
     rows, labels = rows_of_all_kinds(tokens)
     hidden = torch.eye(tokens, dtype=dtype)
-    hidden[18, 18] = torch.nan
+    hidden[20, 20] = torch.nan
     hidden.requires_grad_()
     weight = rows.T.contiguous().to(dtype).requires_grad_("weight" in learns)
     grad = torch.rand(tokens).add(0.5)
@@ -91,9 +94,9 @@ def test_each_row_of_hidden_states(learns, dtype):
     exact = hidden.detach().double().nan_to_num(0).requires_grad_()
     wide = weight.detach().double().requires_grad_()
     log_probs = hidden_to_log_probs(exact, wide, labels, impl="torch") * grad.double()
-    others = torch.arange(tokens) != 18
+    others = torch.arange(tokens) != 20
     right, of_logits = torch.autograd.grad(log_probs[others].sum(), (exact, wide))
-    assert got[18].isnan().all()
+    assert got[20].isnan().all()
     size = of_logits.T.abs() @ wide.detach().abs() + (1e-3 if dtype == torch.float16 else 1e-34)
     assert ((got.double() - right).abs() <= TOLERANCE[dtype] * size)[others].all()
 
