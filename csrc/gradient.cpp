@@ -75,17 +75,17 @@ void gradient_block(
 struct SavedExps {
   Matrix exps, bases;
   int64_t n;
-  std::vector<float> base;         // (n,): the largest that a block's e of the token are relative to
-  std::vector<float> half, other;  // (n,): dz are e relative to `base`, times both
-  std::vector<float> fold;         // (n,): dz / largest are e times it; 1 where it is too small for products,
-  std::vector<float> rest, last;   // (n,): and then these two are multiplied by e beforehand; 1 otherwise
-  Factors largest;                 // of the tokens
+  std::vector<float> base;  // (n,): the largest that a block's e of the token are relative to
+  Factors factors;          // (n,): dz are e relative to `base`, times them
+  Factors largest;          // (1,): a power of two near the largest of them
+  std::vector<float> fold;  // (n,): factors / largest, which products fold in; 1 where it is too small for that,
+  Factors unfolded;         // (n,): and then it is this, by which e is multiplied first; 1 otherwise
   bool all_fold = true;
   std::vector<char> moved;  // of each block of columns: whether any of its e is relative to another number than `base`
 
   SavedExps(const Tensor& saved, const Tensor& saved_bases, const RowFactors& rows)
-      : exps(saved), bases(saved_bases), n(saved.size(1)), base(n, kNoBase), half(n), other(n), fold(n), rest(n, 1.f),
-        last(n, 1.f), moved(saved_bases.size(0)) {
+      : exps(saved), bases(saved_bases), n(saved.size(1)), base(n, kNoBase), factors(n), largest(1), fold(n), unfolded(n),
+        moved(saved_bases.size(0)) {
     const int64_t blocks = saved_bases.size(0);
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t t = 0; t < n; ++t) base[t] = std::max(base[t], of_block(block)[t]);
@@ -98,52 +98,48 @@ struct SavedExps {
       const float number = rows.exps_scale[t];
       const double exact = std::clamp(static_cast<double>(base[t]) - rows.whole[t], -most, most);
       power[t] = std::isnan(exact) ? 0 : static_cast<int>(exact);
-      split(number, power[t], half[t], other[t]);
+      factors.set(t, number, power[t]);
       if (number != 0 && std::isfinite(number)) top = std::max(top, power[t] + std::ilogb(number));
     }
     if (top == std::numeric_limits<int>::min()) top = 0;
-    split(1.f, top, largest.one, largest.two);
+    largest.set(0, 1.f, top);
     constexpr float least = 0x1p-60f;  // of hidden states times it, what counts beside others is a normal number
     for (int64_t t = 0; t < n; ++t) {
-      fold[t] = std::ldexp(rows.exps_scale[t], power[t] - top);
-      if (fold[t] == 0 ? rows.exps_scale[t] == 0 : !(std::abs(fold[t]) < least)) continue;
+      const float number = rows.exps_scale[t];
+      fold[t] = std::ldexp(number, power[t] - top);
+      if (number == 0 || !(std::abs(fold[t]) < least)) continue;  // NaN is folded
       fold[t] = 1.f;
-      split(rows.exps_scale[t], power[t] - top, rest[t], last[t]);
+      unfolded.set(t, number, power[t] - top);
       all_fold = false;
     }
-  }
-
-  // number * 2^power as two numbers: float32 holds both also where it does not hold their product.
-  static void split(float number, int power, float& one, float& two) {
-    one = std::ldexp(1.f, power / 2), two = std::ldexp(number, power - power / 2);
   }
 
   const float* of_block(int64_t block) const { return static_cast<float*>(bases.at(block, 0)); }
 
   // What brings a block's e of tokens [first, first + count) to their `base`: two powers of two, since an e may be 2^48, and
   // what is 2^-126 times it still a number that counts in its own row of dW.
-  void to_base(int64_t block, int64_t first, int64_t count, float* scale, float* more) const {
+  void to_base(int64_t block, int64_t first, int64_t count, float* one, float* two) const {
     for (int64_t t = first; t < first + count; ++t) {
       const float down = of_block(block)[t] - base[t], half = std::floor(down / 2);
-      scale[t - first] = exp2_whole(half), more[t - first] = exp2_whole(down - half);
+      one[t - first] = exp2_whole(half), two[t - first] = exp2_whole(down - half);
     }
   }
 
-  void times(
-      int64_t column, int64_t token, const float* scale, const float* more, float* to, int64_t tokens) const {
-    exps.visit(column, token, [&](const auto* from) { multiply_row(from, scale, to, tokens); });
-    multiply_row(to, more, to, tokens);
+  // e of some tokens, times factors.
+  void times(int64_t column, int64_t token, const float* one, const float* two, float* to, int64_t tokens) const {
+    exps.visit(column, token, [&](const auto* from) { multiply_row(from, one, to, tokens); });
+    multiply_row(to, two, to, tokens);
   }
 
   // What products by_vocab multiply.
   LeftOperand left() const {
     LeftOperand made;
     made.terms = fold.data();
-    made.all = largest;
+    made.rows = &largest;
     made.scaled = [this](int64_t block) { return moved[block] || !all_fold; };
-    made.scales = [this](int64_t block, int64_t first, int64_t count, float* scale, float* more) {
-      to_base(block, first, count, scale, more);
-      for (int64_t t = 0; t < count; ++t) scale[t] *= rest[first + t], more[t] *= last[first + t];
+    made.scales = [this](int64_t block, int64_t first, int64_t count, float* one, float* two) {
+      to_base(block, first, count, one, two);
+      for (int64_t t = 0; t < count; ++t) one[t] *= unfolded.one[first + t], two[t] *= unfolded.two[first + t];
     };
     return made;
   }
@@ -219,14 +215,14 @@ void gradient_of_saved(
   auto block = [&](int64_t column_block, int64_t first, int64_t last) {
     const int64_t columns = tile.columns_of(column_block), column = column_block * kBlock;
     const bool as_it_lies = !saved.moved[column_block] && saved.exps.holds<T>();
-    alignas(64) float scale[kBlock], more[kBlock], e[kBlock * kBlock];
+    alignas(64) float one[kBlock], two[kBlock], e[kBlock * kBlock];
     alignas(64) T rounded[kBlock * kBlock];
     for (int64_t token = first * kBlock; token < std::min(last * kBlock, tile.n); token += kBlock) {
       const int64_t tokens = std::min(kBlock, tile.n - token), width = round_up(tokens, kWidth);
       if (!as_it_lies || bias != nullptr) {
-        saved.to_base(column_block, token, tokens, scale, more);
+        saved.to_base(column_block, token, tokens, one, two);
         for (int64_t c = 0; c < columns; ++c) {
-          saved.times(column + c, token, scale, more, e + c * kBlock, tokens);
+          saved.times(column + c, token, one, two, e + c * kBlock, tokens);
           std::fill(e + c * kBlock + tokens, e + c * kBlock + width, 0.f);
         }
       }
@@ -238,9 +234,11 @@ void gradient_of_saved(
         transpose(rounded, kBlock, columns, tokens, by_token.as<T>(token, column), by_token.ld);
       }
       if (bias == nullptr) continue;
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t t = 0; t < tokens; ++t)
-          e[c * kBlock + t] = e[c * kBlock + t] * saved.half[token + t] * saved.other[token + t];
+      for (int64_t c = 0; c < columns; ++c) {
+        float* dz = e + c * kBlock;
+        multiply_row(dz, &saved.factors.one[token], dz, tokens);
+        multiply_row(dz, &saved.factors.two[token], dz, tokens);
+      }
       add_to_bias(e, columns, width, bias + column);
       tile.each_label(column_block, token / kBlock, [&](int64_t t, int64_t at) {
         bias[column + at / kBlock] += rows.at_label[token + t];
@@ -248,7 +246,7 @@ void gradient_of_saved(
     }
   };
   Lefts lefts{saved.left(), {}};
-  lefts.of_tokens.rows = saved.half.data(), lefts.of_tokens.more_rows = saved.other.data();
+  lefts.of_tokens.rows = &saved.factors;
   lefts.add_labels(tile, rows);
   run_gradient<T>(grid, block, products, lefts, /*made_before=*/true);
 }

@@ -12,6 +12,7 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <optional>
 #include <vector>
@@ -79,9 +80,16 @@ struct Matrix {
   }
 };
 
-// Two numbers whose product is meant: it may be smaller or larger than a float can be.
+// Factors that are two numbers each, multiplied by one after the other: their product may be smaller or larger than a float
+// can be.
 struct Factors {
-  float one = 1.f, two = 1.f;
+  std::vector<float> one, two;
+
+  explicit Factors(int64_t count = 0) : one(count, 1.f), two(count, 1.f) {}
+  // number * 2^power
+  void set(int64_t i, float number, int power) {
+    one[i] = std::ldexp(1.f, power / 2), two[i] = std::ldexp(number, power - power / 2);
+  }
 };
 
 // A number of an operand.
@@ -91,24 +99,23 @@ struct Entry {
 };
 
 // What the left operand (m, k) of a product is, where it is not a matrix as it lies: one whose columns are multiplied by
-// `terms`, and by two scales more in blocks of kBlock rows that are `scaled`; whose rows are multiplied by `rows` and
-// `more_rows`, or all by `all`; plus some entries.
+// `terms`, and in blocks of kBlock rows that are `scaled` by factors of the block's own; whose rows are multiplied by `rows`;
+// plus some entries.
 struct LeftOperand {
   const float* terms = nullptr;  // (k,), or all 1: folded into the right operand as it is packed
   std::function<bool(int64_t row_block)> scaled;
-  // The scales of terms [first, first + count) of a block.
-  std::function<void(int64_t row_block, int64_t first, int64_t count, float* scale, float* more)> scales;
-  const float *rows = nullptr, *more_rows = nullptr;  // (m,) both, or neither: of the sums
-  Factors all;                                        // of the sums, without `rows`
-  std::vector<Entry> entries;                         // in the order of their rows; their products are float32
+  // The factors of terms [first, first + count) of a block, one and two.
+  std::function<void(int64_t row_block, int64_t first, int64_t count, float* one, float* two)> scales;
+  const Factors* rows = nullptr;  // of each row, or one of all, or all 1: of the sums
+  std::vector<Entry> entries;     // in the order of their rows; their products are float32
 };
 
 constexpr int64_t kMade = 256;  // terms of a left operand that a thread makes at a time: 64 KiB in float32
 
-// block_product into a block c of rows kBlock apart, for any k, of a block of rows of a matrix. In float32 each kDepth terms are
-// summed on their own: a long sum rounds small terms to the spacing of what it holds already. (A depth of 1024 for logits is
-// 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.) What a matrix holds narrower, or scaled, is
-// made here.
+// block_product into a block c of rows kBlock apart, for any k, of a block of rows of a matrix. In float32 each kDepth terms
+// are summed on their own: a long sum rounds small terms to the spacing of what it holds already. (A depth of 1024 for logits
+// is 2% faster and three times less exact: 3.5e-6 against 1.1e-6 at 1,024 features.) What a matrix holds narrower, or scaled,
+// is made here.
 template <typename T>
 inline void deep_product(
     int64_t m, int64_t n, int64_t k, const Matrix& a, int64_t row_block, const T* b, int64_t ldb, float* c,
@@ -123,14 +130,14 @@ inline void deep_product(
     const bool later = i > 0;
     const int64_t depth = std::min(step, k - i);
     if (make) {
-      alignas(64) float scale[kMade], more[kMade], wide[kMade];
-      if (scaled) left->scales(row_block, i, depth, scale, more);
+      alignas(64) float one[kMade], two[kMade], wide[kMade];
+      if (scaled) left->scales(row_block, i, depth, one, two);
       for (int64_t r = 0; r < m; ++r) {
         float* to = wide;
         if constexpr (apart) to = made + r * depth;
         a.read(row + r, i, to, depth);
         if (scaled)
-          for (int64_t j = 0; j < depth; ++j) to[j] = to[j] * scale[j] * more[j];
+          for (int64_t j = 0; j < depth; ++j) to[j] = to[j] * one[j] * two[j];
         if constexpr (!apart) convert(wide, made + r * depth, depth);
       }
     }
@@ -236,10 +243,11 @@ class ProductTasks {
           left.entries.begin(), left.entries.end(), row, [](const Entry& e, int64_t r) { return e.row < r; });
       for (int64_t r = 0; r < rows; ++r) {
         float* from = sums + r * kBlock;
-        Factors of = left.all;
-        if (left.rows != nullptr) of = {left.rows[row + r], left.more_rows[row + r]};
-        if (of.one != 1 || of.two != 1)
-          for (int64_t c = 0; c < columns; ++c) from[c] = from[c] * of.one * of.two;
+        if (left.rows != nullptr) {
+          const int64_t of = left.rows->one.size() == 1 ? 0 : row + r;
+          const float one = left.rows->one[of], two = left.rows->two[of];
+          for (int64_t c = 0; c < columns; ++c) from[c] = from[c] * one * two;
+        }
         for (; entry != left.entries.end() && entry->row == row + r; ++entry)
           b.visit(entry->term, column, [&](const auto* right) {
             for (int64_t c = 0; c < columns; ++c) from[c] += entry->value * static_cast<float>(right[c]);

@@ -20,8 +20,9 @@ from dpo_kernels.backends.cpp import CppBackend
 from dpo_kernels.backends.pytorch import PyTorchBackend
 from dpo_kernels.backends.triton import TritonBackend
 from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens
+from dpo_kernels.capabilities import Capabilities
 from dpo_kernels.layout import spread_rows
-from dpo_kernels.planner import Capabilities, Workload, plan
+from dpo_kernels.planner import Workload, plan
 from dpo_kernels.statistics import Finished
 from dpo_kernels.warn import warn
 

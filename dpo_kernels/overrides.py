@@ -21,7 +21,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Overrides:
     """backends: names of those that a call without `impl` may take, on any device, fastest first; None: as ever.
-    capabilities: fields of `planner.Capabilities`. `tiles`, `scratch` and `widens` may be anything; the others say what
+    capabilities: fields of `Capabilities`. `tiles`, `scratch` and `widens` may be anything; the others say what
         the kernels do.
     kernels: fields of `kernels.configs.KernelConfig`; of `product` and `rows` some fields, as a mapping.
     arch: what every device is taken for (`kernels.configs.Arch`); then Triton's kernels need not run here.

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dpo_kernels"
 LAYERS = (
     ("vocab_shard", "splits", "layout", "warn", "units"),
     ("call",),
-    ("statistics",),
+    ("statistics", "capabilities"),
     ("overrides", "reference", "planner", "build", "collectives"),
     ("kernels", "backends.base"),
     ("driver", "backends.pytorch", "backends.triton_state"),

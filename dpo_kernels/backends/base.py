@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
-from dpo_kernels.planner import Capabilities, Plan
+from dpo_kernels.capabilities import Capabilities
+from dpo_kernels.planner import Plan
 from dpo_kernels.statistics import Finished, SoftmaxState, TokenStats
 
 MIB = 2**20

@@ -19,8 +19,9 @@ from torch import Tensor
 from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile
 from dpo_kernels.backends.pytorch import finish_jacobian
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
+from dpo_kernels.capabilities import Capabilities
 from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows, rows_of
-from dpo_kernels.planner import Capabilities, Plan
+from dpo_kernels.planner import Plan
 from dpo_kernels.statistics import LOG_ZERO, Finished, SoftmaxState, TokenStats, finite
 
 # Rows whose largest logit is beyond this, either way, are not the kernels': float32 numbers beside it lie 0.06 apart,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
+from dpo_kernels.capabilities import Capabilities
 from dpo_kernels.layout import put_rows, take_rows
-from dpo_kernels.planner import Capabilities, Plan
+from dpo_kernels.planner import Plan
 from dpo_kernels.statistics import (
     LOG_ZERO,
     Finished,

@@ -19,10 +19,11 @@ from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile
 from dpo_kernels.backends.pytorch import library_multiply, multiply_each
 from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.call import DTYPE_NAMES, Call, TokenGrads, Tokens, Transform
+from dpo_kernels.capabilities import Capabilities
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import KernelConfig
 from dpo_kernels.layout import in_matrix, lies_in_rows, rows_of
-from dpo_kernels.planner import Capabilities, Plan, aligned
+from dpo_kernels.planner import Plan, aligned
 from dpo_kernels.statistics import Finished
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
