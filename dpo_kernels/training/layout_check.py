@@ -6,7 +6,6 @@ log-probs and gradients have to be the same to rounding.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels.training import attention
+from dpo_kernels.training import attention, caches
 from dpo_kernels.training.batch import PairBatch, PairCollator, pair_tokens
 from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers_kept
-from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, most_tokens
+from dpo_kernels.training.layouts import GROUP_COSTS, PADDED, Layout, PairTokens, most_tokens
 from dpo_kernels.training.loading import is_of_its_own_kind, max_positions
-from dpo_kernels.training.output_head import below_adapters, find_head, plain_forward
+from dpo_kernels.training.output_head import below_adapters, find_head, parameters_of
 from dpo_kernels.training.sequence_parallel import Split
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -31,6 +30,7 @@ PAIRS = 64  # of the data, to count tokens by
 # What a layout has to save of the tokens of a simpler one, to be taken in its place.
 SAVES = 0.9
 MASK_SAVES = 0.7  # with a mask; at 0.8 of bucketed's tokens a step takes 0.93 of its time
+CACHE_COSTS = GROUP_COSTS  # tokens a pair, on a CPU: forwards of its own for each answer; measured: some 20 each
 
 
 class LayoutError(ValueError):
@@ -55,6 +55,7 @@ def choose(
     balances: bool = False,
     gives_mask: bool = False,
     is_sharded: bool = False,
+    is_checkpointed: bool = False,
     in_parts: bool = False,
     answers_at_once: int | None = None,
 ) -> Choice:
@@ -69,6 +70,7 @@ def choose(
         balances: whether a load-balancing loss is asked for.
         gives_mask: whether models are given an attention mask where rows are padded.
         is_sharded: whether the run uses FSDP.
+        is_checkpointed: whether layers are run again in backward, so that they keep nothing.
         in_parts: whether the model's weights are in parts (ZeRO-3), so that it cannot be compared.
         answers_at_once: as of `Layout`.
 
@@ -88,12 +90,14 @@ def choose(
     tokens, longest = count_tokens(dataset, batch_size, tokens_per_batch)
     refused: list[str] = []
     failed: set[str | None] = set()  # ways to tell attention
-    for candidate in _candidates(wanted, tokens, attention.implementation(model) == attention.FLEX):
-        layout = replace(candidate, gives_mask=balances if candidate.attention else gives_mask)
+    for candidate in _candidates(wanted, tokens, model):
+        layout = replace(candidate, gives_mask=balances if candidate.attention in ("branches", "mask") else gives_mask)
         if layout.attention in failed:
             continue
-        if balances and (layout.attention is None or is_of_its_own_kind(model)):
+        if balances and (layout.attention in (None, "cache") or is_of_its_own_kind(model)):
             reason = f"the load-balancing loss of {type(model).__name__} is over all rows of the batch, padded ones"
+        elif is_checkpointed and layout.attention == "cache":
+            reason = f"with gradient checkpointing {type(model).__name__} gives no cache"
         else:
             reason = refusal(model, layout, longest, is_sharded)
         if not reason:
@@ -126,7 +130,9 @@ def expected(
     }  # fmt: skip
     if wanted == "padded":
         return padded
-    for candidate in _candidates(wanted, tokens, attention.implementation(model) == attention.FLEX):
+    for candidate in _candidates(wanted, tokens, model):
+        if candidate.attention == "cache" and wanted == "auto":
+            continue  # only a run of the model tells
         if candidate.attention is None or not _known_reason(model, candidate):
             return replace(candidate, answers_at_once=answers_at_once)
     return padded
@@ -158,24 +164,32 @@ def _facts(model: Any) -> Any:
     return attention.implementation(model), None if config is None else config.to_json_string(use_diff=False)
 
 
-def _candidates(wanted: str, tokens: dict[str, float], has_blocks: bool) -> Iterator[Layout]:
+def _candidates(wanted: str, tokens: dict[str, float], model: Any) -> Iterator[Layout]:
     """From the best on. A simpler layout is taken where another saves little, and where a mask would cost more, as it
-    does unless empty blocks of it are left out."""
+    does unless empty blocks of it are left out. Through a cache each answer has a forward of its own, which a GPU would
+    wait for: there it is by name alone, and what is left."""
     if wanted == "bucketed":
         yield Layout("bucketed")
         return
-    names = [wanted] if wanted != "auto" else ["shared", "packed"]
-    for way in ("mask",) if has_blocks else ("branches", "mask"):
-        for name in names:
-            if wanted == name or not tokens or tokens[name] <= _worth(name, way == "mask" and not has_blocks, tokens):
+    has_blocks = attention.implementation(model) == attention.FLEX
+    is_on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    ways = ["mask"] if has_blocks else ["branches", "cache", "mask"] if is_on_cpu else ["branches", "mask"]
+    ways += ["cache"] if "cache" not in ways and wanted != "auto" else []
+    for way in ways:
+        for name in [wanted] if wanted != "auto" else ["shared", "packed"]:
+            if way == "cache" and name != "shared":
+                continue
+            if wanted == name or not tokens or tokens[name] <= _worth(name, way, has_blocks, tokens):
                 yield Layout(name, way)
     if wanted == "auto" and tokens and tokens["bucketed"] <= SAVES * tokens["padded"]:
         yield Layout("bucketed")
 
 
-def _worth(name: str, dense: bool, tokens: dict[str, float]) -> float:
-    """The tokens from which on a simpler layout is as good; dense: with a mask of all tokens by all tokens."""
-    if dense:
+def _worth(name: str, way: str, has_blocks: bool, tokens: dict[str, float]) -> float:
+    """The tokens from which on a simpler layout is as good."""
+    if way == "cache":
+        return SAVES * tokens["bucketed"] - CACHE_COSTS
+    if way == "mask" and not has_blocks:  # of all tokens by all tokens
         return MASK_SAVES * tokens["bucketed"]
     return SAVES * tokens["packed" if name == "shared" else "padded"]
 
@@ -221,9 +235,10 @@ def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = Fal
         longest: tokens of the longest sequence of the data; 0: not known.
     """
     name = type(below_adapters(model)).__name__
+    if layout.attention in (None, "cache") and layout.name != "padded" and is_sharded:
+        return f"with FSDP the groups of {layout.told} would differ between processes"
     if layout.attention is None:  # an answer a row: right for every causal model
-        sharded = layout.name == "bucketed" and is_sharded
-        return "with FSDP the groups of bucketed would differ between processes" if sharded else ""
+        return ""
     if known := _known_reason(model, layout):
         return known
     uses = attention.uses_branches(model)
@@ -231,7 +246,13 @@ def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = Fal
     try:
         with random_numbers_kept():
             model.eval()
-            return _compared(model, layout, longest)
+            found = _compared(model, layout, longest)
+            if layout.attention == "cache" and not found:  # which some give in evaluation alone
+                for module, mode in training.items():
+                    module.training = mode
+                with torch.no_grad():
+                    PairBatch(_probe(model, longest), layout).run(model)
+            return found
     except Exception as error:  # a model's code may raise anything on what it was not made for
         lines = str(error).strip().splitlines() or [""]
         return f"{name} does not run {layout.name} rows: {type(error).__name__}: {lines[0]}"
@@ -245,9 +266,12 @@ def _known_reason(model: Any, layout: Layout) -> str:
     """What is refused without running it."""
     base = below_adapters(model)
     name, config = type(base).__name__, attention.text_config(model)
+    if layout.attention == "cache":
+        takes = caches.name_in(parameters_of(model)) is not None
+        return "" if takes else f"the forward of {name} takes no cache, so answers cannot go on from a prompt"
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES):
         return f"{name} has layers of other kinds than full and sliding attention: {', '.join(others)}"
-    if "position_ids" not in inspect.signature(plain_forward(base)).parameters:
+    if "position_ids" not in parameters_of(model):
         return f"the forward of {name} takes no position_ids, so tokens cannot be told where they stand"
     own = attention.implementation(model)
     ways = [*attention.NAMES] if layout.attention == "branches" else [*attention.NAMES, attention.FLEX]
@@ -264,8 +288,7 @@ def _known_reason(model: Any, layout: Layout) -> str:
 
 
 def _compared(model: Any, layout: Layout, longest: int) -> str:
-    head: Any = find_head(model)
-    inputs = probe_pairs(head.weight.shape[0], _reach(model, longest), max_positions(model.config), head.weight.device)
+    inputs = _probe(model, longest)
     parameters: list[nn.Parameter] = []
     size = 0
     for p in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel()):
@@ -277,7 +300,7 @@ def _compared(model: Any, layout: Layout, longest: int) -> str:
     for one in (replace(PADDED, gives_mask=layout.gives_mask), layout):
         attention.use_branches(model, one.attention == "branches")
         # All in one row, however attention is told.
-        batch = PairBatch(inputs, replace(one, attention="branches") if one.attention else one)
+        batch = PairBatch(inputs, replace(one, attention="branches") if one.attention == "mask" else one)
         with torch.set_grad_enabled(bool(parameters)):
             output = batch.run(model, **more)
             log_probs, aux = output["log_probs"], output.get("aux_loss")
@@ -290,13 +313,21 @@ def _compared(model: Any, layout: Layout, longest: int) -> str:
     return _difference(type(model).__name__, layout, narrowest(model), *found)
 
 
+def _probe(model: Any, longest: int) -> dict[str, Tensor]:
+    head: Any = find_head(model)
+    return probe_pairs(head.weight.shape[0], _reach(model, longest), max_positions(model.config), head.weight.device)
+
+
 def _difference(
     name: str, layout: Layout, dtype: torch.dtype, padded: tuple[Tensor, Any], own: tuple[Tensor, Any]
 ) -> str:
     eps = torch.finfo(dtype).eps
     allowed = max(ROUNDINGS * eps * padded[0].abs().max().clamp_min(1).item(), 1e-3)
     error = (padded[0] - own[0]).abs().max().item()
-    why = "something in it goes by places in a row, not by positions"
+    why = (
+        "what goes on from its cache is not what goes on from the prompt" if layout.attention == "cache"
+        else "something in it goes by places in a row, not by positions"
+    )  # fmt: skip
     if not error <= allowed:
         return (
             f"{name} gives other log-probs in {layout.name} rows: they differ by {error:.1e}, where rounding explains "

@@ -5,9 +5,10 @@
     packed    the answers one behind the other
     shared    of every pair the prompt once, then the chosen answer, then the rejected one
 
-What a token may attend to, `attention.py` tells the model. A prompt is what both sequences of a pair begin with; its
-last hidden state predicts the first token of both answers, so hidden states are taken by their place, some twice. What
-both sequences predict within the prompt is predicted once.
+What a token may attend to, `attention.py` tells the model. One that cannot be told is given the answers of `shared` one
+after the other, each to go on from the cache of its prompt (`caches.py`). A prompt is what both sequences of a pair
+begin with; its last hidden state predicts the first token of both answers, so hidden states are taken by their place,
+some twice. What both sequences predict within the prompt is predicted once.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ GROUP_COSTS = 64  # tokens: a group of its own has to save more
 
 @dataclass(frozen=True)
 class Layout:
-    """name: as above. attention: of packed and shared, "branches" or "mask". gives_mask: whether the model is given an
-    attention mask: of the real tokens, each as often as it stands in a sequence. answers_at_once: a batch goes in parts
-    of at most so many answers, each part in the layout, whole pairs in packed and shared; None: it goes whole."""
+    """name: as above. attention: of packed and shared, "branches" or "mask"; of shared "cache" too. gives_mask: whether
+    the model is given an attention mask: of the real tokens, each as often as it stands in a sequence. answers_at_once:
+    a batch goes in parts of at most so many answers, each part in the layout, whole pairs in packed and shared; None:
+    it goes whole."""
 
     name: str = "padded"
     attention: str | None = None
@@ -39,7 +41,7 @@ class Layout:
     @property
     def told(self) -> str:
         """In a few words."""
-        way = " with a mask" if self.attention == "mask" else ""
+        way = {"mask": " with a mask", "cache": " through a cache"}.get(self.attention or "", "")
         parts = f", in parts of at most {self.answers_at_once:,} answers" if self.answers_at_once is not None else ""
         return f"{self.name}{way}{parts}"
 
@@ -103,11 +105,16 @@ class Part(NamedTuple):
 def arrange(layout: Layout, sequences: Sequences) -> list[Part]:
     """The parts of a batch, in the order in which they are run; one, the whole, where the layout asks for no parts."""
     if layout.answers_at_once is None:
-        return [Part([*range(len(sequences.ids))], ARRANGE[layout.name](layout, sequences))]
+        return [Part([*range(len(sequences.ids))], _arranged(layout, sequences))]
     return [
-        Part(rows, ARRANGE[layout.name](layout, Sequences(*(t[rows] for t in sequences))))
+        Part(rows, _arranged(layout, Sequences(*(t[rows] for t in sequences))))
         for rows in parts(layout, sequences.counts)
     ]
+
+
+def _arranged(layout: Layout, sequences: Sequences) -> Arranged:
+    made = {"padded": _padded, "bucketed": _bucketed, "packed": _in_rows, "shared": _in_rows}[layout.name]
+    return (_through_caches if layout.attention == "cache" else made)(layout, sequences)
 
 
 def parts(layout: Layout, counts: Sequence[int]) -> list[list[int]]:
@@ -138,16 +145,18 @@ def _padded(layout: Layout, s: Sequences) -> Arranged:
 
 def _bucketed(layout: Layout, s: Sequences) -> Arranged:
     counts = s.counts
-    place = torch.arange(s.ids.numel(), device=s.ids.device).view_as(s.ids)
-    groups, answers = [], []
+    where = torch.zeros_like(s.ids)  # of each token of a sequence, among the places of all groups
+    groups, at = [], 0
     for members in buckets(counts):
         length = max(counts[i] for i in members)
-        group = {"input_ids": s.ids[members, :length], "labels": s.labels[members, :length]}
+        group = {"input_ids": s.ids[members, :length]}
         if layout.gives_mask:
             group["attention_mask"] = s.inside[members, :length].long()
         groups.append(group)
-        answers.append(place[members, :length].flatten())
-    return Arranged({"groups": groups}, torch.cat(answers), sum(g["input_ids"].numel() for g in groups))
+        tokens = len(members) * length
+        where[members, :length] = torch.arange(at, at + tokens, device=where.device).view(len(members), length)
+        at += tokens
+    return _in_groups(groups, _predictions(s, where))
 
 
 def buckets(counts: Sequence[int], group_costs: int = GROUP_COSTS) -> list[list[int]]:
@@ -170,9 +179,8 @@ def _in_rows(layout: Layout, s: Sequences) -> Arranged:
     """Packed and shared: trees of tokens, in one row where attention walks through trees, else in rows as needed."""
     answers, width = s.ids.shape
     pairs, device = answers // 2, s.ids.device
-    same = (s.ids[:pairs] == s.ids[pairs:]) & s.inside[:pairs] & s.inside[pairs:]
-    shared = same.long().cumprod(1).sum(1) if layout.name == "shared" else same.new_zeros(pairs, dtype=torch.long)
-    counts, prompts = (found.tolist() for found in torch.cat([s.inside.sum(1), shared]).split([answers, pairs]))
+    counts = s.inside.sum(1).tolist()
+    prompts = _prompts(s) if layout.name == "shared" else [0] * pairs
     trees = []  # each a list of (sequence, first token, tokens)
     for i, p in enumerate(prompts):
         if layout.name == "shared":
@@ -203,23 +211,94 @@ def _in_rows(layout: Layout, s: Sequences) -> Arranged:
                 weights[r, found[-1].start : found[-1].start + p] = 2
         spans.append(tuple(found))
     source, where, weights = (t.to(device) for t in (source, where, weights))
-    counted = s.counted.flatten().nonzero().squeeze(1)
-    if not len(counted):  # the head has to be run all the same; its label does not count
-        counted = counted.new_zeros(1)
-    # What counts within a prompt, as earlier replies do, counts in both sequences, and is one prediction.
-    inside = torch.arange(width) + 1 < torch.tensor(prompts)[:, None]
-    twice = s.counted[:pairs] & s.counted[pairs:] & inside.to(device)
-    own = torch.arange(answers * width, device=device).view(answers, width)
-    own[pairs:] = torch.where(twice, own[:pairs], own[pairs:])
-    predicted, sources = own.flatten()[counted].unique(return_inverse=True)
+    predicted = _predictions(s, where, prompts)
     given = {
         "input_ids": s.ids.flatten()[source], "position_ids": torch.where(weights > 0, source % width, 0),
-        "labels": s.labels.flatten()[predicted][None], "places": where.flatten()[predicted],
+        "labels": predicted.labels[None], "places": predicted.places,
         "spans": Spans(tuple(spans), length), "use_cache": False,
     }  # fmt: skip
     if layout.gives_mask:
         given["attention_mask"] = weights
-    return Arranged(given, counted, source.numel(), sources)
+    return Arranged(given, predicted.answers, source.numel(), predicted.sources)
+
+
+def _through_caches(layout: Layout, s: Sequences) -> Arranged:
+    """Shared: of every pair the prompt as a row of its own, then each answer, which goes on from the prompt's cache."""
+    pairs, counts, prompts = len(s.ids) // 2, s.counts, _prompts(s)
+    where = torch.zeros_like(s.ids)
+    groups, at = [], 0
+
+    def row(sequence: int, first: int, end: int) -> dict[str, Any]:
+        nonlocal at
+        where[sequence, first:end] = torch.arange(at, at + end - first, device=where.device)
+        at += end - first
+        return {"input_ids": s.ids[sequence : sequence + 1, first:end]}
+
+    for i, p in enumerate(prompts):
+        if p == 0:
+            groups += [row(side, 0, counts[side]) for side in (i, pairs + i)]
+            continue
+        group: dict[str, Any] = row(i, 0, p)
+        where[pairs + i, :p] = where[i, :p]
+        # Of the prompt too, as generation gives it: some models do not know without it where an answer stands.
+        group["continued"] = [
+            row(side, p, counts[side]) | {"attention_mask": s.ids.new_ones(1, counts[side])}
+            for side in (i, pairs + i) if counts[side] > p
+        ]  # fmt: skip
+        groups.append(group)
+    return _in_groups(groups, _predictions(s, where, prompts))
+
+
+def _prompts(s: Sequences) -> list[int]:
+    """Of each pair the tokens that both sequences begin with."""
+    pairs = len(s.ids) // 2
+    same = (s.ids[:pairs] == s.ids[pairs:]) & s.inside[:pairs] & s.inside[pairs:]
+    return same.long().cumprod(1).sum(1).tolist()
+
+
+class Predictions(NamedTuple):
+    """labels (N,), and the places of the hidden states that predict them. answers, sources: as of `Arranged`."""
+
+    labels: Tensor
+    places: Tensor
+    answers: Tensor
+    sources: Tensor
+
+
+def _predictions(s: Sequences, where: Tensor, prompts: Sequence[int] = ()) -> Predictions:
+    """
+    Args:
+        where: (2B, S), of each token of a sequence its place among those that a model is given.
+        prompts: what counts within them, as earlier replies do, counts in both sequences, and is one prediction.
+    """
+    answers, width = s.ids.shape
+    device = s.ids.device
+    counted = s.counted.flatten().nonzero().squeeze(1)
+    if not len(counted):  # the head has to be run all the same; its label does not count
+        counted = counted.new_zeros(1)
+    own = torch.arange(answers * width, device=device).view(answers, width)
+    if prompts:
+        pairs = answers // 2
+        inside = torch.arange(width) + 1 < torch.tensor(prompts)[:, None]
+        twice = s.counted[:pairs] & s.counted[pairs:] & inside.to(device)
+        own[pairs:] = torch.where(twice, own[:pairs], own[pairs:])
+    predicted, sources = own.flatten()[counted].unique(return_inverse=True)
+    return Predictions(s.labels.flatten()[predicted], where.flatten()[predicted], counted, sources)
+
+
+def _in_groups(groups: list[dict[str, Any]], of: Predictions) -> Arranged:
+    """Groups of rows that a model is given one after the other, each with the places of its own that predict something;
+    the labels are in that order."""
+    calls = [call for group in groups for call in (group, *group.get("continued", ()))]
+    order = of.places.argsort(stable=True)
+    places, begins = of.places[order], [0]
+    for call in calls:
+        begins.append(begins[-1] + call["input_ids"].numel())
+    cuts = torch.searchsorted(places, torch.tensor(begins, device=places.device)).tolist()
+    for call, begin, first, end in zip(calls, begins, cuts, cuts[1:], strict=False):
+        call["places"] = places[first:end] - begin
+    given = {"groups": groups, "labels": of.labels[order][None]}
+    return Arranged(given, of.answers, begins[-1], order.argsort()[of.sources])
 
 
 def _tokens(tree: list[tuple[int, int, int]]) -> int:
@@ -267,7 +346,4 @@ def _most_in_groups(counts: Sequence[int]) -> int:
 def _most_in_trees(layout: Layout, pairs: Sequence[PairTokens]) -> int:
     of_trees = ([sum(pair)] if layout.name == "shared" else pair.sequences for pair in pairs)
     sizes = [size for sizes in of_trees for size in sizes if size] or [1]
-    return sum(sizes) if layout.attention == "branches" else max(sizes) * len(fill(sizes, max(sizes)))
-
-
-ARRANGE = {"padded": _padded, "bucketed": _bucketed, "packed": _in_rows, "shared": _in_rows}
+    return sum(sizes) if layout.attention in ("branches", "cache") else max(sizes) * len(fill(sizes, max(sizes)))

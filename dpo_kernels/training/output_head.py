@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpo_kernels.call import LowRank, Transform
 from dpo_kernels.dtensors import alike_on_all_ranks, whole_value
 from dpo_kernels.statistics import TokenStats
+from dpo_kernels.training import caches
 from dpo_kernels.training.attention import Spans, masks, uses_branches, without_masks
 from dpo_kernels.training.head_adapter import low_rank_of
 from dpo_kernels.training.parallel_head import PARALLEL_FORWARD
@@ -35,6 +36,7 @@ class Request:
 
     labels: Tensor | None = None  # (R, S): compute log-probs
     places: Tensor | None = None  # (N,): of the hidden states that predict labels (1, N), in R x S; None: all do
+    defers: bool = False  # keep the hidden states of the places, (N, D), and compute nothing
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
     keeps_hidden: bool = False  # what reaches the head in a call without labels
@@ -103,27 +105,49 @@ class FusedForward:
     ) -> Any:
         """The model's forward; with labels {"log_probs", ...} instead of its output. What a layout asks for: places of
         the hidden states that the labels are predicted from; spans that attention keeps to; groups of inputs, which are
-        run one after the other, and whose results are joined."""
+        run one after the other, each with places of its own, and whose hidden states go to the head together."""
         model = self.model
-        forward = own_forward(model, self.replaced)
-        if groups is not None:
-            found = [self(**group, **kwargs) for group in groups]
-            per_token = found[0].keys() - {"aux_loss"}  # a load-balancing loss is over all rows, or it is none
-            return {name: torch.cat([one[name].flatten() for one in found])[None] for name in per_token}
         if labels is None:
-            return forward(*args, **kwargs)
+            return own_forward(model, self.replaced)(*args, **kwargs)
         head = find_head(model)
         if not isinstance(head, OutputHead):
             raise HeadError(f"{type(model).__name__} got another output head since; make a FusedHead of it again")
+        if groups is not None:  # a load-balancing loss is over all rows, or it is none
+            rows = [hidden for group in groups for hidden in self._hidden_of(head, **kwargs | group)]
+            with head.fused.asking(Request(labels=labels)) as request:
+                head(torch.cat(rows)[None])
+            return self._result(request, None)
         told: AbstractContextManager[None] = nullcontext()
         if spans is not None and uses_branches(model):
             kwargs["spans"], told = spans, without_masks()
         elif spans is not None:
             kwargs["attention_mask"] = masks(model, spans, kwargs["position_ids"])
-        with head.fused.asking(Request(labels=labels, places=places)) as request, told:
-            output = forward(*args, **accepted(model, kwargs))
-        if request.output is None:
+        with told:
+            request, output = self._run(head, Request(labels=labels, places=places), *args, **kwargs)
+        return self._result(request, output)
+
+    def _hidden_of(
+        self, head: OutputHead, places: Tensor, continued: Sequence[dict[str, Any]] = (), **kwargs: Any
+    ) -> Iterator[Tensor]:
+        """The hidden states of a group's places, (N, D), then of what goes on from its cache."""
+        if continued:
+            kwargs["use_cache"] = True
+        request, output = self._run(head, Request(places=places, defers=True), **kwargs)
+        yield request.hidden
+        name = caches.name_in(parameters_of(self.model)) or ""
+        for call in continued:
+            yield from self._hidden_of(head, **kwargs | call | {name: caches.of_output(output)})
+
+    def _run(self, head: OutputHead, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        model = self.model
+        with head.fused.asking(request):
+            output = own_forward(model, self.replaced)(*args, **accepted(model, kwargs))
+        if request.output is None and request.hidden is None:
             raise HeadError(f"{type(model).__name__} did not call its output head {type(head).__name__} in forward")
+        return request, output
+
+    def _result(self, request: Request, output: Any) -> dict[str, Tensor]:
+        assert request.output is not None
         result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
         if request.stats is not None and request.stats.log_sum_sq_probs is not None:
             result["log_sum_sq_probs"] = request.stats.log_sum_sq_probs.squeeze(-1)
@@ -141,6 +165,9 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         request = self.fused.request
+        if request.defers:
+            request.hidden = whole_value(hidden).flatten(0, -2)[request.places]
+            return hidden.new_zeros(*hidden.shape[:-1], 1)
         if request.labels is None and request.probe is None and not request.alone:
             if request.keeps_hidden:
                 request.hidden = whole_value(hidden)
@@ -256,9 +283,14 @@ def fused_forward_of(model: Any) -> FusedForward | None:
     return None
 
 
+def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Of a model's own forward, below an adapter, fused or not."""
+    return inspect.signature(plain_forward(below_adapters(model))).parameters
+
+
 def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the model's own forward takes, of those that it may do without."""
-    parameters = inspect.signature(plain_forward(below_adapters(model))).parameters
+    parameters = parameters_of(model)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return options
     return {name: value for name, value in options.items() if name in parameters or name not in DISPENSABLE}

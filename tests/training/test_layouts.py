@@ -149,9 +149,8 @@ def test_loss_metrics_and_gradients_are_those_of_padded_rows(tmp_path, model_typ
 
 
 REFUSED = [
-    ("mpt", "shared", "the forward of MptForCausalLM takes no position_ids"),
-    ("bloom", "shared", "the forward of BloomForCausalLM takes no position_ids"),
-    ("gpt_neo", "shared", "not take its attention from .* AttentionInterface; GPTNeoForCausalLM gives other log-probs"),
+    ("mpt", "packed", "the forward of MptForCausalLM takes no position_ids"),
+    ("bloom", "packed", "the forward of BloomForCausalLM takes no position_ids"),
     ("llama4_text", "packed", "Llama4ForCausalLM has layers of other kinds .*: chunked_attention"),
     ("mamba", "packed", "MambaForCausalLM has layers of other kinds .*: linear_attention"),
 ]
@@ -164,11 +163,18 @@ def test_a_model_that_would_be_trained_wrong_is_refused(model_type, name, reason
     with pytest.raises(LayoutError, match=f"--layout {name}: .*{reason}"):
         choose(model, name, pairs, 4)
     choice = choose(model, "auto", pairs, 4)  # the next best goes on
-    assert choice.layout == Layout(
-        "bucketed" if model_type != "gpt_neo" else choice.layout.name, choice.layout.attention
+    assert choice.layout.name == "bucketed"
+    assert reason.partition(";")[0].split(".*")[-1] in choice.told
+
+
+def test_attention_by_places_in_a_row_is_found():
+    model = build("gpt_neo")
+    FusedHead(model)
+    told = refusal(model, Layout("shared", "mask"))
+    assert re.search(
+        r"GPTNeoForCausalLM gives other log-probs in shared rows: .*; something in it goes by places", told
     )
-    assert choice.layout.name != "shared"
-    assert reason.partition(";")[0].split(".*")[0] in choice.told
+    assert refusal(model, Layout("packed", "mask")) == ""  # where places are as far apart as positions
 
 
 def test_a_mask_that_ignores_the_window_is_found(monkeypatch):

@@ -160,7 +160,11 @@ def lower(trainer: Any) -> Iterator[str]:
         checkpointing.switch(model, True)
         args.set_memory(gradient_checkpointing=True)
         adapters.prepare(model, True)
-        yield "--gradient_checkpointing true"
+        if trainer.layout.attention == "cache":  # layers that are run again keep none
+            trainer.set_layout(replace(trainer.layout, name="bucketed", attention=None))
+            yield "--gradient_checkpointing true --layout bucketed"
+        else:
+            yield "--gradient_checkpointing true"
     if not args.disable_dropout:  # whose random numbers are others in parts
         return
     if args.mlp_tiles is None and not args.torch_compile:

@@ -337,9 +337,8 @@ def _counted(batch: PairBatch) -> dict[int, int]:
     """Labels of each call of the head -> how many of them count, at most."""
     found: dict[int, int] = {}
     for given in batch.model_inputs():
-        for one in given.get("groups", [given]):
-            labels = one["labels"]
-            found[labels.numel()] = max(found.get(labels.numel(), 0), int((labels != IGNORE_INDEX).sum()))
+        labels = given["labels"]
+        found[labels.numel()] = max(found.get(labels.numel(), 0), int((labels != IGNORE_INDEX).sum()))
     return found
 
 
