@@ -1,8 +1,9 @@
 """One system of benchmarks.layouts in a process of its own, which waits before each step until it is told to go.
 
 It is run as a file, with the package that is to be measured on PYTHONPATH, so it imports nothing of this folder. A line
-"go" on standard input is a step, a line "end" ends it. Each line that it answers begins with MARK: that it is ready,
-after every step its seconds and its loss, at the end the most bytes that it held. All else goes to standard error.
+"go" on standard input is a step, a line "end" ends it. Each line that it answers begins with MARK: its layout in words
+once it is ready, after every step its seconds, loss and gradient norm, at the end the most bytes that it held. All else
+goes to standard error.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ def main() -> None:
     options = parser.parse_args()
     line, items = Line(), torch.load(options.items)
     policy, reference = (_load(options.model) for _ in range(2))
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # so that the loss says something of the pairs
+        for p in policy.parameters():
+            p.add_(torch.randn(p.shape, generator=noise), alpha=0.1 * float(p.std(correction=0)))
     line.before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident
     with tempfile.TemporaryDirectory() as folder:
@@ -88,11 +93,13 @@ def _usual(folder: str, options: argparse.Namespace, steps: int) -> dict[str, An
 def _ours(line: Line, policy: Any, reference: Any, items: list[Any], usual: dict[str, Any], system: str) -> None:
     from dpo_kernels.training import DPOConfig, DPOTrainer
 
-    layout: dict[str, Any] = {} if system == "before" else {"layout": "shared" if system == "mask" else system}
-    if system == "mask":
-        policy.config._attn_implementation = "eager"
+    layout: dict[str, Any] = {} if system == "before" else {"layout": "padded" if system == "mask" else system}
     trainer = DPOTrainer(policy, reference, DPOConfig(**usual, **layout), items)
-    _run(line, trainer)
+    if system == "mask":
+        from dpo_kernels.training.layouts import Layout
+
+        trainer.set_layout(Layout("shared", "mask"))
+    _run(line, trainer, "" if system == "before" else trainer.layout.told)
 
 
 def _trl(line: Line, policy: Any, reference: Any, items: list[Any], usual: dict[str, Any]) -> None:
@@ -130,7 +137,7 @@ def _whole(item: Any, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([x[:end], y[end - 1 : end]]), torch.cat([mask.new_zeros(1), mask[:end]])
 
 
-def _run(line: Line, trainer: Any) -> None:
+def _run(line: Line, trainer: Any, told: str = "") -> None:
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -145,16 +152,17 @@ def _run(line: Line, trainer: Any) -> None:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                line.say(seconds=self.seconds, loss=float(logs["loss"]))
+                line.say(seconds=self.seconds, loss=float(logs["loss"]), norm=float(logs["grad_norm"]))
 
     trainer.args.logging_steps = trainer.state.logging_steps = 1
     trainer.add_callback(Turns())
-    line.say(ready=True)
+    line.say(told=told)
     trainer.train()
 
 
 def _plain(line: Line, policy: Any, reference: Any, items: list[Any], options: argparse.Namespace) -> None:
     """A loop of a page: padded rows with their mask, logits, log_softmax and gather."""
+    policy.eval()  # without dropout, as ours
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
     if options.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
@@ -165,7 +173,7 @@ def _plain(line: Line, policy: Any, reference: Any, items: list[Any], options: a
         each = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
         return (each * batch["completion_mask"][:, 1:]).sum(-1)
 
-    line.say(ready=True)
+    line.say(told="")
     for batch in _batches(items, options.pairs):
         line.wait()
         begun = time.perf_counter()
@@ -175,10 +183,10 @@ def _plain(line: Line, policy: Any, reference: Any, items: list[Any], options: a
             chosen, rejected = (sums(policy, batch) - of_reference).chunk(2)
         loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        line.say(seconds=time.perf_counter() - begun, loss=float(loss.detach()))
+        line.say(seconds=time.perf_counter() - begun, loss=float(loss.detach()), norm=float(norm))
 
 
 def _batches(items: list[Any], pairs: int) -> Iterator[dict[str, torch.Tensor]]:

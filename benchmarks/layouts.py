@@ -28,22 +28,25 @@ from typing import Any
 
 import torch
 
-from benchmarks.layout_worker import LAYOUTS, MARK
+from benchmarks.layout_worker import MARK
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/dpo.jsonl"
-SYSTEMS = ("before", *LAYOUTS[1:-1], "plain", "trl")
+SYSTEMS = ("padded", "bucketed", "packed", "shared", "plain", "trl", "mask")
 
 
 @dataclass
 class Measured:
-    """Seconds and losses of the steps that count; the most bytes beyond the models; tokens that a step gave a model."""
+    """Seconds, losses and gradient norms of the steps that count; the most bytes beyond the models; tokens that a step
+    gave a model; the layout in words, where the trainer says it."""
 
     system: str
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     bytes: int = 0
     tokens: list[int] = field(default_factory=list)
+    told: str = ""
 
 
 class Worker:
@@ -57,7 +60,6 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env=os.environ | {"PYTHONPATH": str(package)},
         )  # fmt: skip
-        self.hear()
 
     def ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -91,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=4, help="of a step")
     parser.add_argument("--steps", type=int, default=6, help="that count")
-    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, "mask"], default=SYSTEMS[1:])
-    parser.add_argument("--before", type=Path, metavar="FOLDER")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS[:-1])
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="its root; it comes first")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--json", type=Path, help="where to write all figures")
@@ -112,21 +114,23 @@ def measured(options: argparse.Namespace, folder: Path) -> list[Measured]:
     torch.save(items, folder / "items.pt")
     given = ["--model", str(model), "--items", str(folder / "items.pt"), "--pairs", str(options.pairs)]
     given += [f"--{name}" for name in ("bf16", "gradient_checkpointing") if getattr(options, name)]
-    systems = [*(["before"] if options.before else []), *(name for name in options.systems if name != "before")]
+    systems = [*(["before"] if options.before else []), *options.systems]
     workers = [Worker(name, given, options.before if name == "before" else ROOT) for name in systems]
-    rows = [Measured(name) for name in systems]
+    rows = [Measured(worker.system, told=worker.hear()["told"]) for worker in workers]
     for step in range(options.steps + 1):
         for worker, row in zip(workers, rows, strict=True):
             said = worker.ask("go")
             if step:  # the first makes buffers and states
                 row.seconds.append(said["seconds"])
                 row.losses.append(said["loss"])
+                row.norms.append(said["norm"])
                 row.tokens.append(_tokens(row.system, items[step * options.pairs : (step + 1) * options.pairs]))
         if step:
             last = "  ".join(f"{row.system} {row.seconds[-1]:.2f}" for row in rows)
             print(f"step {step}: {last}", flush=True)
     for worker, row in zip(workers, rows, strict=True):
         row.bytes = worker.ask("end")["most"]
+        worker.process.wait()
     return rows
 
 
@@ -180,9 +184,10 @@ def _tokens(system: str, items: list[Any]) -> int:
     from dpo_kernels.training.batch import PairBatch
     from dpo_kernels.training.layouts import Layout
 
-    name = system if system in LAYOUTS[1:-1] else "shared" if system == "mask" else "padded"
-    layout = Layout(name, "branches" if name in ("packed", "shared") else None)
-    return PairBatch(PairCollator()(items), layout).positions
+    name = {"mask": "shared", "before": "padded"}.get(system, system)
+    ends = 2 * len(items) if name in ("plain", "trl") else 0  # they run the last token too, which predicts nothing
+    layout = Layout("padded" if ends else name, "branches" if name in ("packed", "shared") else None)
+    return PairBatch(PairCollator()(items), layout).positions + ends
 
 
 def table(rows: Sequence[Measured]) -> str:
@@ -194,9 +199,10 @@ def table(rows: Sequence[Measured]) -> str:
     ]
     for row in rows:
         share = sum(row.seconds) / sum(first.seconds)
+        told = f" ({row.told})" if row.told not in ("", row.system) else ""
         each = " ".join(f"{a / b:.2f}" for a, b in zip(row.seconds, first.seconds, strict=True))
         lines.append(
-            f"| {row.system} | {fmean(row.seconds):.2f} | {share:.3f} | {each} | {fmean(row.tokens):,.0f} | "
+            f"| {row.system}{told} | {fmean(row.seconds):.2f} | {share:.3f} | {each} | {fmean(row.tokens):,.0f} | "
             f"{row.bytes / 2**30:.2f} |"
         )
     return "\n".join(lines)

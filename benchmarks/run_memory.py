@@ -164,7 +164,8 @@ def fake_run(config: Any, args: Any, pair: tuple[int, int, int], dtype: Any, lor
     has_reference = args.loss_options.needs_reference and lora is None
     reference = make_fake(mode, config, dtype, memory_budget=args.memory_budget_bytes) if has_reference else None
     layout = expected(
-        policy, args.layout, [PairTokens(*pair)], args.per_device_train_batch_size, args.answers_at_once
+        policy, args.layout, [PairTokens(*pair)], args.per_device_train_batch_size,
+        answers_at_once=args.answers_at_once, is_checkpointed=bool(args.gradient_checkpointing), device=args.device,
     )  # fmt: skip
     return FakeRun(
         mode, policy, reference, layout, scores=args.loss_options.needs_reference,

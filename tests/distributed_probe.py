@@ -110,12 +110,13 @@ def check_own_start(model, wrapped, ids: torch.Tensor, labels: torch.Tensor, fir
 def check_layouts() -> None:
     """Each process has rows of its own length; a group more or less is within one forward."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    pairs, cases = Trees(), (Layout("bucketed"), Layout("shared", "branches"), Layout("shared", "mask"))
+    pairs = Trees()
+    cases = (Layout("bucketed"), Layout("shared", "branches"), Layout("shared", "mask"), Layout("shared", "cache"))
     alone = make_model("Qwen3")
     FusedHead(alone)
     (PairBatch(PairCollator()(pairs.items)).run(alone)["log_probs"].sum() / world).backward()
     for layout in cases:
-        for wrap in (DistributedDataParallel, shard)[: 1 if layout.name == "bucketed" else 2]:
+        for wrap in (DistributedDataParallel, shard)[: 1 if layout.goes_in_groups else 2]:
             model = make_model("Qwen3")
             FusedHead(model)
             use_branches(model, layout.attention == "branches")

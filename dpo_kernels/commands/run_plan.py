@@ -269,7 +269,7 @@ def fake_run(
         reference = make_fake(mode, of_reference, dtype, **told)
         reference.requires_grad_(False)
     run = FakeRun(
-        mode, policy, reference, _layout(config, policy, script, dataset),
+        mode, policy, reference, _layout(config, policy, script, dataset, device),
         scores=config.loss_options.needs_reference, device=device,
         mixed_precision=COMPUTE.get("bf16" if config.bf16 else "fp16" if config.fp16 else "no"),
         optimizer=optimizers.name_of(config),
@@ -324,10 +324,13 @@ def _can_tile(mode: Any, policy: Any) -> bool:
     return True
 
 
-def _layout(config: DPOConfig, policy: Any, script: ScriptArguments, dataset: Any) -> Any:
+def _layout(config: DPOConfig, policy: Any, script: ScriptArguments, dataset: Any, device: torch.device) -> Any:
     layout = "padded" if config.layout == "auto" and config.torch_compile else config.layout
     sizes = _drawn(script, dataset)
-    return layout_check.expected(policy, layout, sizes, config.per_device_train_batch_size, config.answers_at_once)
+    return layout_check.expected(
+        policy, layout, sizes, config.per_device_train_batch_size, answers_at_once=config.answers_at_once,
+        is_checkpointed=bool(config.gradient_checkpointing), device=device,
+    )  # fmt: skip
 
 
 def _drawn(script: ScriptArguments, dataset: Any) -> list[PairTokens]:

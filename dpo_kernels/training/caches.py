@@ -21,20 +21,25 @@ class CacheError(ValueError):
     """A model gave no cache that several answers can go on from."""
 
 
-def name_in(parameters: Container[str]) -> str | None:
-    """What a forward with these parameters calls the cache that it goes on from; None: it takes none."""
-    return next((name for name in NAMES if name in parameters), None)
+def name_in(parameters: Container[str]) -> str:
+    """What a forward with these parameters calls the cache that it goes on from; "": it takes none."""
+    return next((name for name in NAMES if name in parameters), "")
 
 
-def of_output(output: Any) -> Any:
+def of_output(output: Any, model: str) -> Any:
     """The cache that a forward gave, for one that goes on from it; each time anew.
+
+    Args:
+        model: the name of its class, for an error.
 
     Raises:
         CacheError: there is none, or one of an unknown kind.
     """
     found = next((value for name in NAMES if (value := getattr(output, name, None)) is not None), None)
     if found is None:
-        raise CacheError("a forward that was asked for a cache gave none")
+        raise CacheError(
+            f"{model} was asked for a cache and its output, a {type(output).__name__}, has none; give --layout bucketed"
+        )
     return _own(found)
 
 
@@ -43,9 +48,13 @@ def _own(cache: Any) -> Any:
     if isinstance(cache, Tensor) or cache is None:
         return cache
     if isinstance(cache, (list, tuple)):
-        return type(cache)(map(_own, cache))
+        own = [_own(one) for one in cache]
+        return type(cache)(*own) if hasattr(cache, "_fields") else type(cache)(own)
     if isinstance(getattr(cache, "layers", None), list):  # transformers.Cache
         made = copy.copy(cache)
         made.layers = [copy.copy(layer) for layer in cache.layers]
         return made
-    raise CacheError(f"a cache is of keys and values, in tuples or in a transformers.Cache, not {type(cache).__name__}")
+    raise CacheError(
+        f"a cache is of keys and values, in tuples or in a transformers.Cache, and this is a {type(cache).__name__}; "
+        "give --layout bucketed"
+    )

@@ -18,8 +18,9 @@ from dpo_kernels.training import attention, caches
 from dpo_kernels.training.batch import PairBatch, PairCollator, pair_tokens
 from dpo_kernels.training.formats import SIDES
 from dpo_kernels.training.head_check import ROUNDINGS, narrowest, random_numbers_kept
-from dpo_kernels.training.layouts import GROUP_COSTS, PADDED, Layout, PairTokens, most_tokens
+from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, most_tokens
 from dpo_kernels.training.loading import is_of_its_own_kind, max_positions
+from dpo_kernels.training.memory import checkpointing
 from dpo_kernels.training.output_head import below_adapters, find_head, parameters_of
 from dpo_kernels.training.sequence_parallel import Split
 
@@ -30,7 +31,8 @@ PAIRS = 64  # of the data, to count tokens by
 # What a layout has to save of the tokens of a simpler one, to be taken in its place.
 SAVES = 0.9
 MASK_SAVES = 0.7  # with a mask; at 0.8 of bucketed's tokens a step takes 0.93 of its time
-CACHE_COSTS = GROUP_COSTS  # tokens a pair, on a CPU: forwards of its own for each answer; measured: some 20 each
+CACHE_SAVES = 64  # tokens a pair that a cache has to save besides, on a CPU, for its three forwards of some 20 each
+ROPES_BY_LENGTH = {"dynamic", "longrope"}  # whose frequencies depend on how many tokens a forward has
 
 
 class LayoutError(ValueError):
@@ -58,6 +60,7 @@ def choose(
     is_checkpointed: bool = False,
     in_parts: bool = False,
     answers_at_once: int | None = None,
+    device: torch.device | None = None,
 ) -> Choice:
     """The layout of a run. Where it goes in parts, auto is bucketed: there a part can be a single answer.
 
@@ -73,6 +76,7 @@ def choose(
         is_checkpointed: whether layers are run again in backward, so that they keep nothing.
         in_parts: whether the model's weights are in parts (ZeRO-3), so that it cannot be compared.
         answers_at_once: as of `Layout`.
+        device: that it will run on; None: where it is.
 
     Raises:
         LayoutError: a layout is asked for by name, and the model would be trained wrong in it.
@@ -89,21 +93,21 @@ def choose(
         wanted = "bucketed"
     tokens, longest = count_tokens(dataset, batch_size, tokens_per_batch)
     refused: list[str] = []
-    failed: set[str | None] = set()  # ways to tell attention
-    for candidate in _candidates(wanted, tokens, model):
-        layout = replace(candidate, gives_mask=balances if candidate.attention in ("branches", "mask") else gives_mask)
-        if layout.attention in failed:
-            continue
-        if balances and (layout.attention in (None, "cache") or is_of_its_own_kind(model)):
+    is_checkpointed = is_checkpointed or checkpointing.is_on(below_adapters(model))
+    for candidate in _candidates(wanted, tokens, model, device):
+        in_groups = candidate.goes_in_groups
+        layout = replace(candidate, gives_mask=gives_mask if in_groups else balances)
+        if balances and (in_groups or is_of_its_own_kind(model)):
             reason = f"the load-balancing loss of {type(model).__name__} is over all rows of the batch, padded ones"
         elif is_checkpointed and layout.attention == "cache":
-            reason = f"with gradient checkpointing {type(model).__name__} gives no cache"
+            reason = (
+                _known_reason(model, layout) or f"with gradient checkpointing {type(model).__name__} gives no cache"
+            )
         else:
             reason = refusal(model, layout, longest, is_sharded)
         if not reason:
             layout = replace(layout, answers_at_once=answers_at_once)
             return Choice(layout, _told(layout, tokens, refused))
-        failed.add(layout.attention)
         if reason not in refused:
             refused.append(reason)
     if wanted != "auto":
@@ -112,12 +116,19 @@ def choose(
 
 
 def expected(
-    model: nn.Module, wanted: str, pairs: Sequence[PairTokens], batch_size: int, answers_at_once: int | None = None
+    model: nn.Module,
+    wanted: str,
+    pairs: Sequence[PairTokens],
+    batch_size: int,
+    *,
+    answers_at_once: int | None = None,
+    is_checkpointed: bool = False,
+    device: torch.device | None = None,
 ) -> Layout:
     """The layout that `choose` will come to, as far as that is known of a model without numbers.
 
     Args:
-        pairs: how long each pair of the data is.
+        pairs: how long each pair of the data is. The others are those of `choose`.
     """
     if wanted == "auto" and answers_at_once is not None:
         wanted = "bucketed"
@@ -130,9 +141,9 @@ def expected(
     }  # fmt: skip
     if wanted == "padded":
         return padded
-    for candidate in _candidates(wanted, tokens, model):
-        if candidate.attention == "cache" and wanted == "auto":
-            continue  # only a run of the model tells
+    for candidate in _candidates(wanted, tokens, model, device):
+        if candidate.attention == "cache" and (wanted == "auto" or is_checkpointed):
+            continue  # whether auto comes to it, only a run of the model tells
         if candidate.attention is None or not _known_reason(model, candidate):
             return replace(candidate, answers_at_once=answers_at_once)
     return padded
@@ -164,7 +175,7 @@ def _facts(model: Any) -> Any:
     return attention.implementation(model), None if config is None else config.to_json_string(use_diff=False)
 
 
-def _candidates(wanted: str, tokens: dict[str, float], model: Any) -> Iterator[Layout]:
+def _candidates(wanted: str, tokens: dict[str, float], model: Any, device: torch.device | None) -> Iterator[Layout]:
     """From the best on. A simpler layout is taken where another saves little, and where a mask would cost more, as it
     does unless empty blocks of it are left out. Through a cache each answer has a forward of its own, which a GPU would
     wait for: there it is by name alone, and what is left."""
@@ -172,7 +183,7 @@ def _candidates(wanted: str, tokens: dict[str, float], model: Any) -> Iterator[L
         yield Layout("bucketed")
         return
     has_blocks = attention.implementation(model) == attention.FLEX
-    is_on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    is_on_cpu = (device or next(model.parameters()).device).type == "cpu"
     ways = ["mask"] if has_blocks else ["branches", "cache", "mask"] if is_on_cpu else ["branches", "mask"]
     ways += ["cache"] if "cache" not in ways and wanted != "auto" else []
     for way in ways:
@@ -188,7 +199,7 @@ def _candidates(wanted: str, tokens: dict[str, float], model: Any) -> Iterator[L
 def _worth(name: str, way: str, has_blocks: bool, tokens: dict[str, float]) -> float:
     """The tokens from which on a simpler layout is as good."""
     if way == "cache":
-        return SAVES * tokens["bucketed"] - CACHE_COSTS
+        return SAVES * tokens["bucketed"] - CACHE_SAVES
     if way == "mask" and not has_blocks:  # of all tokens by all tokens
         return MASK_SAVES * tokens["bucketed"]
     return SAVES * tokens["packed" if name == "shared" else "padded"]
@@ -235,7 +246,7 @@ def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = Fal
         longest: tokens of the longest sequence of the data; 0: not known.
     """
     name = type(below_adapters(model)).__name__
-    if layout.attention in (None, "cache") and layout.name != "padded" and is_sharded:
+    if layout.goes_in_groups and is_sharded:
         return f"with FSDP the groups of {layout.told} would differ between processes"
     if layout.attention is None:  # an answer a row: right for every causal model
         return ""
@@ -247,11 +258,13 @@ def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = Fal
         with random_numbers_kept():
             model.eval()
             found = _compared(model, layout, longest)
-            if layout.attention == "cache" and not found:  # which some give in evaluation alone
+            if (
+                layout.attention == "cache" and not found and any(training.values())
+            ):  # some give one in evaluation alone
                 for module, mode in training.items():
                     module.training = mode
-                with torch.no_grad():
-                    PairBatch(_probe(model, longest), layout).run(model)
+                # With dropout it is only run: log-probs differ each time.
+                found = _compared(model, layout, longest, deterministic=False)
             return found
     except Exception as error:  # a model's code may raise anything on what it was not made for
         lines = str(error).strip().splitlines() or [""]
@@ -267,8 +280,13 @@ def _known_reason(model: Any, layout: Layout) -> str:
     base = below_adapters(model)
     name, config = type(base).__name__, attention.text_config(model)
     if layout.attention == "cache":
-        takes = caches.name_in(parameters_of(model)) is not None
-        return "" if takes else f"the forward of {name} takes no cache, so answers cannot go on from a prompt"
+        if not caches.name_in(parameters_of(model)):
+            return f"the forward of {name} takes no cache, so answers cannot go on from a prompt"
+        if ropes := sorted(_rope_types(config) & ROPES_BY_LENGTH):
+            return (
+                f"the rotary embedding of {name} ({', '.join(ropes)}) is another one in a prompt than in what goes on"
+            )
+        return ""
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES):
         return f"{name} has layers of other kinds than full and sliding attention: {', '.join(others)}"
     if "position_ids" not in parameters_of(model):
@@ -287,7 +305,19 @@ def _known_reason(model: Any, layout: Layout) -> str:
     return ""
 
 
-def _compared(model: Any, layout: Layout, longest: int) -> str:
+def _rope_types(config: Any) -> set[str]:
+    """All that a config, or the entry of a type of layers, names."""
+    found, left = set(), [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            found |= {str(one[key]) for key in ("rope_type", "type") if key in one}
+            left += one.values()
+    return found
+
+
+def _compared(model: Any, layout: Layout, longest: int, deterministic: bool = True) -> str:
+    """deterministic: whether a model surely gives the same twice; where it does not, nothing is compared."""
     inputs = _probe(model, longest)
     parameters: list[nn.Parameter] = []
     size = 0
@@ -310,6 +340,11 @@ def _compared(model: Any, layout: Layout, longest: int) -> str:
             grads = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
         shown = log_probs.detach()
         found.append((shown if aux is None else torch.cat([shown.flatten(), aux.detach().reshape(1)]), grads))
+    if not deterministic:
+        with torch.no_grad():
+            again = PairBatch(inputs, PADDED).run(model)["log_probs"]
+        if not torch.allclose(again, found[0][0], atol=1e-4):
+            return ""
     return _difference(type(model).__name__, layout, narrowest(model), *found)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ GROUP_COSTS = 64  # tokens: a group of its own has to save more
 
 @dataclass(frozen=True)
 class Layout:
-    """name: as above. attention: of packed and shared, "branches" or "mask"; of shared "cache" too. gives_mask: whether
+    """name: as above. attention: how it is told in packed and shared, "branches" or "mask"; in shared also "cache": not
+    at all, since answers go on from one. gives_mask: whether
     the model is given an attention mask: of the real tokens, each as often as it stands in a sequence. answers_at_once:
     a batch goes in parts of at most so many answers, each part in the layout, whole pairs in packed and shared; None:
     it goes whole."""
@@ -49,6 +51,16 @@ class Layout:
     def has_whole_pairs(self) -> bool:
         """Whether both answers of a pair are given to a model together."""
         return self.name in ("packed", "shared")
+
+    @property
+    def goes_in_groups(self) -> bool:
+        """Whether a batch is several forwards of the model, as many as its pairs ask for."""
+        return self.name == "bucketed" or self.attention == "cache"
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether a batch has as many tokens as its pairs have alone."""
+        return self.attention in ("branches", "cache")
 
     @property
     def whole(self) -> Layout:
@@ -295,7 +307,7 @@ def _in_groups(groups: list[dict[str, Any]], of: Predictions) -> Arranged:
     for call in calls:
         begins.append(begins[-1] + call["input_ids"].numel())
     cuts = torch.searchsorted(places, torch.tensor(begins, device=places.device)).tolist()
-    for call, begin, first, end in zip(calls, begins, cuts, cuts[1:], strict=False):
+    for call, begin, (first, end) in zip(calls, begins[:-1], pairwise(cuts), strict=True):
         call["places"] = places[first:end] - begin
     given = {"groups": groups, "labels": of.labels[order][None]}
     return Arranged(given, of.answers, begins[-1], order.argsort()[of.sources])
@@ -344,6 +356,8 @@ def _most_in_groups(counts: Sequence[int]) -> int:
 
 
 def _most_in_trees(layout: Layout, pairs: Sequence[PairTokens]) -> int:
+    if layout.attention == "cache":
+        return sum(sum(pair) if pair.prompt else max(1, pair.chosen) + max(1, pair.rejected) for pair in pairs)
     of_trees = ([sum(pair)] if layout.name == "shared" else pair.sequences for pair in pairs)
     sizes = [size for sizes in of_trees for size in sizes if size] or [1]
-    return sum(sizes) if layout.attention in ("branches", "cache") else max(sizes) * len(fill(sizes, max(sizes)))
+    return sum(sizes) if layout.adds_up else max(sizes) * len(fill(sizes, max(sizes)))

@@ -36,7 +36,7 @@ class Request:
 
     labels: Tensor | None = None  # (R, S): compute log-probs
     places: Tensor | None = None  # (N,): of the hidden states that predict labels (1, N), in R x S; None: all do
-    defers: bool = False  # keep the hidden states of the places, (N, D), and compute nothing
+    defers: bool = False  # keep what reaches the head, (R, S, D), and compute nothing
     probe: Tensor | None = None  # (K,): return these instead of logits
     output: Tensor | None = None  # what the head's call gave, (R, S, 1) log-probs
     keeps_hidden: bool = False  # what reaches the head in a call without labels
@@ -130,13 +130,18 @@ class FusedForward:
         self, head: OutputHead, places: Tensor, continued: Sequence[dict[str, Any]] = (), **kwargs: Any
     ) -> Iterator[Tensor]:
         """The hidden states of a group's places, (N, D), then of what goes on from its cache."""
-        if continued:
-            kwargs["use_cache"] = True
-        request, output = self._run(head, Request(places=places, defers=True), **kwargs)
-        yield request.hidden
-        name = caches.name_in(parameters_of(self.model)) or ""
+        kwargs |= {"use_cache": True} if continued else {}
+        request, output = self._run(head, Request(defers=True), **kwargs)
+        hidden, name = request.hidden, type(below_adapters(self.model)).__name__
+        if hidden is None or hidden.numel() // hidden.shape[-1] != kwargs["input_ids"].numel():
+            seen = None if hidden is None else tuple(hidden.shape)
+            raise HeadError(
+                f"the head of {name} got {seen} of {tuple(kwargs['input_ids'].shape)} tokens; --layout padded"
+            )
+        yield hidden.flatten(0, -2)[places]
         for call in continued:
-            yield from self._hidden_of(head, **kwargs | call | {name: caches.of_output(output)})
+            given = {caches.name_in(parameters_of(self.model)): caches.of_output(output, name)}
+            yield from self._hidden_of(head, **kwargs | call | given)
 
     def _run(self, head: OutputHead, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model = self.model
@@ -166,7 +171,7 @@ class OutputHead(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         request = self.fused.request
         if request.defers:
-            request.hidden = whole_value(hidden).flatten(0, -2)[request.places]
+            request.hidden = whole_value(hidden)
             return hidden.new_zeros(*hidden.shape[:-1], 1)
         if request.labels is None and request.probe is None and not request.alone:
             if request.keeps_hidden:

@@ -389,7 +389,8 @@ def reference_for(
 def _of_layout(layout: Layout) -> str:
     """Of what rounding depends on, in the key of log-probs."""
     parts = "" if layout.answers_at_once is None else f" {layout.answers_at_once} at once"
-    return ("" if layout.name == "padded" else f" {layout.name}") + parts
+    way = f" {layout.attention}" if layout.attention in ("mask", "cache") else ""
+    return ("" if layout.name == "padded" else f" {layout.name}{way}") + parts
 
 
 def _copy(values: Iterable[Tensor], to: Iterable[Tensor]) -> None:

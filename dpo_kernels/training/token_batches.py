@@ -106,14 +106,9 @@ class TokenBatches(Sampler[list[int]]):
             def tokens(places: list[int], window: list[int] = window) -> int:
                 return most_tokens(self.layout, [self.pairs[window[place]] for place in places])
 
-            rows = fill([self.sizes[i] for i in window], self.tokens, None if self._adds_up else tokens)
+            rows = fill([self.sizes[i] for i in window], self.tokens, None if self.layout.adds_up else tokens)
             batches += [[window[place] for place in row] for row in rows]
         return batches
-
-    @property
-    def _adds_up(self) -> bool:
-        """Whether a batch has as many tokens as its pairs have alone."""
-        return self.layout.attention == "branches"
 
     def _random(self, *what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *what])

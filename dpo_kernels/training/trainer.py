@@ -169,7 +169,7 @@ class DPOTrainer(SavingTrainer):
         choice = on_models(self.accelerator, lambda: layout_check.choose(
             model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
             balances=balances, gives_mask=gives_mask, is_sharded=is_sharded, in_parts=in_parts,
-            is_checkpointed=bool(args.gradient_checkpointing), answers_at_once=args.answers_at_once,
+            is_checkpointed=bool(args.gradient_checkpointing), answers_at_once=args.answers_at_once, device=args.device,
         ), model)  # fmt: skip
         self.layout, self.layout_told = choice.layout, choice.told
         if self.split is not None:

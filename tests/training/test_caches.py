@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import namedtuple
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from training_helpers import SIZES, Trees, everything, make_model, make_trainer,
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, PairCollator, caches
-from dpo_kernels.training.batch import PairBatch
-from dpo_kernels.training.layout_check import LayoutError, choose, expected, refusal
-from dpo_kernels.training.layouts import Layout, PairTokens
+from dpo_kernels.training import DPOConfig, DPOTrainer, FusedHead, HeadError, PairCollator, caches
+from dpo_kernels.training.batch import PairBatch, pair_tokens
+from dpo_kernels.training.layout_check import LayoutError, _rope_types, choose, expected, refusal
+from dpo_kernels.training.layouts import Layout, PairTokens, most_tokens
 from dpo_kernels.training.memory import rescue
 
 CACHE = Layout("shared", "cache")
@@ -58,7 +59,7 @@ def batch_of(pairs, layout=CACHE):
 
 @pytest.mark.parametrize(
     "model_type",
-    ["tuples", "bloom", "mpt", "falcon", "gpt_neo", "llama4_text", "llama", "gemma3_text", "gpt_oss", "deepseek_v3"],
+    ["tuples", "bloom", "mpt", "falcon", "gpt_neo", "llama4_text", "llama", "gemma3_text", "gpt_oss"],
 )
 def test_loss_metrics_and_gradients_are_those_of_padded_rows(tmp_path, model_type):
     args = DPOConfig(
@@ -142,19 +143,29 @@ def test_auto_takes_it_where_attention_cannot_be_told():
         choose(model, "shared", LONG, 2, is_sharded=True)
     with pytest.raises(LayoutError, match="the load-balancing loss of MptForCausalLM is over all rows"):
         choose(model, "shared", LONG, 2, balances=True)
+    # A GPU would wait for so many forwards: there it is what is left.
+    cuda = torch.device("cuda")
+    assert choose(model, "auto", long, 2, device=cuda).layout != CACHE
+    assert choose(model, "shared", long, 2, device=cuda).layout == CACHE
     # Of a model without numbers nobody knows whether it passes.
     sizes = [PairTokens(400, 40, 50)] * 4
-    assert expected(model.to("meta"), "auto", sizes, 2).name in ("padded", "bucketed")
+    assert expected(model, "auto", sizes, 2).name in ("padded", "bucketed")
     assert expected(model, "shared", sizes, 2) == CACHE
+    assert expected(model, "shared", sizes, 2, is_checkpointed=True) == Layout()
+    model.gradient_checkpointing_enable()  # by its owner
+    assert choose(model, "auto", long, 2).layout != CACHE
 
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("mamba", "MambaForCausalLM does not run shared rows"),
+        ("mamba", "MambaForCausalLM does not run shared rows: RuntimeError: The size of tensor"),
         ("qwen3_next", "Qwen3NextForCausalLM does not run shared rows: RuntimeError: .*inplace"),
         ("jamba", "other log-probs .*; what goes on from its cache is not what goes on from the prompt"),
-        ("recurrent_gemma", "CacheError: a forward that was asked for a cache gave none"),
+        (
+            "recurrent_gemma",
+            "CacheError: RecurrentGemmaForCausalLM was asked for a cache and its output, a .*, has none",
+        ),
         ("rwkv", "the forward of RwkvForCausalLM takes no cache"),
     ],
 )
@@ -168,27 +179,84 @@ def test_what_cannot_be_gone_on_from_is_refused(model_type, reason):
 def test_a_cache_that_training_does_not_give_is_found():
     class InEvaluation(Tuples):
         def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
-            return super().forward(input_ids, attention_mask, past_key_values, use_cache and not self.training)
+            keeps = not (self.training and torch.is_grad_enabled())
+            return super().forward(input_ids, attention_mask, past_key_values, use_cache and keeps)
 
     model = InEvaluation(MineConfig()).train()
     FusedHead(model)
-    assert "a forward that was asked for a cache gave none" in refusal(model, CACHE)
+    assert "InEvaluation was asked for a cache and its output, a CausalLMOutputWithPast, has none" in refusal(
+        model, CACHE
+    )
     assert model.training
     assert all(module.training for module in model.modules())
+
+
+def test_a_cache_that_is_empty_in_training_is_found():
+    class Empty(Tuples):
+        def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+            output = super().forward(input_ids, attention_mask, past_key_values, use_cache)
+            if self.training and use_cache:  # answers would go on from the first position
+                output.past_key_values = tuple((k[:, :, :0], v[:, :, :0]) for k, v in output.past_key_values)
+            return output
+
+    model = Empty(MineConfig()).train()
+    FusedHead(model)
+    assert "Empty gives other log-probs in shared rows" in refusal(model, CACHE)
+    model.eval()
+    assert refusal(model, CACHE) == ""
+
+
+def test_frequencies_by_length_are_refused():
+    longer = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = make_model("Llama", {"rope_parameters": longer})
+    FusedHead(model)
+    assert "the rotary embedding of LlamaForCausalLM (dynamic) is another one" in refusal(model, CACHE)
+    of_types = {"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}
+    assert _rope_types(types.SimpleNamespace(rope_parameters=of_types, rope_scaling=None)) == {"longrope", "default"}
+
+
+def test_a_head_that_gets_other_rows_is_found():
+    class Sliced(Tuples):
+        def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+            return super().forward(input_ids[:, 1:], attention_mask, past_key_values, use_cache)
+
+    model = Sliced(MineConfig())
+    FusedHead(model)
+    with pytest.raises(HeadError, match=r"the head of Sliced got \(3, 20, 32\) of \(3, 21\) tokens"):
+        batch_of(Trees(((3, 0, 18, 18), (4, 0, 17, 5))), Layout("bucketed")).run(model)
+
+
+def test_other_numbers_and_half_precision_come_back_too():
+    model = build("bloom")
+    FusedHead(model, with_log_sum_sq_probs=True)
+    batch = batch_of(Trees(vocab=256))
+    with torch.autocast("cpu", torch.bfloat16):
+        own, padded = batch.run(model), batch.lying(Layout()).run(model)
+    assert own.keys() == {"log_probs", "log_sum_sq_probs"}
+    for name in own:
+        torch.testing.assert_close(own[name], padded[name].masked_fill(~batch.mask, 0), rtol=0, atol=0.05)
+
+
+def test_tokens_of_a_batch_are_told_beforehand():
+    pairs = Trees(((3, 0, 2, 1), (2, 0, 0, 1), (0, 0, 2, 2), (22, 0, 1, 1), (0, 0, 0, 3)))
+    batch = batch_of(pairs)
+    assert most_tokens(CACHE, [pair_tokens(pairs[i]) for i in range(len(pairs))]) == batch.positions
 
 
 def test_each_answer_has_a_cache_of_its_own():
     k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     cache = DynamicCache()
     cache.update(k, v, 0)
-    own = [caches.of_output(types.SimpleNamespace(past_key_values=cache)) for _ in range(2)]
+    own = [caches.of_output(types.SimpleNamespace(past_key_values=cache), "Mine") for _ in range(2)]
     own[0].update(k, v, 0)
     assert [one.get_seq_length() for one in (cache, *own)] == [3, 6, 3]
     assert own[1].layers[0].keys is cache.layers[0].keys  # with its graph
-    pairs = caches.of_output(types.SimpleNamespace(cache=[(k, v)]))
-    assert pairs[0][0] is k
-    with pytest.raises(caches.CacheError, match="not dict"):
-        caches.of_output(types.SimpleNamespace(cache={"k": k}))
+    Pair = namedtuple("Pair", ["keys", "values"])
+    [pair] = caches.of_output(types.SimpleNamespace(cache=[Pair(k, v)]), "Mine")
+    assert type(pair) is Pair
+    assert pair.keys is k
+    with pytest.raises(caches.CacheError, match="this is a dict; give --layout bucketed"):
+        caches.of_output(types.SimpleNamespace(cache={"k": k}), "Mine")
 
 
 @pytest.mark.parametrize(

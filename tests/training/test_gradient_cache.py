@@ -18,7 +18,7 @@ from dpo_kernels.training.layouts import Layout, parts
 from dpo_kernels.training.reference import FrozenModel
 
 WHOLE = [Layout(), Layout("bucketed"), Layout("shared", "branches"), Layout("packed", "branches"),
-         Layout("shared", "mask")]  # fmt: skip
+         Layout("shared", "mask"), Layout("shared", "cache")]  # fmt: skip
 AT_ONCE = [
     Layout(layout.name, layout.attention, answers_at_once=n)
     for layout in WHOLE for n in (1, 2, 3, 9) if n > 1 or not layout.has_whole_pairs

@@ -47,7 +47,7 @@ def _small_head(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | Non
 
 
 def _checkpointing(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | None:
-    possible = checkpointing.is_possible(run.policy)
+    possible = checkpointing.is_possible(run.policy) and run.layout.attention != "cache"  # which layers run again lack
     return replace(now, gradient_checkpointing=True) if possible and not now.gradient_checkpointing else None
 
 
