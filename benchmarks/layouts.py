@@ -77,9 +77,10 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line[len(MARK) :])
+        status = self.process.wait()
         self.errors.seek(0)
         last = "".join(self.errors.readlines()[-5:])
-        raise RuntimeError(f"{self.system} ended with status {self.process.wait()}: {last}")
+        raise RuntimeError(f"{self.system} ended with status {status}: {last}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ def test_systems_train_on_the_same_pairs_in_turn(tmp_path, capsys):
     for name in ("losses", "norms"):
         assert shared[name] == pytest.approx(plain[name], rel=1e-4)
         assert before[name] == pytest.approx(plain[name], rel=1e-4)
-    assert abs(plain["losses"][0] - 0.6931) > 0.01
+    assert abs(plain["losses"][0] - 0.6931) > 1e-3
     assert shared["tokens"] == [54, 54]
     assert plain["tokens"] == [98, 98]
     assert all(

@@ -222,7 +222,7 @@ def test_a_head_that_gets_other_rows_is_found():
 
     model = Sliced(MineConfig())
     FusedHead(model)
-    with pytest.raises(HeadError, match=r"the head of Sliced got \(3, 20, 32\) of \(3, 21\) tokens"):
+    with pytest.raises(HeadError, match=r"the head of Sliced got \(4, 20, 32\) of \(4, 21\) tokens"):
         batch_of(Trees(((3, 0, 18, 18), (4, 0, 17, 5))), Layout("bucketed")).run(model)
 
 
