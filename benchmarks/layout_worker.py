@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,14 +61,14 @@ def main() -> None:
             p.add_(torch.randn(p.shape, generator=noise), alpha=0.1 * float(p.std(correction=0)))
     line.before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident
-    with tempfile.TemporaryDirectory() as folder:
-        usual = _usual(folder, options, len(items) // options.pairs)
-        if options.system == "plain":
-            _plain(line, policy, reference, items, options)
-        elif options.system == "trl":
-            _trl(line, policy, reference, items, usual)
-        else:
-            _ours(line, policy, reference, items, usual, options.system)
+    folder = str(Path(options.items).parent / options.system)
+    usual = _usual(folder, options, len(items) // options.pairs)
+    if options.system == "plain":
+        _plain(line, policy, reference, items, options)
+    elif options.system == "trl":
+        _trl(line, policy, reference, items, usual)
+    else:
+        _ours(line, policy, reference, items, usual, options.system)
 
 
 def _load(folder: str) -> Any:
@@ -79,6 +78,9 @@ def _load(folder: str) -> Any:
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     made = type(loaded)(loaded.config)
     made.load_state_dict(loaded.state_dict())
+    for module in made.modules():  # as ours has it
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     return made
 
 
@@ -93,13 +95,14 @@ def _usual(folder: str, options: argparse.Namespace, steps: int) -> dict[str, An
 def _ours(line: Line, policy: Any, reference: Any, items: list[Any], usual: dict[str, Any], system: str) -> None:
     from dpo_kernels.training import DPOConfig, DPOTrainer
 
-    layout: dict[str, Any] = {} if system == "before" else {"layout": "padded" if system == "mask" else system}
+    name = "padded" if system in ("before", "mask") else system
+    layout: dict[str, Any] = {"layout": name} if hasattr(DPOConfig, "layout") else {}
     trainer = DPOTrainer(policy, reference, DPOConfig(**usual, **layout), items)
     if system == "mask":
         from dpo_kernels.training.layouts import Layout
 
         trainer.set_layout(Layout("shared", "mask"))
-    _run(line, trainer, "" if system == "before" else trainer.layout.told)
+    _run(line, trainer, trainer.layout.told if layout else "")
 
 
 def _trl(line: Line, policy: Any, reference: Any, items: list[Any], usual: dict[str, Any]) -> None:
@@ -162,7 +165,7 @@ def _run(line: Line, trainer: Any, told: str = "") -> None:
 
 def _plain(line: Line, policy: Any, reference: Any, items: list[Any], options: argparse.Namespace) -> None:
     """A loop of a page: padded rows with their mask, logits, log_softmax and gather."""
-    policy.eval()  # without dropout, as ours
+    policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
     if options.gradient_checkpointing:
         policy.gradient_checkpointing_enable()

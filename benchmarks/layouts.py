@@ -200,7 +200,7 @@ def table(rows: Sequence[Measured]) -> str:
     ]
     for row in rows:
         share = sum(row.seconds) / sum(first.seconds)
-        told = f" ({row.told})" if row.told not in ("", row.system) else ""
+        told = f" ({row.told})" if row.told not in ("", row.system) and row.system != "before" else ""
         each = " ".join(f"{a / b:.2f}" for a, b in zip(row.seconds, first.seconds, strict=True))
         lines.append(
             f"| {row.system}{told} | {fmean(row.seconds):.2f} | {share:.3f} | {each} | {fmean(row.tokens):,.0f} | "

@@ -22,6 +22,7 @@ def test_systems_train_on_the_same_pairs_in_turn(tmp_path, capsys):
         assert shared[name] == pytest.approx(plain[name], rel=1e-4)
         assert before[name] == pytest.approx(plain[name], rel=1e-4)
     assert abs(plain["losses"][0] - 0.6931) > 1e-3
+    assert before["tokens"] == [96, 96]
     assert shared["tokens"] == [53, 53]
     assert plain["tokens"] == [98, 98]
     assert all(

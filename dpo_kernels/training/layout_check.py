@@ -31,7 +31,9 @@ PAIRS = 64  # of the data, to count tokens by
 # What a layout has to save of the tokens of a simpler one, to be taken in its place.
 SAVES = 0.9
 MASK_SAVES = 0.7  # with a mask; at 0.8 of bucketed's tokens a step takes 0.93 of its time
-CACHE_SAVES = 64  # tokens a pair that a cache has to save besides, on a CPU, for its three forwards of some 20 each
+CACHE_SAVES = (
+    64  # tokens a pair that a cache has to save besides, on a CPU: a forward costs what 20 do, a pair has three
+)
 ROPES_BY_LENGTH = {"dynamic", "longrope"}  # whose frequencies depend on how many tokens a forward has
 
 
@@ -96,7 +98,7 @@ def choose(
     is_checkpointed = is_checkpointed or checkpointing.is_on(below_adapters(model))
     for candidate in _candidates(wanted, tokens, model, device):
         in_groups = candidate.goes_in_groups
-        layout = replace(candidate, gives_mask=gives_mask if in_groups else balances)
+        layout = replace(candidate, gives_mask=gives_mask if candidate.name == "bucketed" else balances)
         if balances and (in_groups or is_of_its_own_kind(model)):
             reason = f"the load-balancing loss of {type(model).__name__} is over all rows of the batch, padded ones"
         elif is_checkpointed and layout.attention == "cache":
@@ -258,12 +260,9 @@ def refusal(model: Any, layout: Layout, longest: int = 0, is_sharded: bool = Fal
         with random_numbers_kept():
             model.eval()
             found = _compared(model, layout, longest)
-            if (
-                layout.attention == "cache" and not found and any(training.values())
-            ):  # some give one in evaluation alone
-                for module, mode in training.items():
-                    module.training = mode
-                # With dropout it is only run: log-probs differ each time.
+            trains = any(p.requires_grad for p in model.parameters())
+            if layout.attention == "cache" and trains and not found:  # some give one in evaluation alone
+                model.train()
                 found = _compared(model, layout, longest, deterministic=False)
             return found
     except Exception as error:  # a model's code may raise anything on what it was not made for
@@ -317,7 +316,7 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def _compared(model: Any, layout: Layout, longest: int, deterministic: bool = True) -> str:
-    """deterministic: whether a model surely gives the same twice; where it does not, nothing is compared."""
+    """deterministic: whether a model surely gives the same twice; one that does not, as with dropout, is only run."""
     inputs = _probe(model, longest)
     parameters: list[nn.Parameter] = []
     size = 0

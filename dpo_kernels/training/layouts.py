@@ -30,10 +30,9 @@ GROUP_COSTS = 64  # tokens: a group of its own has to save more
 @dataclass(frozen=True)
 class Layout:
     """name: as above. attention: how it is told in packed and shared, "branches" or "mask"; in shared also "cache": not
-    at all, since answers go on from one. gives_mask: whether
-    the model is given an attention mask: of the real tokens, each as often as it stands in a sequence. answers_at_once:
-    a batch goes in parts of at most so many answers, each part in the layout, whole pairs in packed and shared; None:
-    it goes whole."""
+    at all, since answers go on from one. gives_mask: whether the model is given an attention mask: of the real tokens,
+    each as often as it stands in a sequence. answers_at_once: a batch goes in parts of at most so many answers, each
+    part in the layout, whole pairs in packed and shared; None: it goes whole."""
 
     name: str = "padded"
     attention: str | None = None

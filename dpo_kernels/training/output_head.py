@@ -136,7 +136,7 @@ class FusedForward:
         if hidden is None or hidden.numel() // hidden.shape[-1] != kwargs["input_ids"].numel():
             seen = None if hidden is None else tuple(hidden.shape)
             raise HeadError(
-                f"the head of {name} got {seen} of {tuple(kwargs['input_ids'].shape)} tokens; --layout padded"
+                f"the head of {name} got {seen} of {tuple(kwargs['input_ids'].shape)} tokens; give --layout padded"
             )
         yield hidden.flatten(0, -2)[places]
         for call in continued:

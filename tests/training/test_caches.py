@@ -182,8 +182,10 @@ def test_a_cache_that_training_does_not_give_is_found():
             keeps = not (self.training and torch.is_grad_enabled())
             return super().forward(input_ids, attention_mask, past_key_values, use_cache and keeps)
 
-    model = InEvaluation(MineConfig()).train()
+    model = InEvaluation(MineConfig()).eval()
     FusedHead(model)
+    assert choose(model, "auto", Trees(((400, 0, 40, 50),) * 4, width=512), 2).layout != CACHE
+    model.train()
     assert "InEvaluation was asked for a cache and its output, a CausalLMOutputWithPast, has none" in refusal(
         model, CACHE
     )
@@ -202,7 +204,10 @@ def test_a_cache_that_is_empty_in_training_is_found():
     model = Empty(MineConfig()).train()
     FusedHead(model)
     assert "Empty gives other log-probs in shared rows" in refusal(model, CACHE)
-    model.eval()
+    model.eval()  # as transformers loads it, and as it is when a layout is chosen
+    assert "Empty gives other log-probs in shared rows" in refusal(model, CACHE)
+    assert not any(module.training for module in model.modules())
+    model.requires_grad_(False)  # a reference, which is never in training
     assert refusal(model, CACHE) == ""
 
 

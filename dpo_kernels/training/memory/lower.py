@@ -47,7 +47,8 @@ def _small_head(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | Non
 
 
 def _checkpointing(run: FakeRun, pairs: int, now: StepOptions) -> StepOptions | None:
-    possible = checkpointing.is_possible(run.policy) and run.layout.attention != "cache"  # which layers run again lack
+    keeps_a_cache = run.layout.attention == "cache"  # which layers that are run again do not
+    possible = checkpointing.is_possible(run.policy) and not keeps_a_cache
     return replace(now, gradient_checkpointing=True) if possible and not now.gradient_checkpointing else None
 
 
