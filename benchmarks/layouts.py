@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measured(options: argparse.Namespace, folder: Path) -> list[Measured]:
     """All systems in turn, step by step."""
+    if not options.data.is_file():
+        raise SystemExit(f"--data is {options.data}, which is no file; give one of pairs, or --made")
     model = options.model or _example_model(folder, options.data)
     items = _made(options) if options.made else _read(options, model)
     torch.save(items, folder / "items.pt")

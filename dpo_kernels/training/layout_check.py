@@ -31,9 +31,8 @@ PAIRS = 64  # of the data, to count tokens by
 # What a layout has to save of the tokens of a simpler one, to be taken in its place.
 SAVES = 0.9
 MASK_SAVES = 0.7  # with a mask; at 0.8 of bucketed's tokens a step takes 0.93 of its time
-CACHE_SAVES = (
-    64  # tokens a pair that a cache has to save besides, on a CPU: a forward costs what 20 do, a pair has three
-)
+# Tokens a pair that a cache has to save besides, on a CPU: a forward costs what some 20 do, and a pair has three.
+CACHE_SAVES = 64
 ROPES_BY_LENGTH = {"dynamic", "longrope"}  # whose frequencies depend on how many tokens a forward has
 
 
