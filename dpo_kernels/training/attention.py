@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
@@ -43,6 +44,20 @@ class Tree(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.prompt + sum(self.branches)
+
+    def pieces(self) -> Iterator[tuple[range, range]]:
+        """Places of queries that are the last ones of their keys, and of keys that lie apart, before the others.
+
+        The first branch lies behind the prompt, as in a sequence of its own; of the others the prompt lies apart.
+        """
+        stem = range(self.start, self.start + self.prompt)
+        end = stem.stop + (self.branches[0] if self.branches else 0)
+        if end > stem.start:
+            yield range(stem.start, end), range(0)
+        for tokens in self.branches[1:]:
+            if tokens:
+                yield range(end, end + tokens), stem
+            end += tokens
 
 
 @dataclass(frozen=True)
@@ -85,30 +100,49 @@ def branches(
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     rows = [_row(query[r : r + 1], key[r : r + 1], value[r : r + 1], trees, told) for r, trees in enumerate(spans.rows)]
-    return torch.cat(rows).transpose(1, 2).contiguous(), None
+    return (torch.cat(rows) if len(rows) > 1 else rows[0]), None
 
 
 def _row(query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], told: Attention) -> Tensor:
+    """Of one row; (1, L, H, E')."""
+    pieces = [piece for tree in trees for piece in tree.pieces()]
+    places = [place for piece in pieces for place in piece if place]
+    cut = zip(*(_Cut.apply(t, places) for t in (query, key, value)), strict=True)
     made = []
-    for tree in trees:
-        start, stem = tree.start, tree.start + tree.prompt
-        first = tree.branches[0] if tree.branches else 0  # lies behind the prompt, as in a sequence of its own
-        whole = slice(start, stem + first)
-        made.append(told(query[:, :, whole], key[:, :, whole], value[:, :, whole]))
-        begin = stem + first
-        for tokens in tree.branches[1:]:
-            own = slice(begin, begin + tokens)
-            begin += tokens
-            if not tokens:
-                continue
-            k, v = (torch.cat([t[:, :, start:stem], t[:, :, own]], 2) for t in (key, value))
-            q = query[:, :, own]
-            if told.is_plain(k) and not q.is_cuda and tree.prompt + tokens <= 2 * MASK_COSTS * tokens:
-                q = torch.cat([query[:, :, start:stem], q], 2)  # cheaper than a mask: the causal path, once more
-            made.append(told(q, k, v)[:, :, -tokens:])
-    if padding := query.shape[2] - sum(part.shape[2] for part in made):
-        made.append(value[:, :, -padding:])
-    return torch.cat(made, 2)
+    for own, apart in pieces:
+        q, k, v = next(cut)
+        if apart:
+            before, *of = next(cut)
+            k, v = (torch.cat(both, 2) for both in zip(of, (k, v), strict=True))
+            if told.is_plain(k) and not q.is_cuda and len(apart) + len(own) <= 2 * MASK_COSTS * len(own):
+                q = torch.cat([before, q], 2)  # cheaper than a mask: the causal path, once more
+        made.append(told(q, k, v)[:, :, -len(own) :].transpose(1, 2))
+    if padding := query.shape[2] - sum(part.shape[1] for part in made):
+        made.append(value[:, :, -padding:].transpose(1, 2))
+    return torch.cat(made, 1)
+
+
+class _Cut(torch.autograd.Function):
+    """Pieces of a row, which may overlap, as views. Backward adds their gradients up in one tensor: a slice's own would
+    make one as long as the row for each piece."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, places: list[range]) -> tuple[Tensor, ...]:  # (1, H, L, E)
+        ctx.places, ctx.length = places, row.shape[2]
+        ctx.set_materialize_grads(False)
+        return tuple(row[:, :, place.start : place.stop] for place in places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        found = [(place, grad) for place, grad in zip(ctx.places, grads, strict=True) if grad is not None]
+        if not found:
+            return None, None
+        _, heads, _, features = found[0][1].shape
+        total = found[0][1].new_zeros(1, ctx.length, heads, features).transpose(1, 2)  # as attention has them
+        for place, grad in found:
+            total[:, :, place.start : place.stop] += grad
+        return total, None
 
 
 class Pieces(NamedTuple):
@@ -122,26 +156,21 @@ class Pieces(NamedTuple):
 
 @functools.lru_cache(maxsize=4)  # the layers of a step ask for the same
 def _pieces(spans: Spans, device: torch.device) -> Pieces:
-    queries: list[range] = []
-    keys: list[tuple[range, range]] = []
-    for r, trees in enumerate(spans.rows):
-        for tree in trees:
-            start = r * spans.length + tree.start
-            stem = range(start, start + tree.prompt)
-            first = tree.branches[0] if tree.branches else 0
-            queries.append(range(start, stem.stop + first))
-            keys.append((stem, range(stem.stop, stem.stop + first)))
-            begin = stem.stop + first
-            for tokens in tree.branches[1:]:
-                queries.append(range(begin, begin + tokens))
-                keys.append((stem, queries[-1]))
-                begin += tokens
-    kept = [(q, k) for q, k in zip(queries, keys, strict=True) if len(q)]
-    counts = [[len(q) for q, _ in kept], [len(stem) + len(own) for _, (stem, own) in kept]]
+    kept = [
+        (_moved(own, r * spans.length), [_moved(place, r * spans.length) for place in (apart, own)])
+        for r, trees in enumerate(spans.rows)
+        for tree in trees
+        for own, apart in tree.pieces()
+    ]
+    counts = [[len(q) for q, _ in kept], [len(apart) + len(own) for _, (apart, own) in kept]]
     ends = tuple(torch.tensor([0, *c], device=device).cumsum(0).int() for c in counts)
     places = ([i for q, _ in kept for i in q], [i for _, parts in kept for part in parts for i in part])
     at, of = (torch.tensor(found, device=device) for found in places)
     return Pieces(at, of, (ends[0], ends[1]), (max(counts[0]), max(counts[1])))
+
+
+def _moved(place: range, by: int) -> range:
+    return range(place.start + by, place.stop + by)
 
 
 def _in_one_call(
