@@ -8,6 +8,7 @@
 #include "logits.h"
 #include "products.h"
 #include "recycle.h"
+#include "select.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -227,6 +228,21 @@ void gradient_op(
       {by_token, by_vocab, grad_bias, exps, bases}, products);
 }
 
+std::vector<Tensor> select_op(
+    const Tensor& exps, const Tensor& bases, const Tensor& to, const Tensor& least, const Tensor& labels, int64_t first,
+    int64_t most, Tensor room, Tensor dropped) {
+  const int64_t v = exps.size(0), n = labels.size(0);
+  check_matrix("exps", exps, v, n);
+  check_bases(true, bases, n, v);
+  check_vector("to", to, n, at::kFloat);
+  check_vector("least", least, n, at::kFloat);
+  check_vector("labels", labels, n, at::kLong);
+  check_vector("room", room, room.numel(), exps.scalar_type());
+  check_vector("dropped", dropped, n, at::kDouble);
+  TORCH_CHECK(most <= room.numel(), "room for ", room.numel(), " numbers, and ", most, " may be kept");
+  return select({exps, bases, to, least, labels, first, most}, room, dropped);
+}
+
 void check_rows(const char* name, const Maybe& index, int64_t m, const char* of, const Tensor& matrix) {
   if (!index.has_value()) return;
   check_vector(name, *index, m, at::kLong);
@@ -363,6 +379,10 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       " Tensor? bases, Tensor(d!)[] outs, Tensor[] rights, Tensor(e!)[] rooms, int[] of_vocab, int[] adds) -> ()",
       dpo_kernels::gradient_op);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);
+  m.def(
+      "select(Tensor exps, Tensor bases, Tensor to, Tensor least, Tensor labels, int first, int most, Tensor(a!) room,"
+      " Tensor(b!) dropped) -> Tensor[]",
+      dpo_kernels::select_op);
   m.def("logits_forward(" LOGITS ") -> Tensor[]", dpo_kernels::logits_forward_op);
   m.def(
       "logits_backward(" LOGITS ", Tensor grad, Tensor log_probs, Tensor maximum, Tensor log_sum, Tensor label_logit, Tensor(a!) out, Tensor? out_index) -> ()",

@@ -37,6 +37,13 @@ class Transform:
         """dz/da without the cap's own derivative, which is 1 - (z * temperature / softcap)^2."""
         return self.logit_scale / self.temperature
 
+    def logits(self, product: Tensor) -> Tensor:
+        """z from a, in place."""
+        if self.softcap is None:
+            return product.mul_(self.slope) if self.slope != 1 else product
+        product.mul_(self.logit_scale / self.softcap).tanh_()
+        return product.mul_(self.softcap / self.temperature)
+
     def cap_derivative(self, z: Tensor) -> Tensor | None:
         """1 - tanh^2(u / softcap) from z, a new tensor; None without a cap."""
         if self.softcap is None:
@@ -85,6 +92,7 @@ class Options:
     compute_dtype: what the operands of every product are rounded to (autocast's dtype, else the inputs' own);
         products, statistics and sums are float32, or float64 for float64.
     shard: the part of the vocabulary that this rank holds; None: it holds all of it.
+    gradient_filter: the probability from which on entries are in the gradients in any case.
     """
 
     ignore_index: int | None = -100
@@ -97,6 +105,7 @@ class Options:
     impl: str | None = None
     inplace_backward: bool = False
     shard: VocabShard | None = None
+    gradient_filter: float = 0.0
 
     def encode(self) -> tuple[list[float], list[int], list[bool], str]:
         """As the last four arguments of an operator. Numbers stay numbers: torch.compile can keep them symbolic."""
@@ -109,7 +118,8 @@ class Options:
         values = [0 if value is None else value for value in limits.values()]
         where, group = ([], "") if self.shard is None else self.shard.encode()
         parts = (
-            ",".join(self.outputs), DTYPE_NAMES[self.compute_dtype], self.impl or "", flags, ",".join(given), group,
+            ",".join(self.outputs), DTYPE_NAMES[self.compute_dtype], self.impl or "", flags, ",".join(given),
+            self.gradient_filter.hex(), group,
         )  # fmt: skip
         return numbers, values + where, self.grads.as_list(), ";".join(parts)
 
@@ -127,11 +137,11 @@ class Options:
 
 @functools.cache
 def _decode(spec: str) -> tuple[Options, tuple[str, ...], str]:
-    *lists, group = spec.split(";", 5)  # torch may put anything into a group's name
-    outputs, compute_dtype, impl, flags, given = (part.split(",") if part else [] for part in lists)
+    *lists, group = spec.split(";", 6)  # torch may put anything into a group's name
+    outputs, compute_dtype, impl, flags, given, share = (part.split(",") if part else [] for part in lists)
     options = Options(
         outputs=tuple(outputs), compute_dtype=DTYPES[compute_dtype[0]], impl=impl[0] if impl else None,
-        inplace_backward=bool(flags),
+        inplace_backward=bool(flags), gradient_filter=float.fromhex(share[0]),
     )  # fmt: skip
     return options, tuple(given), group
 
@@ -220,7 +230,8 @@ class Call:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        return self.options.outputs
+        """What is computed of logits."""
+        return tuple(name for name in self.options.outputs if name != "dropped_mass")
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -8,6 +8,8 @@ import torch
 
 from dpo_kernels.splits import Splits
 
+DEFAULT_BUDGET = 2**30  # bytes
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -29,6 +31,8 @@ class Capabilities:
     saved_multiple: saved tokens are a multiple of it; None: of the tile's tokens. A number of its own needs
         accumulation whose result for a token does not depend on the tokens beside it.
     splits: of the kernels that forward may take; none: they merge as they go.
+    filters: gradients can leave out what the softmax hardly holds (`dpo_kernels.sparse`).
+    default_budget: bytes of a memory budget where none is given, at the least.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -44,3 +48,5 @@ class Capabilities:
     splits: tuple[Splits, ...] = ()
     wide_tiles: tuple[tuple[int, int], ...] = ()
     widest_copy: int = 0
+    filters: bool = False
+    default_budget: int = DEFAULT_BUDGET

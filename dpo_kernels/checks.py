@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dpo_kernels.call import DTYPE_NAMES, INPUTS, Grads, LowRank, Transform, autocasts, flat_labels, ignored, whole
-from dpo_kernels.statistics import OPTIONAL_OUTPUTS
+from dpo_kernels.statistics import OUTPUTS
 from dpo_kernels.vocab_shard import VocabShard, chunk
 
 FLOATS = tuple(DTYPE_NAMES)
@@ -53,8 +53,8 @@ def _within_float32(transform: Transform) -> None:
 
 
 def outputs(names: Sequence[str]) -> tuple[str, ...]:
-    _names("outputs", names, ("log_probs", *OPTIONAL_OUTPUTS))
-    return tuple(name for name in OPTIONAL_OUTPUTS if name in names)
+    _names("outputs", names, ("log_probs", *OUTPUTS))
+    return tuple(name for name in OUTPUTS if name in names)
 
 
 def grads(names: Sequence[str]) -> Grads:
@@ -86,6 +86,25 @@ def dtypes(**given: object) -> None:
 
 def memory_budget(value: int | None) -> int | None:
     return None if value is None else whole("memory_budget", value, 1)
+
+
+def gradient_filter(value: float | None, outputs: Sequence[str], is_split: bool) -> float:
+    """0 where nothing is left out.
+
+    Raises:
+        TypeError, ValueError: it is no number from 0 to 1, or the call is one that has no such gradient.
+    """
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"gradient_filter is {value!r}; expected a probability, such as 2**-12, or None")
+    if not 0 <= value < 1:
+        raise ValueError(f"gradient_filter {value} must be >= 0 and < 1: it is a probability, such as 2**-12")
+    if value and "entropy" in outputs:
+        raise ValueError("gradient_filter does not go with outputs=('entropy',): an entropy's gradient is in the tail")
+    if value and is_split:
+        raise ValueError("gradient_filter does not go with a vocabulary that is split over ranks")
+    return float(value)
 
 
 def first_derivatives(*tensors: Tensor | None) -> None:

@@ -22,9 +22,10 @@ from dpo_kernels.backends.triton import TritonBackend
 from dpo_kernels.call import Call, Grads, Options, TokenGrads, Tokens
 from dpo_kernels.capabilities import Capabilities
 from dpo_kernels.layout import spread_rows
-from dpo_kernels.planner import Workload, plan
+from dpo_kernels.planner import plan
 from dpo_kernels.statistics import Finished
 from dpo_kernels.warn import warn
+from dpo_kernels.workload import Workload
 
 FALLBACK = "torch"
 # Fastest first. A new back end is a file in backends/ and a name here.
@@ -145,19 +146,37 @@ def _exchange(choice: Callable[[Call], Backend], call: Call) -> tuple[Execution,
 
 def _run(backend: Backend, call: Call, join: Callable[[State], Finished] | None = None) -> tuple[Execution, Saved]:
     hidden, options = call.hidden, call.options
-    plain = not (call.bias is not None or options.transform.softcap is not None or options.outputs)
+    plain = not (call.bias is not None or options.transform.softcap is not None or call.outputs)
     configuration = backend.configure(hidden.device, hidden.shape[-1], options.compute_dtype, not plain)
     capable = capabilities(backend, hidden.device, configuration)
     workload = Workload(
         call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, options.compute_dtype, options.grads,
         entropy="entropy" in options.outputs, softcap=options.transform.softcap is not None, labels=call.label_count,
-        capabilities=capable, rank=call.rank, statistics=len(options.outputs), **_split(call),
+        capabilities=capable, rank=call.rank, statistics=len(call.outputs),
+        sparse=not call.tokens.masked and is_sparse(options.gradient_filter, options.grads, capable, backend),
+        **_split(call),
     )  # fmt: skip
     copied = hidden.numel() * hidden.element_size() if call.tokens.masked else 0  # without what is ignored (ops.py)
     made = plan(workload, options.memory_budget, copied)
     execution = Execution(backend.name, capable, configuration, made, call.tokens.index is None, call.tokens.masked)
     with _as_decided(hidden):
         return execution, driver.forward(call, made, backend.tile_ops(call, made, execution), join)
+
+
+def is_sparse(share: float, grads: Grads, capable: Capabilities, backend: Backend) -> bool:
+    """Whether a call with a gradient_filter leaves entries out of its gradients.
+
+    Raises:
+        ValueError: it is asked to, and the back end cannot.
+    """
+    if not share or not grads:
+        return False
+    if not capable.filters:
+        raise ValueError(
+            f"gradient_filter is {share}, and this call would run on {backend.name!r}, which computes exact gradients "
+            "alone; leave it out, or give impl='torch' (or 'cpp' on a CPU)"
+        )
+    return True
 
 
 def _split(call: Call) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dpo_kernels.call import Grads, LowRank, Options, compute_dtype, whole
 from dpo_kernels.layout import is_one_of_several, overlaps
 from dpo_kernels.statistics import TokenStats
 from dpo_kernels.vocab_shard import VocabShard
+from dpo_kernels.workload import Workload
 
 
 def logits_to_log_probs(
@@ -85,6 +86,7 @@ def hidden_to_log_probs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     low_rank: LowRank | None = None,
+    gradient_filter: float | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
     shard: VocabShard | None = None,
@@ -107,8 +109,15 @@ def hidden_to_log_probs(
         temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
+        gradient_filter: a probability, such as 2**-12, below which entries of the softmax may be left out of the
+            gradients, but for the label's; log-probs stay exact. Where a model is sure backward takes a fraction of its
+            time then. What each row leaves out `token_stats` tells as "dropped_mass"; the hidden states get it back as
+            the mean row of W: no row of their gradient is off by more than twice the longest row of W times that, for
+            a gradient of 1 (docs/gradient_filter.md). None or 0: nothing. Not with "entropy", a split vocabulary or
+            "triton".
         memory_budget: bytes that forward and backward together may hold beyond inputs, outputs and the gradients
-            returned. None: 1 GiB, or twice the bytes of hidden and weight where that is more. More budget, fewer GEMMs.
+            returned. None: 1 GiB (on CPUs an eighth of the memory, where that is more), or twice the bytes of hidden
+            and weight where that is more. More budget, fewer GEMMs.
         impl: "triton", "cpp", "torch", or None for the fastest that can run.
         shard: `VocabShard`, where weight, bias and low_rank.b are this rank's rows of a vocabulary that is split over
             ranks; None: they are whole. A weight that is a DTensor with `Shard(0)` says so itself (bias and low_rank.b
@@ -128,8 +137,8 @@ def hidden_to_log_probs(
     """
     return token_stats(
         hidden, weight, labels, bias, outputs=(), ignore_index=ignore_index, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, low_rank=low_rank, memory_budget=memory_budget, impl=impl,
-        shard=shard,
+        logit_scale=logit_scale, softcap=softcap, low_rank=low_rank, gradient_filter=gradient_filter,
+        memory_budget=memory_budget, impl=impl, shard=shard,
     ).log_probs  # fmt: skip
 
 
@@ -145,6 +154,7 @@ def token_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     low_rank: LowRank | None = None,
+    gradient_filter: float | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
     shard: VocabShard | None = None,
@@ -154,7 +164,8 @@ def token_stats(
     All other arguments, and what is raised, are those of `hidden_to_log_probs`.
 
     Args:
-        outputs: names from "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1" ("log_probs" always comes).
+        outputs: names from "entropy", "log_sum_sq_probs", "mean_logits", "is_top1" and "dropped_mass" ("log_probs"
+            always comes).
             The entropy is differentiable; asking for it in a call with gradients rules out the modes frozen and keep.
 
     Returns:
@@ -179,6 +190,7 @@ def token_stats(
         memory_budget=checks.memory_budget(memory_budget),
         impl=impl,
         shard=shard,
+        gradient_filter=checks.gradient_filter(gradient_filter, names, shard is not None),
     )
     flops.register()
     made = torch.ops.dpo_kernels.token_stats(hidden, weight, bias, a, b, labels, *options.encode())
@@ -203,6 +215,7 @@ def plan(
     rank: int = 0,
     ranks: int | None = None,
     hidden_split: bool = False,
+    gradient_filter: float | None = None,
 ) -> planner.Plan:
     """What `hidden_to_log_probs` or `token_stats` will do here: mode, tiles, GEMMs and bytes. Print it.
 
@@ -218,7 +231,7 @@ def plan(
         outputs: the statistics asked for; a gradient through "entropy" rules out the modes frozen and keep.
         softcap: whether (any number) or not (None) logits are capped.
         compute_dtype: autocast's dtype, where it differs from `dtype`.
-        memory_budget: bytes; None is 1 GiB, or twice the bytes of hidden states and weight where that is more.
+        memory_budget: bytes; None is the default of `hidden_to_log_probs`.
         device: where the call will be.
         impl: as in the call; None is the implementation that a call without one would take.
         labels: all of them, with those that are ignored, of which a few bytes are held too; default: tokens.
@@ -226,6 +239,7 @@ def plan(
         ranks: over which the vocabulary is split, as `torch.chunk` does; the plan is that of the first, whose part is
             the largest. None: it is not split.
         hidden_split: whether the hidden states are split over them too.
+        gradient_filter: as in the call.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range; the budget is too small to run at all (names the
@@ -235,7 +249,7 @@ def plan(
     workload = _workload(
         tokens, hidden_size, vocab_size, dtype, grads=grads, outputs=outputs, softcap=softcap,
         compute_dtype=compute_dtype, device=device, impl=impl, labels=labels, rank=rank, ranks=ranks,
-        hidden_split=hidden_split,
+        hidden_split=hidden_split, gradient_filter=gradient_filter,
     )  # fmt: skip
     return planner.plan(workload, checks.memory_budget(memory_budget))
 
@@ -261,7 +275,8 @@ def _workload(
     rank: int = 0,
     ranks: int | None = None,
     hidden_split: bool = False,
-) -> planner.Workload:
+    gradient_filter: float | None = None,
+) -> Workload:
     device, compute = torch.device(device), dtype if compute_dtype is None else compute_dtype
     checks.dtypes(dtype=dtype, compute_dtype=compute)
     tokens, hidden_size, vocab_size, labels, rank = checks.sizes(tokens, hidden_size, vocab_size, labels, rank)
@@ -271,9 +286,12 @@ def _workload(
         raise ValueError("hidden_split is True, ranks None; say over how many ranks they are split")
     backend = dispatch.choose(impl, device, dtype, vocab_size)
     configuration = backend.configure(device, hidden_size, compute, False)
-    return planner.Workload(
-        tokens, hidden_size, vocab_size, dtype, compute, checks.grads(grads),
-        entropy="entropy" in checks.outputs(outputs), softcap=softcap is not None, labels=labels,
-        capabilities=dispatch.capabilities(backend, device, configuration), rank=rank,
-        statistics=len(checks.outputs(outputs)), ranks=ranks or 0, hidden_split=hidden_split,
+    capable = dispatch.capabilities(backend, device, configuration)
+    names, wanted = checks.outputs(outputs), checks.grads(grads)
+    share = checks.gradient_filter(gradient_filter, names, bool(ranks))
+    return Workload(
+        tokens, hidden_size, vocab_size, dtype, compute, wanted, entropy="entropy" in names,
+        softcap=softcap is not None, labels=labels, capabilities=capable, rank=rank,
+        statistics=len(names) - ("dropped_mass" in names), ranks=ranks or 0, hidden_split=hidden_split,
+        sparse=dispatch.is_sparse(share, wanted, capable, backend),
     )  # fmt: skip

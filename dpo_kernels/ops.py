@@ -23,8 +23,8 @@ from torch import Tensor
 from dpo_kernels import checks, collectives, dispatch
 from dpo_kernels.backends.base import Execution, Saved
 from dpo_kernels.call import Call, Grads, LowRank, Options, TokenGrads, Tokens, accumulate_dtype, ignored
-from dpo_kernels.planner import aligned
-from dpo_kernels.statistics import OPTIONAL_OUTPUTS, TokenStats
+from dpo_kernels.statistics import OUTPUTS, TokenStats
+from dpo_kernels.workload import aligned
 
 OPTIONS = "float[] numbers, SymInt[] limits, bool[] wants_grad, str spec"
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_a, Tensor? low_rank_b, Tensor labels"
@@ -47,6 +47,8 @@ SAVED = (
     "exps",
     "maxima",
     "jacobian",
+    "table",
+    "dropped",
     "execution",
 )
 SAVED_OF_LOGITS = ("index", "log_probs", "maximum", "log_sum", "label_logit", "execution")
@@ -128,6 +130,8 @@ def _(
         "exps": hidden.new_empty((kept, aligned(weight.shape[0])), dtype=options.compute_dtype),
         "maxima": hidden.new_empty((kept, blocks), dtype=wide),
         "jacobian": hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
+        "table": labels.new_empty((_size(0) if options.gradient_filter else 0,), dtype=torch.int64),
+        "dropped": hidden.new_empty((counted if options.gradient_filter and grads else 0,), dtype=wide),
         "execution": torch.empty(EXECUTION_BYTES, dtype=torch.uint8, device="cpu"),
     }
     return (*stats, *(saved[name] for name in SAVED))
@@ -163,8 +167,9 @@ def token_stats_backward_op(
     # As forward made them, whatever a hook returned.
     exps, maxima = saved["exps"].contiguous(), saved["maxima"].contiguous()
     of_forward = Saved(
-        TokenStats(rows.log_probs), rows.maximum, rows.log_sum, rows.label_logit, exps, maxima, saved["jacobian"]
-    )
+        TokenStats(rows.log_probs), rows.maximum, rows.log_sum, rows.label_logit, exps, maxima, saved["jacobian"],
+        saved["table"].contiguous(), saved["dropped"].contiguous(),
+    )  # fmt: skip
     found = dispatch.backward(
         call, Grads(wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4]), execution, rows, of_forward
     )
@@ -355,7 +360,7 @@ def _size(otherwise: Any) -> Any:
 
 def _dtypes(wide: torch.dtype) -> list[torch.dtype]:
     """Of the fields of TokenStats."""
-    return [torch.bool if name == "is_top1" else wide for name in ("log_probs", *OPTIONAL_OUTPUTS)]
+    return [torch.bool if name == "is_top1" else wide for name in ("log_probs", *OUTPUTS)]
 
 
 def _low_rank(a: Tensor | None, b: Tensor | None) -> LowRank | None:

@@ -31,6 +31,8 @@ class TokenStats(NamedTuple):
     log_sum_sq_probs: log sum p^2 (minus the Renyi-2 entropy); not differentiable.
     mean_logits: the mean of z over the vocabulary; not differentiable.
     is_top1: bool, whether the label is the first maximum of z; not differentiable.
+    dropped_mass: the sum of the probabilities (times the cap's derivative) that a gradient_filter leaves out of the
+        gradients; 0 without one, and in a call without gradients.
     """
 
     log_probs: Tensor
@@ -38,9 +40,10 @@ class TokenStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    dropped_mass: Tensor | None = None
 
 
-OPTIONAL_OUTPUTS = TokenStats._fields[1:]
+OUTPUTS = TokenStats._fields[1:]
 
 
 class SoftmaxState(NamedTuple):
@@ -63,6 +66,7 @@ class SoftmaxState(NamedTuple):
 FIELD_OF_OUTPUT = {
     "entropy": "shifted", "log_sum_sq_probs": "squares", "mean_logits": "logits", "is_top1": "argmax",
 }  # fmt: skip
+OPTIONAL_OUTPUTS = tuple(FIELD_OF_OUTPUT)
 
 
 class Finished(NamedTuple):

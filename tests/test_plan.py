@@ -10,10 +10,11 @@ import torch
 from helpers import slow
 
 import dpo_kernels
-from dpo_kernels import planner
+from dpo_kernels import host_memory, planner
 from dpo_kernels.backends import cpp, pytorch, triton
 from dpo_kernels.call import Grads
-from dpo_kernels.planner import DEFAULT_BUDGET, Workload
+from dpo_kernels.capabilities import DEFAULT_BUDGET
+from dpo_kernels.workload import Workload
 
 MIB = 2**20
 CAPABILITIES = {
@@ -132,9 +133,37 @@ def test_without_room_for_an_accumulator_each_gradient_gets_a_sweep_of_its_own()
     assert made.gemms > 4.9
 
 
-def test_the_default_budget_grows_with_the_inputs():
-    assert plan(100, 64, 1000).memory_budget == DEFAULT_BUDGET
-    assert plan(131_072, 4096, 128_256).memory_budget == 2 * 2 * 4096 * (131_072 + 128_256)
+def test_the_default_budget_grows_with_the_inputs_and_the_memory():
+    def default(budget, ranks=0, **sizes):
+        capable = replace(CAPABILITIES["cpp"], default_budget=budget)
+        given = {"tokens": 100, "hidden_size": 64, "vocab_size": 1000, **sizes}
+        bf16, grads = torch.bfloat16, Grads(True, True, False)
+        return planner.plan(Workload(*given.values(), bf16, bf16, grads, False, False, 100, capable, ranks=ranks))
+
+    assert default(DEFAULT_BUDGET).memory_budget == DEFAULT_BUDGET
+    assert default(3 * DEFAULT_BUDGET).memory_budget == 3 * DEFAULT_BUDGET
+    assert default(3 * DEFAULT_BUDGET, ranks=2).memory_budget == DEFAULT_BUDGET  # the same on machines that differ
+    large = {"tokens": 131_072, "hidden_size": 4096, "vocab_size": 128_256}
+    assert default(DEFAULT_BUDGET, **large).memory_budget == 2 * 2 * 4096 * (131_072 + 128_256)
+
+
+@pytest.mark.parametrize(
+    ("limits", "processes", "expected"),
+    [
+        ((), "1", 2), ((7,), "1", 2), ((23.5,), "1", 5), ((64,), "1", 16), ((64, 12), "1", 3), ((64,), "4", 4),
+        ((64,), "none", 16), ((64,), "0", 16), ((0,), "1", 2),
+    ],
+)  # fmt: skip
+def test_the_default_budget_on_a_cpu_is_an_eighth_of_the_memory_in_halves_of_a_gib(
+    limits, processes, expected, monkeypatch
+):
+    monkeypatch.setattr(host_memory, "_limits", lambda: iter([int(limit * 2**30) for limit in limits]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert host_memory.default_budget() == expected * 2**29
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert 2**28 < min(host_memory._limits()) < 2**44
 
 
 def test_labels_that_are_ignored_count_in_the_budget():
@@ -189,7 +218,8 @@ def test_the_public_plan_is_that_of_the_implementation_that_will_run():
     assert dpo_kernels.plan(100, 64, 1000, impl="cpp") in [plan(100, 64, 1000, capabilities=c) for c in CPP]
     assert dpo_kernels.plan(100, 64, 1000) == dpo_kernels.plan(100, 64, 1000, impl="cpp")
     assert dpo_kernels.plan(100, 64, 1000, torch.float64) == plan(100, 64, 1000, torch.float64)
-    assert dpo_kernels.plan(100, 64, 1000, device="mps") == plan(100, 64, 1000)
+    usual = replace(CAPABILITIES["torch, cpu"], default_budget=DEFAULT_BUDGET)
+    assert dpo_kernels.plan(100, 64, 1000, device="mps") == plan(100, 64, 1000, capabilities=usual)
     assert dpo_kernels.plan(100, 64, 1000, device="cuda") == plan(
         100, 64, 1000, capabilities=CAPABILITIES["torch, cuda"]
     )

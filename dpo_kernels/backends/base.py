@@ -50,7 +50,9 @@ class Product(NamedTuple):
 class Saved(NamedTuple):
     """What forward leaves, of the M tokens that count: statistics, max z, log sum exp(z - max z) and the label's
     logit, (M,) each, and what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks),
-    jacobian (M, D). Where the plan saves by vocabulary, the memory of exps and maxima is transposed.
+    jacobian (M, D). Where the plan saves by vocabulary, the memory of exps and maxima is transposed. Where it is
+    sparse, they are arenas, table is what `sparse.Keeper` says of them, and dropped (M,) what rows leave out; else both
+    are empty.
     """
 
     stats: TokenStats
@@ -60,6 +62,8 @@ class Saved(NamedTuple):
     exps: Tensor
     maxima: Tensor
     jacobian: Tensor
+    table: Tensor
+    dropped: Tensor
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile
 from dpo_kernels.backends.pytorch import finish_jacobian
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
 from dpo_kernels.capabilities import Capabilities
+from dpo_kernels.host_memory import default_budget
 from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows, rows_of
 from dpo_kernels.planner import Plan
-from dpo_kernels.statistics import LOG_ZERO, Finished, SoftmaxState, TokenStats, finite
+from dpo_kernels.sparse import Rule
+from dpo_kernels.statistics import LOG_ZERO, OPTIONAL_OUTPUTS, Finished, SoftmaxState, TokenStats, finite
 
 # Rows whose largest logit is beyond this, either way, are not the kernels': float32 numbers beside it lie 0.06 apart,
 # and the kernels' exponents in base 2 are numbers of their own (csrc/softmax_state.h).
@@ -35,7 +37,8 @@ WIDE_TILES = ((64, 8192), (256, 16384), (512, 8192))
 CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
     widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
-    wide_tiles=WIDE_TILES, widest_copy=16 * MIB,
+    wide_tiles=WIDE_TILES, widest_copy=16 * MIB, filters=True,
+    default_budget=default_budget(),
 )  # fmt: skip
 # Sapphire Rapids and Emerald Rapids.
 SLOW_BFLOAT16 = (("GenuineIntel", "6", "143"), ("GenuineIntel", "6", "207"))
@@ -113,7 +116,7 @@ class CppState:
     def finish(self) -> Finished:
         made = _ops().finish(self.fields, self.labels, self.vocab_size)
         log_probs, maximum, log_sum, others, label_logit, *optional = made
-        stats = dict(zip(TokenStats._fields[1:], optional, strict=True))
+        stats = dict(zip(OPTIONAL_OUTPUTS, optional, strict=True))
         stats["is_top1"] = stats["is_top1"] > 0
         wanted = TokenStats(log_probs, **{name: stats[name] for name in self.outputs})
         return Finished(wanted, maximum, log_sum, others, label_logit)
@@ -153,6 +156,8 @@ class CppState:
 class CppTileOps:
     """See `dpo_kernels.backends.base.TileOps` for what each method does."""
 
+    unit = math.log(2)
+
     def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
         self.call, self.plan, self.rounds = call, plan, execution.capabilities.rounds
         self.operand = execution.operand(call.compute_dtype)
@@ -180,6 +185,30 @@ class CppTileOps:
         maxima = self._buffer("maxima", -(-v // self.plan.maxima_columns), n, torch.float32)
         self._accumulate(state, tile, by_token=share, maxima=maxima, total=total)
         self.multiply(total, share, tile.weight, add=True)
+
+    def select(
+        self, state: CppState, tile: Tile, saved: SavedTile, rule: Rule, room: Tensor
+    ) -> tuple[Tensor, list[int]] | None:
+        base, total = (rows_of(state.fields[_state_fields().index(name)], tile.rows) for name in ("base", "total"))
+        to = reference = _ops().reference(base)
+        if saved.exps.dtype == torch.float16:
+            to, total = base, total * torch.exp2(reference - base)
+        rule.dropped.mul_(torch.exp2((rule.relative - to).double()))
+        rule.relative.copy_(to)
+        least = rule.bound * (total + torch.exp2(rule.label_logits / math.log(2) - to))
+        labels = state.labels[tile.rows]
+        columns, *counts = _ops().select(
+            saved.exps.T,
+            saved.maxima.T,
+            rule.relative,
+            least,
+            labels,
+            tile.columns.start,
+            len(room),
+            room,
+            rule.dropped,
+        ) or (None,)
+        return None if columns is None else (columns, counts[0].tolist())
 
     def finish_jacobian(
         self, state: CppState, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
 from dpo_kernels.capabilities import Capabilities
+from dpo_kernels.host_memory import default_budget
 from dpo_kernels.layout import put_rows, take_rows
 from dpo_kernels.planner import Plan
+from dpo_kernels.sparse import Rule
 from dpo_kernels.statistics import (
     LOG_ZERO,
     Finished,
@@ -27,19 +30,22 @@ from dpo_kernels.statistics import (
     finite,
     merge_into,
 )
+from dpo_kernels.workload import GROUP
 
 # Logits are read this many bytes at a time, in the accumulation dtype: a block stays in a CPU's L2 cache, and fills an
 # accelerator.
 LOGITS_BLOCK = {"cpu": 4 * MIB}
 LOGITS_BLOCK_ELSEWHERE = 256 * MIB
 
+_ELSEWHERE = Capabilities(
+    ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), 12 * MIB,
+    widens=(torch.bfloat16, torch.float16), filters=True,
+)  # fmt: skip
 CAPABILITIES = {
-    "cpu": Capabilities(
-        ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), 12 * MIB,
-        widens=(torch.bfloat16, torch.float16),
-    ),
+    "cpu": replace(_ELSEWHERE, default_budget=default_budget()),
     "cuda": Capabilities(
-        ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), 32 * MIB
+        ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), 32 * MIB,
+        filters=True,
     ),
 }  # fmt: skip
 
@@ -79,7 +85,7 @@ class PyTorchBackend:
         return None
 
     def capabilities(self, device: torch.device, configuration: None = None) -> Capabilities:
-        return CAPABILITIES.get(device.type, CAPABILITIES["cpu"])
+        return CAPABILITIES.get(device.type, _ELSEWHERE)
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> PyTorchTileOps:
         return PyTorchTileOps(call, plan, execution)
@@ -90,7 +96,7 @@ class PyTorchBackend:
         wide = accumulate_dtype(logits.dtype)
         results = tuple(torch.empty(tokens.count, dtype=wide, device=logits.device) for _ in range(4))
         for rows in _row_blocks(logits, tokens.count):
-            z = apply_transform(_own(take_rows(logits, tokens.index, rows), wide), transform)
+            z = transform.logits(_own(take_rows(logits, tokens.index, rows), wide))
             labels = tokens.labels[rows]
             label_logit = take_label(z, labels)
             maximum = z.amax(1)
@@ -112,7 +118,7 @@ class PyTorchBackend:
     ) -> None:
         wide = accumulate_dtype(logits.dtype)
         for rows in _row_blocks(logits, tokens.count):
-            z = apply_transform(_own(take_rows(logits, tokens.index, rows), wide), transform)
+            z = transform.logits(_own(take_rows(logits, tokens.index, rows), wide))
             derivative = transform.cap_derivative(z)
             dz = logits_gradient(z, grads.rows(rows), 0, derivative, transform.slope)
             put_rows(out, tokens.index, rows, dz)
@@ -152,6 +158,8 @@ class Accumulated(NamedTuple):
 
 class PyTorchTileOps:
     """See `dpo_kernels.backends.base.TileOps` for what each method does."""
+
+    unit = 1.0
 
     def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
         self.call, self.rounds = call, execution.capabilities.rounds
@@ -193,12 +201,39 @@ class PyTorchTileOps:
         if saved is not None:
             dz = self._from_saved(grads, saved, self._tile(*saved.exps.shape), tile.columns.start)
         else:
-            z = apply_transform(self._product(tile), transform)
+            z = transform.logits(self._product(tile))
             derivative = transform.cap_derivative(z)
             dz = logits_gradient(z, grads, tile.columns.start, derivative, transform.slope)
         if bias is not None:
             bias += dz.sum(0)
         multiply_each(self, dz.to(self.operand), products)
+
+    def select(
+        self, state: PyTorchState, tile: Tile, saved: SavedTile, rule: Rule, room: Tensor
+    ) -> tuple[Tensor, list[int]] | None:
+        fields, n = state.fields.rows(tile.rows), len(tile.hidden)
+        base = finite(fields.maximum)
+        rule.dropped.mul_((rule.relative - base).double().exp_())
+        rule.relative.copy_(base)
+        least = rule.bound * (fields.total + (rule.label_logits - base).exp_())
+        shrink = (saved.maxima.squeeze(1) - base).exp_()
+        local = state.labels[tile.rows] - tile.columns.start
+        local = local.masked_fill((local < 0) | (local >= len(tile.weight)), -1)
+        groups = [slice(first, min(first + GROUP, n)) for first in range(0, n, GROUP)]
+        found, left_out, numbers = [], [], 0
+        for group in groups:
+            exps = saved.exps[group] * shrink[group, None]
+            kept = ~(exps < least[group, None]).all(0)
+            kept[local[group][local[group] >= 0]] = True
+            columns = kept.nonzero().squeeze(1)
+            numbers += len(columns) * len(exps)
+            if numbers > len(room):
+                return None
+            room[numbers - len(columns) * len(exps) : numbers].view(len(columns), len(exps)).copy_(exps[:, columns].T)
+            found.append(columns)
+            left_out.append(exps.masked_fill_(kept, 0).sum(1, dtype=torch.float64))
+        rule.dropped.add_(torch.cat(left_out))
+        return torch.cat(found), [len(columns) for columns in found]
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         library_multiply(out, a, b, add)
@@ -220,7 +255,7 @@ class PyTorchTileOps:
         """Merges a tile into the state; also gives the cap's derivative. Exponentials are relative to the tile's own
         maximum in every mode, so that all modes give the same log-prob to the last bit."""
         rows, first, outputs = tile.rows, tile.columns.start, state.outputs
-        z = apply_transform(self._product(tile), self.call.transform)
+        z = self.call.transform.logits(self._product(tile))
         derivative = self.call.transform.cap_derivative(z)
         part = {"logits": z.sum(1)} if "mean_logits" in outputs else {}
         part["label_logit"] = take_label(z, state.labels[rows] - first)  # -inf is left in its place
@@ -267,14 +302,6 @@ def finish_jacobian(transform: Transform, done: Finished, total: Tensor, label_w
         at_label *= derivative
     total.mul_(done.others.neg()[:, None]).addcmul_(at_label[:, None], label_weight)
     total.mul_(transform.slope)
-
-
-def apply_transform(product: Tensor, transform: Transform) -> Tensor:
-    """z from a, in place."""
-    if transform.softcap is None:
-        return product.mul_(transform.slope) if transform.slope != 1 else product
-    product.mul_(transform.logit_scale / transform.softcap).tanh_()
-    return product.mul_(transform.softcap / transform.temperature)
 
 
 def multiply_each(ops: TileOps, gradient: Tensor, products: Sequence[Product]) -> None:

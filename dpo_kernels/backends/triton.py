@@ -23,8 +23,9 @@ from dpo_kernels.capabilities import Capabilities
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import KernelConfig
 from dpo_kernels.layout import in_matrix, lies_in_rows, rows_of
-from dpo_kernels.planner import Plan, aligned
+from dpo_kernels.planner import Plan
 from dpo_kernels.statistics import Finished
+from dpo_kernels.workload import aligned
 
 # The frozen head's sum is rescaled where the maximum has grown by more than this; exp of it fits float16 20 times.
 SHARE_TOLERANCE = 8.0

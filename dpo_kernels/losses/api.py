@@ -186,6 +186,7 @@ class FusedLinearDPOLoss(nn.Module):
         temperature: float = 1.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
+        gradient_filter: float | None = None,
         memory_budget: int | None = None,
         impl: str | None = None,
         **loss_options: Any,
@@ -195,7 +196,7 @@ class FusedLinearDPOLoss(nn.Module):
         self.reference_free, self.ignore_index = reference_free, ignore_index
         self.head_options: dict[str, Any] = {
             "ignore_index": ignore_index, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
-            "memory_budget": memory_budget, "impl": impl,
+            "gradient_filter": gradient_filter, "memory_budget": memory_budget, "impl": impl,
         }  # fmt: skip
 
     def extra_repr(self) -> str:

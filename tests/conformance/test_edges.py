@@ -26,7 +26,7 @@ def test_ignored_label_is_exactly_zero(target, grads):
     hidden, weight, labels, bias = small(target, grads)
     labels[[1, 4]] = -100
     stats = token_stats(hidden, weight, labels, bias, outputs=OPTIONAL_OUTPUTS)
-    for value in stats:
+    for value in stats[:5]:
         assert value[[1, 4]].eq(0).all()
     stats.log_probs.sum().backward()
     assert hidden.grad[[1, 4]].eq(0).all()
@@ -71,7 +71,7 @@ def test_no_tokens(target, shape):
     hidden = target.randn(*shape, 4, grad=True)
     weight, bias = target.randn(9, 4, grad=True), target.randn(9, grad=True)
     stats = token_stats(hidden, weight, target.labels(1, shape), bias, outputs=OPTIONAL_OUTPUTS)
-    assert all(value.shape == shape for value in stats)
+    assert all(value.shape == shape for value in stats[:5])
     (stats.log_probs.sum() + stats.entropy.sum()).backward()
     assert hidden.grad.shape == hidden.shape
     assert weight.grad.eq(0).all()

@@ -61,7 +61,7 @@ def test_nine_arguments_and_five_outputs(options, bias):
     tensors = inputs(bias=bias)
     (made, grads), (own, own_grads) = (results(f, tensors, *options) for f in (FusedLogProbs(OWN), OWN))
     assert len(made) == len(own) == 5
-    for name, value, truth in zip(TokenStats._fields, made, own, strict=True):
+    for name, value, truth in zip(TokenStats._fields[:5], made, own, strict=True):
         assert (value is None) == (truth is None), name
         if value is not None:
             assert value.dtype == truth.dtype

@@ -13,11 +13,8 @@ from pathlib import Path
 
 import torch
 
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-     "/sys/fs/cgroup/memory/memory.stat"),
-)  # fmt: skip
+from dpo_kernels.host_memory import CGROUPS
+
 # Bytes that libraries hold beside tensors: on a CPU beyond what a process holds before it has a model (kernels that are
 # built as they are needed, threads; measured); on a GPU its context and cuBLAS's workspaces, an estimate.
 CPU_LIBRARIES, GPU_LIBRARIES = 96 * 2**20, 640 * 2**20

@@ -1,0 +1,132 @@
+"""What gradient_filter gains and costs as less and less is kept: time, share, dropped mass and error, side by side.
+
+python -m benchmarks.gradient_filter                                  V = 32,000 and 151,936, shuffled and in order
+python -m benchmarks.gradient_filter --vocab 32000 --dtype bfloat16
+
+Rows are peaked over a vocabulary of Zipf's frequencies: a logit is the logarithm of an entry's frequency and a random
+part, and the label's is higher. A table row is a filter; its time is a full step's, over the exact step's in turn.
+Errors are of gradients against the exact ones, norm over norm; `rounding` is what bfloat16 inputs do to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_kernels import TokenStats, token_stats
+
+FILTERS = (2**-30, 2**-24, 2**-20, 2**-16, 2**-14, 2**-12, 2**-10, 2**-8)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 151_936])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--peak", type=float, default=8.0, help="by how much a label's logit is higher")
+    parser.add_argument("--spread", type=float, default=2.0, help="standard deviation of a logit's random part")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(argv)
+    dtype = getattr(torch, options.dtype)
+    for vocab in options.vocab:
+        for order in ("in order", "shuffled"):
+            inputs = zipf(options.tokens, options.features, vocab, options.peak, options.spread, order == "in order")
+            print(f"\n{options.tokens:,} x {options.features:,} x {vocab:,}, {options.dtype}, {order}\n")
+            table(tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs), options.repeats)
+
+
+def zipf(n: int, d: int, v: int, peak: float, spread: float, in_order: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (n, d), weight (v, d), labels (n,)."""
+    made = torch.Generator().manual_seed(0)
+    frequency = 1 / torch.arange(1, v + 1)
+    if not in_order:
+        frequency = frequency[torch.randperm(v, generator=made)]
+    weight = torch.randn(v, d, generator=made) / d**0.5
+    labels = torch.multinomial(frequency, n, replacement=True, generator=made)
+    hidden = spread * torch.randn(n, d, generator=made) + peak * weight[labels]
+    weight[:, 0], hidden[:, 0] = frequency.log(), 1.0
+    return hidden, weight, labels
+
+
+def table(inputs: tuple[Tensor, ...], repeats: int) -> None:
+    hidden, weight, labels = inputs
+    exact = step(inputs, None)
+    wide = step(tuple(t.float() if t.is_floating_point() else t for t in inputs), None)
+    rounded = step((hidden.bfloat16(), weight.bfloat16(), labels), None)
+    print(f"rounding: d hidden {_off(rounded[1], wide[1]):.1e}, d W {_off(rounded[2], wide[2]):.1e}\n")
+    print("| filter | kept | dropped mass, mean | most | d hidden off by | d W off by | of the exact step |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for share in FILTERS:
+        stats, of_hidden, of_weight = step(inputs, share)
+        ratio = in_turn(partial(step, inputs, share), partial(step, inputs, None), repeats)
+        dropped = stats.dropped_mass
+        assert dropped is not None
+        print(
+            f"| {share:.1e} | {kept(inputs, share):.1%} | {dropped.mean():.1e} | {dropped.max():.1e} | "
+            f"{_off(of_hidden, exact[1]):.1e} | {_off(of_weight, exact[2]):.1e} | {ratio:.2f} |", flush=True
+        )  # fmt: skip
+    print(f"| plain PyTorch | | | | | | {in_turn(partial(plain, inputs), partial(step, inputs, None), repeats):.2f} |")
+
+
+def step(inputs: tuple[Tensor, ...], share: float | None) -> tuple[TokenStats, Tensor, Tensor]:
+    """Statistics and gradients of hidden states and weight."""
+    hidden, weight = (t.detach().requires_grad_() for t in inputs[:2])
+    stats = token_stats(hidden, weight, inputs[2], outputs=("dropped_mass",), gradient_filter=share)
+    stats.log_probs.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return stats, hidden.grad, weight.grad
+
+
+def plain(inputs: tuple[Tensor, ...]) -> None:
+    hidden, weight = (t.detach().requires_grad_() for t in inputs[:2])
+    F.cross_entropy((hidden @ weight.T).float(), inputs[2], reduction="sum").backward()
+
+
+def kept(inputs: tuple[Tensor, ...], share: float) -> float:
+    """Of all entries, those that are in the gradients: by the op's own table."""
+    from dpo_kernels.sparse import Keeper
+
+    found = []
+    finish = Keeper.finish
+
+    def counted(self: Keeper) -> Tensor:
+        whole = self.exps.numel() - self.back
+        found.append((whole + self.front) / (self.plan.tokens * self.plan.vocab_size))
+        return finish(self)
+
+    Keeper.finish = counted  # type: ignore[method-assign]
+    try:
+        step(inputs, share)
+    finally:
+        Keeper.finish = finish  # type: ignore[method-assign]
+    return found[0]
+
+
+def in_turn(one: Callable[[], object], other: Callable[[], object], repeats: int) -> float:
+    """Time of one over that of the other: the median over turns."""
+    ratios = []
+    for _ in range(repeats + 1):
+        times = []
+        for call in (one, other):
+            begun = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begun)
+        ratios.append(times[0] / times[1])
+    return median(ratios[1:])
+
+
+def _off(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+if __name__ == "__main__":
+    main()

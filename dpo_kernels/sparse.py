@@ -1,0 +1,213 @@
+"""Gradients that leave out what the softmax hardly holds: `gradient_filter`.
+
+A trained model puts nearly all probability on few tokens. While forward accumulates a tile, it keeps the exponentials
+of the columns in which any token of a group is worth it, with the columns' numbers, in one arena under the memory
+budget. Backward gathers those rows of the weight and adds to those rows of its gradient: no logits again, and products
+as thin as what is kept. A tile with more than a third to keep goes the dense way: it is kept whole, or multiplied again
+where the arena is full. Cut Cross-Entropy filters too (Wijmans et al. 2024, arXiv:2411.09009), in backward, from
+logits made anew.
+
+An entry is left out if its probability (times the cap's derivative, where logits are capped) is below the filter for
+every token of its group, and it is the label of none. Forward knows a row's sum only so far: it keeps too much, never
+too little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.backends.base import Product, SavedTile, Tile, TileOps
+from dpo_kernels.call import Call, TokenGrads
+from dpo_kernels.planner import Plan
+from dpo_kernels.workload import GROUP, LARGEST_SHARE, THIN_COLUMNS
+
+
+class SelectingOps(TileOps, Protocol):
+    """What a back end needs beside `TileOps`.
+
+    unit: of what saved exponentials are relative to, in natural logarithms.
+    """
+
+    unit: float
+
+    def select(
+        self, state: Any, tile: Tile, saved: SavedTile, rule: Rule, room: Tensor
+    ) -> tuple[Tensor, list[int]] | None:
+        """What of a tile that was accumulated just now is worth a product; None if that is more than `room` holds.
+
+        A column is kept for GROUP tokens if any of them has a share of at least the rule's bound in it, or it is the
+        label of any. Their exponentials (k, m) go to `room`, group after group, relative to what rule.relative says
+        then. Returns the columns, int64, group after group, and how many each has.
+        """
+
+
+class Rule(NamedTuple):
+    """What of a tile's exponentials is worth a product, and what becomes of the rest, (n,) each.
+
+    bound: a share of the row's sum so far. label_logits: which the sum has not, if the label comes later. relative:
+    what `dropped`, the sums of what was left out, are relative to, in units of the back end; both are brought up to
+    date.
+    """
+
+    bound: float
+    label_logits: Tensor
+    relative: Tensor
+    dropped: Tensor
+
+
+AGAIN, DENSE, SPARSE = range(3)  # what becomes of a tile
+# Bounds are this much lower: the label's logit, and what is saved in 16 bits, are rounded otherwise than the log-probs.
+MARGIN = 0.99
+
+
+class Keeper:
+    """Forward: sorts tiles into an arena of exponentials and one of what they are relative to.
+
+    From the front come the kept columns of sparse tiles, from the back whole tiles; between them a tile is computed.
+    exps, maxima: the arenas, of any shape. label_logits: of some tokens, (n,), before forward has met them.
+    """
+
+    def __init__(
+        self, call: Call, plan: Plan, ops: TileOps, exps: Tensor, maxima: Tensor,
+        label_logits: Callable[[slice], Tensor],
+    ) -> None:  # fmt: skip
+        self.plan, self.ops, self.label_logits = plan, cast(SelectingOps, ops), label_logits
+        self.bound = MARGIN * (call.options.gradient_filter or 0.0)
+        self.exps, self.maxima = exps.view(-1), maxima.view(-1)
+        self.front = self.front_maxima = 0
+        self.back, self.back_maxima = len(self.exps), len(self.maxima)
+        self.header: list[int] = []
+        self.columns: list[Tensor] = []
+        # Sums of what is left out, and what they are relative to, in the back end's units.
+        self.dropped = maxima.new_zeros(plan.tokens, dtype=torch.float64)
+        self.relative = maxima.new_full((plan.tokens,), -torch.inf)
+        self.known: dict[int, Tensor] = {}
+
+    def accumulate(self, state: object, tile: Tile) -> None:
+        n, v = len(tile.hidden), len(tile.weight)
+        size, blocks = n * v, n * -(-v // self.plan.maxima_columns)
+        back, back_maxima = self.back - size, self.back_maxima - blocks
+        if back < self.front or back_maxima < self.front_maxima + n:
+            self.ops.accumulate(state, tile, None)
+            self.header += [AGAIN, 0, 0]
+            return
+        saved = whole_tile(self.plan, self.exps[back:], self.maxima[back_maxima:], n, v)
+        self.ops.accumulate(state, tile, saved)
+        most = min(size // LARGEST_SHARE, back - self.front)
+        found = self.ops.select(state, tile, saved, self._rule(tile.rows), self.exps[self.front : self.front + most])
+        if found is None:
+            self.back, self.back_maxima = back, back_maxima
+            self.header += [DENSE, back, back_maxima]
+            return
+        columns, counts = found
+        self.maxima[self.front_maxima : self.front_maxima + n] = self.relative[tile.rows]
+        self.header += [SPARSE, self.front, self.front_maxima, *counts]
+        self.front_maxima += n
+        self.front += sum(count * min(GROUP, n - i * GROUP) for i, count in enumerate(counts))
+        self.columns.append(columns)
+
+    def _rule(self, rows: slice) -> Rule:
+        if rows.start not in self.known:
+            self.known[rows.start] = self.label_logits(rows)
+        return Rule(self.bound, self.known[rows.start], self.relative[rows], self.dropped[rows])
+
+    def finish(self) -> Tensor:
+        """The table that `Pieces` reads, int64: the length of its header, the header, and all columns."""
+        header = torch.tensor([len(self.header), *self.header], device=self.exps.device)
+        return torch.cat([header, *self.columns])
+
+    def dropped_mass(self, maximum: Tensor, log_sum: Tensor) -> Tensor:
+        """(M,): what each row leaves out, as a share of the row."""
+        below = self.relative.double() * self.ops.unit - maximum.double() - log_sum.double()
+        # -inf: of rows in which nothing was left out
+        return torch.where(self.dropped > 0, self.dropped.log() + below, -torch.inf).exp().to(maximum.dtype)
+
+
+class Sparse(NamedTuple):
+    """What is kept of a tile. columns, exps: of each group of tokens, (k,) and (k, m). relative_to: (n,)."""
+
+    columns: list[Tensor]
+    exps: list[Tensor]
+    relative_to: Tensor
+
+
+class Pieces:
+    """Backward: what forward's `Keeper` left of each tile."""
+
+    def __init__(self, plan: Plan, exps: Tensor, maxima: Tensor, table: Tensor) -> None:
+        self.plan, self.exps, self.maxima = plan, exps.view(-1), maxima.view(-1)
+        size = int(table[0])
+        header, self.columns = iter(table[1 : 1 + size].tolist()), table[1 + size :]
+        self.at: dict[tuple[int, int], tuple[int, int, int, list[int], int]] = {}
+        begin = 0
+        for columns in plan.forward_spans:
+            for rows in plan.token_spans:
+                kind, place, place_maxima = (next(header) for _ in range(3))
+                groups = -(-(rows.stop - rows.start) // GROUP)
+                counts = [next(header) for _ in range(groups)] if kind == SPARSE else []
+                self.at[rows.start, columns.start] = kind, place, place_maxima, counts, begin
+                begin += sum(counts)
+
+    def of(self, tile: Tile) -> SavedTile | Sparse | None:
+        """What is kept of a tile: all, some columns, or nothing."""
+        kind, place, place_maxima, counts, begin = self.at[tile.rows.start, tile.columns.start]
+        n, v = len(tile.hidden), len(tile.weight)
+        if kind == AGAIN:
+            return None
+        if kind == DENSE:
+            return whole_tile(self.plan, self.exps[place:], self.maxima[place_maxima:], n, v)
+        columns = list(self.columns[begin : begin + sum(counts)].split(counts))
+        exps = []
+        for i, count in enumerate(counts):
+            tokens = min(GROUP, n - i * GROUP)
+            exps.append(self.exps[place : place + count * tokens].view(count, tokens))
+            place += count * tokens
+        return Sparse(columns, exps, self.maxima[place_maxima : place_maxima + n])
+
+
+def whole_tile(plan: Plan, exps: Tensor, maxima: Tensor, n: int, v: int) -> SavedTile:
+    """The beginning of an arena as a tile's."""
+    blocks = -(-v // plan.maxima_columns)
+    if plan.saved_by_vocab:
+        return SavedTile(exps[: n * v].view(v, n).T, maxima[: n * blocks].view(blocks, n).T)
+    return SavedTile(exps[: n * v].view(n, v), maxima[: n * blocks].view(n, blocks))
+
+
+def multiply(
+    call: Call, ops: TileOps, grads: TokenGrads, tile: Tile, kept: Sparse, products: Sequence[Product],
+    bias: Tensor | None,
+) -> None:  # fmt: skip
+    """As `TileOps.gradient_products`, with the columns alone that are kept. grads: of the tile's tokens."""
+    for product in products:
+        if not product.add:
+            product.out.zero_()
+    upstream = grads.grad_log_probs * -call.transform.slope
+    below = kept.relative_to.double() * cast(SelectingOps, ops).unit - grads.maximum.double() - grads.log_sum
+    factor = below.exp_().to(upstream.dtype) * upstream
+    at_label = torch.expm1(grads.log_probs) * upstream
+    if (derivative := call.transform.cap_derivative(grads.label_logit)) is not None:
+        at_label *= derivative
+    local = grads.labels - tile.columns.start
+    for i, (columns, exps) in enumerate(zip(kept.columns, kept.exps, strict=True)):
+        tokens = slice(i * GROUP, i * GROUP + exps.shape[1])
+        for begin in range(0, len(columns), THIN_COLUMNS):
+            some = slice(begin, begin + THIN_COLUMNS)
+            dz = exps[some].to(factor.dtype) * factor[tokens]  # (k, m)
+            dz = torch.where(columns[some, None] == local[tokens], at_label[tokens], dz)
+            if bias is not None:
+                bias.index_add_(0, columns[some], dz.sum(1))
+            _multiply_some(ops, dz.to(ops.operand), columns[some], tokens, products)
+
+
+def _multiply_some(ops: TileOps, dz: Tensor, columns: Tensor, tokens: slice, products: Sequence[Product]) -> None:
+    for out, right, by_vocab, _ in products:
+        if by_vocab:
+            made = torch.empty(len(columns), right.shape[1], dtype=out.dtype, device=out.device)
+            ops.multiply(made, dz, right[tokens], add=False)
+            out.index_add_(0, columns, made)
+        else:
+            ops.multiply(out[tokens], dz.T.contiguous(), right.index_select(0, columns), add=True)
