@@ -51,7 +51,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
         ("ref_model_mixup_alpha, ref_model_sync_steps", "by that share, 0.6; after so many steps, 512"),
     ],
     "memory and speed": [
-        ("memory_budget, impl", "what the head may hold, such as 512MiB; triton, cpp or torch"),
+        ("memory_budget, impl, gradient_filter", "what the head may hold; triton, cpp or torch; a probability"),
         ("layout, pad_to_multiple_of", "auto, shared, packed, bucketed, padded; rows of so many tokens"),
         ("tokens_per_batch", "instead of --per_device_train_batch_size: as many pairs as fill so many tokens"),
         ("answers_at_once", "a batch in parts of so many: same gradients, less memory, one forward more"),

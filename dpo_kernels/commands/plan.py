@@ -22,6 +22,7 @@ def main(argv: list[str], program: str) -> int:
                         default=["hidden", "weight"],
                         help="what wants a gradient; none behind it: a reference or an evaluation")  # fmt: skip
     parser.add_argument("--rank", type=int, default=0, help="of a LoRA on the head; default: none")
+    parser.add_argument("--gradient_filter", type=float, help="a probability, such as 0.000244; see the train command")
     parser.add_argument("--memory_budget", help="such as 512MiB; default: 1GiB or more")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--impl", choices=("triton", "cpp", "torch"), help="default: the fastest that can run")
@@ -43,7 +44,7 @@ def main(argv: list[str], program: str) -> int:
     print(plan(
         options.tokens, hidden_size, vocab_size, getattr(torch, options.dtype), grads=options.grads, softcap=softcap,
         memory_budget=parse_bytes(options.memory_budget), device=options.device, impl=options.impl,
-        rank=options.rank,
+        rank=options.rank, gradient_filter=options.gradient_filter,
     ))  # fmt: skip
     return 0
 

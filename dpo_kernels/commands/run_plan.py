@@ -257,6 +257,7 @@ def fake_run(
     told: dict[str, Any] = {
         "trust_remote_code": trust, "attn_implementation": script.attn_implementation,
         "memory_budget": config.memory_budget_bytes, "impl": config.impl,
+        "gradient_filter": config.gradient_filter,
     }  # fmt: skip
     trained = adapter.peft_config()
     if trained is None and name is not None and base_of(name) is not None:

@@ -19,7 +19,7 @@ from dpo_kernels.training.layouts import PADDED, Layout, PairTokens, Part, Seque
 Surrounding = Callable[[], AbstractContextManager[Any]]
 
 IGNORE_INDEX = -100
-PER_TOKEN = {"log_probs", "log_sum_sq_probs"}  # of what a fused model gives
+PER_TOKEN = {"log_probs", "log_sum_sq_probs", "dropped_mass"}  # of what a fused model gives
 PADDING = {"y_": IGNORE_INDEX}  # what tensors of a name are padded with, others with 0: it counts nowhere
 UNCOUNTED = "uncounted"  # in a batch: its pair is there for a process that has nothing left to do
 

@@ -99,6 +99,7 @@ def head_call(args: DPOConfig, model: Any, batch: Longest, trains: bool, device:
         "softcap": _softcap(model, head),
         "compute_dtype": COMPUTE.get(str(args.mixed_precision), weight.dtype), "device": device, "impl": args.impl,
         "labels": batch.labels, "rank": rank_of(head), "ranks": ranks_of(head),
+        "gradient_filter": args.gradient_filter if trains else None,
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from dpo_kernels import checks
 from dpo_kernels.losses import LossOptions, check_options
 from dpo_kernels.training.engines import check_asked, read_parallelism
 from dpo_kernels.training.mlp_tiles import Tiles, check_tiles
@@ -81,6 +82,12 @@ class DPOConfig(TrainingArguments):
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={"help": "Weight of the load-balancing loss of a mixture of experts; default: the model's."},
+    )
+    gradient_filter: float | None = field(
+        default=None,
+        metadata={
+            "help": "A probability, such as 0.000244: what is below may be left out of gradients; exact without."
+        },
     )
     memory_budget: str | None = field(
         default=None, metadata={"help": "What the head may hold, such as 512MiB; default: 1GiB or more (see plan)."}
@@ -161,6 +168,9 @@ class DPOConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value!r}; with DPO it can be {known} only: {reason}")
         if self.tp_size < 1:
             raise ValueError(f"tp_size is {self.tp_size}; expected at least 1")
+        checks.gradient_filter(self.gradient_filter, (), False)
+        if self.gradient_filter and self.tp_size > 1:
+            raise ValueError("gradient_filter does not go with tp_size, which splits the vocabulary; leave one out")
         self._check_sync()
         self._check_padding()
         if self.tokens_per_batch is not None:

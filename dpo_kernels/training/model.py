@@ -53,6 +53,7 @@ class FusedHead:
         memory_budget: as in `hidden_to_log_probs`.
         impl: as in `hidden_to_log_probs`.
         with_log_sum_sq_probs: whether calls return that too (WPO's weights are made of it); it has no gradient.
+        gradient_filter: as in `hidden_to_log_probs`; with one, calls return "dropped_mass" too, of the labels' shape.
 
     Raises:
         HeadError: the model has no output head with a floating-point weight of its own.
@@ -64,6 +65,7 @@ class FusedHead:
         memory_budget: int | None = None,
         impl: str | None = None,
         with_log_sum_sq_probs: bool = False,
+        gradient_filter: float | None = None,
     ) -> None:
         head: Any = find_head(model)
         if isinstance(head, OutputHead):
@@ -84,6 +86,7 @@ class FusedHead:
             )
         self.memory_budget, self.impl = memory_budget, impl
         self.outputs = ("log_sum_sq_probs",) if with_log_sum_sq_probs else ()
+        self.gradient_filter = gradient_filter
         self.transform = Transform()
         self._requests = threading.local()  # a model may be called from several threads at once
         self.vocab_size = shape_of(weight)[0]
@@ -150,15 +153,26 @@ class FusedHead:
         Raises:
             HeadError: says what is not as it has to be.
         """
-        check_head(self, model, deterministic)
+        with self.exact():
+            check_head(self, model, deterministic)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Nothing is left out of gradients within the block, as of those that are compared."""
+        before, self.gradient_filter = self.gradient_filter, None
+        try:
+            yield
+        finally:
+            self.gradient_filter = before
 
     def token_stats(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, low_rank: LowRank | None = None
     ) -> TokenStats:
-        t = self.transform
+        t, share = self.transform, self.gradient_filter
         return token_stats(
-            hidden, weight, labels, bias, outputs=self.outputs, temperature=t.temperature, logit_scale=t.logit_scale,
-            softcap=t.softcap, low_rank=low_rank, memory_budget=self.memory_budget, impl=self.impl,
+            hidden, weight, labels, bias, outputs=(*self.outputs, *(["dropped_mass"] if share else [])),
+            temperature=t.temperature, logit_scale=t.logit_scale, softcap=t.softcap, low_rank=low_rank,
+            gradient_filter=share, memory_budget=self.memory_budget, impl=self.impl,
         )  # fmt: skip
 
     @contextmanager

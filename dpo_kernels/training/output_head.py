@@ -154,8 +154,9 @@ class FusedForward:
     def _result(self, request: Request, output: Any) -> dict[str, Tensor]:
         assert request.output is not None
         result = {"log_probs": request.output.squeeze(-1).clone()}  # FSDP hangs hooks on it, which wants no view
-        if request.stats is not None and request.stats.log_sum_sq_probs is not None:
-            result["log_sum_sq_probs"] = request.stats.log_sum_sq_probs.squeeze(-1)
+        for name in ("log_sum_sq_probs", "dropped_mass"):
+            if (value := getattr(request.stats, name, None)) is not None:
+                result[name] = value.squeeze(-1)
         if getattr(output, "aux_loss", None) is not None:
             result["aux_loss"] = output.aux_loss
         return result

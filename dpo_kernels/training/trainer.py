@@ -127,7 +127,7 @@ class DPOTrainer(SavingTrainer):
         for name, dataset in named(train_dataset=train_dataset, eval_dataset=eval_dataset):
             check_dataset(name, dataset, model)
         check_budget(args, model, ref_model, train_dataset, eval_dataset, args.device)
-        self.head = FusedHead(model, args.memory_budget_bytes, args.impl, with_log_sum_sq_probs=args.use_weighting)
+        self.head = FusedHead(model, args.memory_budget_bytes, args.impl, args.use_weighting, args.gradient_filter)
         with split_checkpoints.unrefused(args, is_split_at_load(model)):
             super().__init__(
                 model=model, args=args, data_collator=PairCollator(args.pad_to_multiple_of),
@@ -166,7 +166,8 @@ class DPOTrainer(SavingTrainer):
         # A compiled model would be compiled again for the lengths of each step.
         layout = "padded" if args.layout == "auto" and (args.torch_compile or self.split) else args.layout
         in_parts, is_sharded = any_partitioned(model), self.is_fsdp_enabled or is_sharded_at_load(model)
-        choice = on_models(self.accelerator, lambda: layout_check.choose(
+        with self.head.exact():
+            choice = on_models(self.accelerator, lambda: layout_check.choose(
             model, layout, pairs, args.per_device_train_batch_size, tokens_per_batch=args.tokens_per_batch,
             balances=balances, gives_mask=gives_mask, is_sharded=is_sharded, in_parts=in_parts,
             is_checkpointed=bool(args.gradient_checkpointing), answers_at_once=args.answers_at_once, device=args.device,
@@ -362,7 +363,7 @@ class DPOTrainer(SavingTrainer):
         loss = losses.mean()
         metrics = self._pair_metrics(made.logratios, policy.detach(), batch)
         if model.training:
-            self._count(batch, metrics[: batch.pairs], output.get("aux_loss"))
+            self._count(batch, metrics[: batch.pairs], output)
         if num_items_in_batch is not None:  # the pairs of the whole step, on all processes
             # Gradients are averaged over those that read pairs, so that each multiplies its share by their number.
             loss = loss * (batch.pairs * self.ranks.readers / num_items_in_batch)
@@ -408,6 +409,8 @@ class DPOTrainer(SavingTrainer):
             logs["tokens_per_second"] = tokens / (time.perf_counter() - self._steps_began)
             if "aux_loss" in totals:
                 logs["aux_loss"] = totals.pop("aux_loss") / batches
+            if "dropped_mass" in totals:
+                logs["dropped_mass"] = totals.pop("dropped_mass") / totals.pop("counted")
             logs |= {name: totals[name] / pairs for name in PAIR_METRICS}
             logs["peak_memory_mib"] = peak_memory_mib()
             logs["memory_mib"] = held(self.args.device) / 2**20
@@ -492,14 +495,17 @@ class DPOTrainer(SavingTrainer):
         }  # fmt: skip
         return torch.stack([values[name].float() for name in PAIR_METRICS], 1)
 
-    def _count(self, batch: PairBatch, metrics: Tensor, aux_loss: Tensor | None) -> None:
+    def _count(self, batch: PairBatch, metrics: Tensor, output: dict[str, Tensor]) -> None:
         for name, total in zip(PAIR_METRICS, metrics.sum(0), strict=True):
             self._sums[name] += total
         self._sums["pairs"] += len(metrics)  # none of a batch that only keeps step with the other processes
         self._sums["batches"] += min(1, len(metrics))
         self._sums["tokens"] += batch.attention_mask.sum()
-        if aux_loss is not None:
-            self._sums["aux_loss"] += aux_loss.detach() * min(1, len(metrics))
+        if "aux_loss" in output:
+            self._sums["aux_loss"] += output["aux_loss"].detach() * min(1, len(metrics))
+        if "dropped_mass" in output and self.layout.answers_at_once is None:  # parts leave out nothing the first time
+            self._sums["dropped_mass"] += output["dropped_mass"].sum() * min(1, len(metrics))
+            self._sums["counted"] += batch.mask.sum() * min(1, len(metrics))
 
     def _reduce(self, totals: Tensor) -> list[float]:
         return self.accelerator.reduce(totals, reduction="sum").tolist()

@@ -36,6 +36,7 @@ def make_fake(
     attn_implementation: str | None = None,
     memory_budget: int | None = None,
     impl: str | None = None,
+    gradient_filter: float | None = None,
     has_dropout: bool = False,
 ) -> Any:
     """A fused model whose parameters are fake tensors of `mode`, in the state in which it is trained.
@@ -72,7 +73,7 @@ def make_fake(
         ) from error
     if not has_dropout:
         disable_dropout(model)
-    FusedHead(model, memory_budget, impl)
+    FusedHead(model, memory_budget, impl, gradient_filter=gradient_filter)
     return model
 
 

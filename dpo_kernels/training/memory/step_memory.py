@@ -311,7 +311,7 @@ class StepBytes(LiveBytes):
                 counted, hidden.shape[-1], weight.shape[0], hidden.dtype, grads=grads, outputs=options.outputs,
                 softcap=options.transform.softcap, compute_dtype=options.compute_dtype,
                 memory_budget=options.memory_budget, device=self.run.device, impl=options.impl, labels=labels,
-                rank=0 if low_rank is None else low_rank.shape[0],
+                rank=0 if low_rank is None else low_rank.shape[0], gradient_filter=options.gradient_filter,
             )  # fmt: skip
         self.flops += int(2 * made.gemms * counted * hidden.shape[-1] * weight.shape[0])
         return made
