@@ -8,7 +8,9 @@ python -m benchmarks.layouts --systems padded shared    some of them
 
 A step is a step of training: policy, reference, loss, backward, optimizer. Each system is a process of its own that
 trains on the same tokens and waits while another has its turn; the first step is not counted. The steps are of pairs
-spread evenly over the file. Bytes are the most that a process held beyond its two models.
+spread evenly over the file. Bytes are the most that a process held beyond its two models. Where memory does not hold
+all systems at once with room to spare, --alone runs one after the other: a machine that runs out of pages slows those
+down that let buffers go in between.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="its root; it comes first")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="one system after the other, instead of in turn")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measured(options: argparse.Namespace, folder: Path) -> list[Measured]:
-    """All systems in turn, step by step."""
+    """All systems, step by step."""
     if not options.data.is_file():
         raise SystemExit(f"--data is {options.data}, which is no file; give one of pairs, or --made")
     model = options.model or _example_model(folder, options.data)
@@ -118,7 +121,12 @@ def measured(options: argparse.Namespace, folder: Path) -> list[Measured]:
     given = ["--model", str(model), "--items", str(folder / "items.pt"), "--pairs", str(options.pairs)]
     given += [f"--{name}" for name in ("bf16", "gradient_checkpointing") if getattr(options, name)]
     systems = [*(["before"] if options.before else []), *options.systems]
-    workers = [Worker(name, given, options.before if name == "before" else ROOT) for name in systems]
+    turns = [[name] for name in systems] if options.alone else [systems]
+    return [row for names in turns for row in _in_turn(names, given, options, items)]
+
+
+def _in_turn(names: list[str], given: list[str], options: argparse.Namespace, items: list[Any]) -> list[Measured]:
+    workers = [Worker(name, given, options.before if name == "before" else ROOT) for name in names]
     rows = [Measured(worker.system, told=worker.hear()["told"]) for worker in workers]
     for step in range(options.steps + 1):
         for worker, row in zip(workers, rows, strict=True):
