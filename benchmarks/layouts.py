@@ -7,8 +7,9 @@ python -m benchmarks.layouts --before FOLDER            an older version of this
 python -m benchmarks.layouts --systems padded shared    some of them
 
 A step is a step of training: policy, reference, loss, backward, optimizer. Each system is a process of its own that
-trains on the same tokens and waits while another has its turn; the first step is not counted. The steps are of pairs
-spread evenly over the file. Bytes are the most that a process held beyond its two models. Where memory does not hold
+trains on the same tokens and waits while another has its turn; the first step is not counted. It is of the longest
+answers, as the rehearsal of a run is: buffers are as large then as they will be. The others are of pairs spread evenly
+over the file. Bytes are the most that a process held beyond its two models. Where memory does not hold
 all systems at once with room to spare, --alone runs one after the other: a machine that runs out of pages slows those
 down that let buffers go in between.
 """
@@ -155,10 +156,11 @@ def _example_model(folder: Path, data: Path) -> Path:
 
 
 def _read(options: argparse.Namespace, model: Path) -> list[Any]:
-    """Pairs for a first step, those that count, and one before which all end; spread evenly over the file."""
+    """Pairs for a first step, those that count, and one before which all end."""
     from transformers import AutoTokenizer
 
     from dpo_kernels.training import DPODataset
+    from dpo_kernels.training.data_report import column
 
     dataset = DPODataset(options.data, AutoTokenizer.from_pretrained(model), options.max_length)
     wanted = (options.steps + 2) * options.pairs
@@ -167,8 +169,10 @@ def _read(options: argparse.Namespace, model: Path) -> list[Any]:
             f"{options.data} has {len(dataset)} pairs, and {wanted} are asked for: fewer --steps or --pairs"
         )
     groups = len(dataset) // options.pairs
-    starts = [i * groups // (options.steps + 2) * options.pairs for i in range(options.steps + 2)]
-    return [dataset[start + i] for start in starts for i in range(options.pairs)]
+    starts = [i * groups // (options.steps + 2) * options.pairs for i in range(1, options.steps + 2)]
+    counted = column(dataset.rows, "counted")
+    longest = sorted(range(len(dataset)), key=lambda i: -counted[i])[: options.pairs]
+    return [dataset[i] for i in (*longest, *(start + i for start in starts for i in range(options.pairs)))]
 
 
 def _made(options: argparse.Namespace) -> list[Any]:
