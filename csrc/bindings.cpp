@@ -229,18 +229,17 @@ void gradient_op(
 }
 
 std::vector<Tensor> select_op(
-    const Tensor& exps, const Tensor& bases, const Tensor& to, const Tensor& least, const Tensor& labels, int64_t first,
-    int64_t most, Tensor room, Tensor dropped) {
-  const int64_t v = exps.size(0), n = labels.size(0);
+    const Tensor& exps, const Tensor& bases, const Tensor& to, const Tensor& least, int64_t group, Tensor room,
+    Tensor dropped) {
+  const int64_t v = exps.size(0), n = to.size(0);
   check_matrix("exps", exps, v, n);
   check_bases(true, bases, n, v);
   check_vector("to", to, n, at::kFloat);
   check_vector("least", least, n, at::kFloat);
-  check_vector("labels", labels, n, at::kLong);
   check_vector("room", room, room.numel(), exps.scalar_type());
   check_vector("dropped", dropped, n, at::kDouble);
-  TORCH_CHECK(most <= room.numel(), "room for ", room.numel(), " numbers, and ", most, " may be kept");
-  return select({exps, bases, to, least, labels, first, most}, room, dropped);
+  TORCH_CHECK(group == kGroup, "groups of ", group, " tokens; they are of ", kGroup);
+  return select({exps, bases, to, least}, room, dropped);
 }
 
 void check_rows(const char* name, const Maybe& index, int64_t m, const char* of, const Tensor& matrix) {
@@ -380,8 +379,8 @@ TORCH_LIBRARY(dpo_kernels_cpp, m) {
       dpo_kernels::gradient_op);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add, Tensor(b!) room) -> ()", dpo_kernels::multiply_op);
   m.def(
-      "select(Tensor exps, Tensor bases, Tensor to, Tensor least, Tensor labels, int first, int most, Tensor(a!) room,"
-      " Tensor(b!) dropped) -> Tensor[]",
+      "select(Tensor exps, Tensor bases, Tensor to, Tensor least, int group, Tensor(a!) room, Tensor(b!)"
+      " dropped) -> Tensor[]",
       dpo_kernels::select_op);
   m.def("logits_forward(" LOGITS ") -> Tensor[]", dpo_kernels::logits_forward_op);
   m.def(

@@ -20,11 +20,6 @@ class Selection {
   explicit Selection(const SelectArgs& args)
       : args_(args), exps_(args.exps), bases_(args.bases), v_(args.exps.size(0)), n_(args.exps.size(1)),
         groups_(ceil_div(n_, kGroup)), blocks_(ceil_div(v_, kBlock)), kept_(groups_ * v_), left_out_(blocks_ * n_) {
-    const int64_t* labels = args.labels.const_data_ptr<int64_t>();
-    for (int64_t t = 0; t < n_; ++t) {
-      const int64_t column = labels[t] - args.first;
-      if (column >= 0 && column < v_) kept_[t / kGroup * v_ + column] = 1;
-    }
     run_tasks(blocks_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         for (int64_t group = 0; group < groups_; ++group) look_at(block, group);
@@ -40,7 +35,7 @@ class Selection {
       of_group[group] = std::accumulate(kept, kept + v_, int64_t{0});
       numbers += of_group[group] * tokens_of(group);
     }
-    if (numbers > args_.most) return {};
+    if (numbers > room.numel()) return {};
     const int64_t total = std::accumulate(of_group, of_group + groups_, int64_t{0});
     Tensor columns = at::empty({total}, at::TensorOptions().dtype(at::kLong));
     int64_t* column = columns.data_ptr<int64_t>();
@@ -84,15 +79,12 @@ class Selection {
 
   void look_at(int64_t block, int64_t group) {
     const int64_t tokens = tokens_of(group), first = group * kGroup;
-    const float* least = args_.least.const_data_ptr<float>() + first;
     alignas(64) float e[kGroup] = {}, factor[kGroup], bound[kGroup], sums[kGroup] = {};
     std::fill_n(factor, kGroup, 1.f);
     std::fill_n(bound, kGroup, kInf);
     const bool same = shrink(block, group, factor);
-    std::copy_n(least, tokens, bound);
+    std::copy_n(args_.least.const_data_ptr<float>() + first, tokens, bound);
     for (int64_t c = block * kBlock; c < std::min((block + 1) * kBlock, v_); ++c) {
-      uint8_t& kept = kept_[group * v_ + c];
-      if (kept) continue;
       exps_.read(c, first, e, tokens);
       Vec below = Vec::loadu(e) == Vec::loadu(e);
       for (int64_t t = 0; t < kGroup; t += kWidth) {
@@ -101,7 +93,7 @@ class Selection {
         below = below & (value < Vec::loadu(bound + t));  // false for a NaN, which is kept
       }
       if (below.zero_mask() != 0) {
-        kept = 1;
+        kept_[group * v_ + c] = 1;
       } else {
         for (int64_t t = 0; t < kGroup; t += kWidth) (Vec::loadu(sums + t) + Vec::loadu(e + t)).store(sums + t);
       }

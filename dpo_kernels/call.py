@@ -110,7 +110,7 @@ class Options:
     def encode(self) -> tuple[list[float], list[int], list[bool], str]:
         """As the last four arguments of an operator. Numbers stay numbers: torch.compile can keep them symbolic."""
         t = self.transform
-        numbers = [t.temperature, t.logit_scale] + ([] if t.softcap is None else [t.softcap])
+        numbers = [self.gradient_filter, t.temperature, t.logit_scale] + ([] if t.softcap is None else [t.softcap])
         # Always both, with a stand-in for None: autograd of torch.library takes an empty list for a list of tensors.
         limits = {"ignore_index": self.ignore_index, "memory_budget": self.memory_budget}
         given = [name for name, value in limits.items() if value is not None]
@@ -118,17 +118,17 @@ class Options:
         values = [0 if value is None else value for value in limits.values()]
         where, group = ([], "") if self.shard is None else self.shard.encode()
         parts = (
-            ",".join(self.outputs), DTYPE_NAMES[self.compute_dtype], self.impl or "", flags, ",".join(given),
-            self.gradient_filter.hex(), group,
+            ",".join(self.outputs), DTYPE_NAMES[self.compute_dtype], self.impl or "", flags, ",".join(given), group,
         )  # fmt: skip
         return numbers, values + where, self.grads.as_list(), ";".join(parts)
 
     @staticmethod
     def decode(numbers: Sequence[float], limits: Sequence[int], wants_grad: Sequence[bool], spec: str) -> Options:
         known, given, group = _decode(spec)
+        gradient_filter, *of_transform = numbers
         ignore_index, memory_budget, *where = limits
         return replace(
-            known, transform=Transform(*numbers), grads=Grads(*wants_grad),
+            known, transform=Transform(*of_transform), gradient_filter=gradient_filter, grads=Grads(*wants_grad),
             ignore_index=ignore_index if "ignore_index" in given else None,
             memory_budget=memory_budget if "memory_budget" in given else None,
             shard=VocabShard.decode(where, group) if where else None,
@@ -137,11 +137,11 @@ class Options:
 
 @functools.cache
 def _decode(spec: str) -> tuple[Options, tuple[str, ...], str]:
-    *lists, group = spec.split(";", 6)  # torch may put anything into a group's name
-    outputs, compute_dtype, impl, flags, given, share = (part.split(",") if part else [] for part in lists)
+    *lists, group = spec.split(";", 5)  # torch may put anything into a group's name
+    outputs, compute_dtype, impl, flags, given = (part.split(",") if part else [] for part in lists)
     options = Options(
         outputs=tuple(outputs), compute_dtype=DTYPES[compute_dtype[0]], impl=impl[0] if impl else None,
-        inplace_backward=bool(flags), gradient_filter=float.fromhex(share[0]),
+        inplace_backward=bool(flags),
     )  # fmt: skip
     return options, tuple(given), group
 

@@ -29,10 +29,10 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
 
     join: from the state of a part of the vocabulary to rows that know all of it, where the others are on other ranks.
     """
-    maxima = wide = call.hidden.new_zeros((plan.kept_tokens, plan.blocks), dtype=call.accumulate_dtype)
+    maxima = wide = call.hidden.new_zeros((plan.saved_rows, plan.blocks), dtype=call.accumulate_dtype)
     operands = _Operands(call, plan, ops, wide)
     state = ops.new_state(operands.labels)
-    exps = ops.empty("saved exponentials", plan.kept_tokens, plan.saved_columns, call.compute_dtype)
+    exps = ops.empty("saved exponentials", plan.saved_rows, plan.saved_columns, call.compute_dtype)
     jacobian = wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size))
     keeper = sparse.Keeper(call, plan, ops, exps, maxima, operands.label_logits) if plan.sparse else None
     if keeper is None and plan.kept_tokens and plan.saved_columns > plan.vocab_size:
@@ -123,10 +123,10 @@ def _give_back(call: Call, sums: _Sums, tail: Tensor) -> None:
     changes, for a pass over it, and goes without (benchmarks/gradient_filter.py).
     """
     if sums.low_rank is not None:
-        sums.low_rank.of_rows.addr_(tail, sums.low_rank.given.b.to(tail.dtype).mean(0))
+        sums.low_rank.of_rows.addr_(tail, sparse.mean_row(sums.low_rank.given.b, tail.dtype))
     if sums.hidden is None:
         return
-    before, mean = sums.hidden.complete, call.weight.mean(0, dtype=tail.dtype)
+    before, mean = sums.hidden.complete, sparse.mean_row(call.weight, tail.dtype)
 
     def complete(rows: slice, total: Tensor) -> None:
         total.addr_(tail[rows], mean)
@@ -264,9 +264,11 @@ class _Operands:
         label = label.clamp(0, self.plan.vocab_size - 1)
         made = (hidden[:, : self.plan.hidden_size] * self.label_weight(rows)).sum(1)
         if self.call.low_rank is not None:
-            made += (hidden[:, self.plan.hidden_size :] * self.call.low_rank.b[label]).sum(1)
+            made += (
+                hidden[:, self.plan.hidden_size :] * self.convert(self.call.low_rank.b[label], dtype=self.dtype)
+            ).sum(1)
         if self.call.bias is not None:
-            made += self.call.bias[label]
+            made += self.call.bias[label].to(self.call.compute_dtype)
         return self.call.transform.logits(made)
 
     def taken(self, rows: slice) -> Tensor:

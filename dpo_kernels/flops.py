@@ -49,11 +49,13 @@ def backward(
     _: Any, made: Sequence[Shape], wanted: Sequence[bool], hidden: Shape, weight: Shape, bias: Shape | None,
     a: Shape | None, *__: Any, **___: Any,
 ) -> int:  # fmt: skip
-    """Logits of the tokens whose exponentials were not saved, and the gradient of each matrix."""
+    """Logits of the tokens whose exponentials were not saved, and the gradient of each matrix. What a filter leaves out
+    counts: shapes do not tell it."""
     saved = dict(zip(SAVED, made, strict=True))
     if saved["jacobian"][0]:
         return 0
-    tokens, kept = saved["maximum"][0], saved["exps"][0]
+    tokens = saved["maximum"][0]
+    kept = min(tokens, saved["exps"][0])
     matrices = sum(wanted[:2]) * weight[1]
     through = 2 * _rank(a) * (wanted[0] or any(wanted[3:]))
     return 2 * weight[0] * ((tokens - kept) * (weight[1] + _rank(a)) + tokens * (matrices + through))

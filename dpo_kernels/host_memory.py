@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from dpo_kernels.capabilities import DEFAULT_BUDGET
+from dpo_kernels.capabilities import DEFAULT_BUDGET, Capabilities
 
 # Files of a control group, version 2 and 1: its limit, what it uses, and its statistics.
 CGROUPS = (
@@ -16,17 +18,36 @@ CGROUPS = (
      "/sys/fs/cgroup/memory/memory.stat"),
 )  # fmt: skip
 SHARE, STEP = 8, 2**29
+# Variables in which launchers say how many processes they start on a machine: torchrun and accelerate, then MPIs.
+ON_THIS_MACHINE = (
+    "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE",
+)  # fmt: skip
+
+
+def with_memory(known: Capabilities) -> Capabilities:
+    """Of a back end on a CPU, with the budget that this machine has for a call."""
+    return _with_budget(known, default_budget())
+
+
+@functools.cache
+def _with_budget(known: Capabilities, budget: int) -> Capabilities:
+    return replace(known, default_budget=budget)
 
 
 def default_budget() -> int:
     """Bytes of the default memory budget on a CPU: an eighth of the memory, in halves of a GiB, 1 GiB at the least.
 
     Of the memory that there is, not of what is free just now: the same from run to run on one machine. Processes that
-    a launcher started together (LOCAL_WORLD_SIZE) share it.
+    a launcher started together share it.
     """
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    each = min(_limits(), default=0) // SHARE // max(1, int(processes) if processes.isdecimal() else 1)
-    return max(DEFAULT_BUDGET, each // STEP * STEP)
+    given = (os.environ.get(name, "") for name in ON_THIS_MACHINE)
+    processes = next((int(value) for value in given if value.isdecimal() and int(value)), 1)
+    return max(DEFAULT_BUDGET, _memory() // SHARE // processes // STEP * STEP)
+
+
+@functools.cache
+def _memory() -> int:
+    return min(_limits(), default=0)
 
 
 def _limits() -> Iterator[int]:

@@ -131,7 +131,7 @@ def _(
         "maxima": hidden.new_empty((kept, blocks), dtype=wide),
         "jacobian": hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
         "table": labels.new_empty((_size(0) if options.gradient_filter else 0,), dtype=torch.int64),
-        "dropped": hidden.new_empty((counted if options.gradient_filter and grads else 0,), dtype=wide),
+        "dropped": hidden.new_empty((_size(0) if options.gradient_filter else 0,), dtype=wide),
         "execution": torch.empty(EXECUTION_BYTES, dtype=torch.uint8, device="cpu"),
     }
     return (*stats, *(saved[name] for name in SAVED))

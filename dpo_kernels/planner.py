@@ -8,6 +8,7 @@ the gradients that it returns.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from types import MappingProxyType
 import torch
 
 from dpo_kernels.call import Grads
-from dpo_kernels.workload import GROUP, LARGEST_SHARE, Sweep, Workload, aligned
+from dpo_kernels.workload import Sweep, Workload, aligned
 
 MIB = 2**20
 
@@ -27,6 +28,7 @@ class Plan:
     mode: "score" (no gradient), "frozen" (only the hidden states want one), "keep", "mixed", "recompute", or "sparse"
         (with a gradient_filter).
     kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
+    arena_rows: of a sparse plan instead: what forward keeps, column by column, has the room of so many tokens.
     gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together; of a sparse
         plan forward's alone, since nobody knows yet what is kept.
     rank: of the low-rank adapter of the weight, 0 without one.
@@ -34,7 +36,6 @@ class Plan:
     one_pass: forward takes the vocabulary in one piece.
     parts: what is held at the peak, in bytes, by name; `memory` is the same as a mapping, `bytes` the sum.
     ranks: over which the vocabulary is split, `vocab_size` of it here; 0 where it is not.
-    sparse: what forward keeps goes to an arena as large as `kept_tokens` rows, column by column (`dpo_kernels.sparse`).
     exchanges: the collectives of forward and backward, by name, and the bytes of what each of them is given or makes,
         whichever is more. An all-reduce on a ring sends 2 (ranks - 1) / ranks of it from each rank, an all-gather or
         reduce-scatter half that.
@@ -58,8 +59,17 @@ class Plan:
     parts: tuple[tuple[str, int], ...]
     rank: int = 0
     ranks: int = 0
-    sparse: bool = False
+    arena_rows: int = 0
     exchanges: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def sparse(self) -> bool:
+        return self.arena_rows > 0
+
+    @property
+    def saved_rows(self) -> int:
+        """Rows of what is saved of the exponentials."""
+        return self.arena_rows or self.kept_tokens
 
     @property
     def memory(self) -> Mapping[str, int]:
@@ -76,10 +86,9 @@ class Plan:
     @property
     def token_spans(self) -> list[slice]:
         """The tiles' tokens: those that are kept, then those that are not."""
-        apart = 0 if self.sparse else self.kept_tokens
         return [
             slice(first, min(first + self.tile_tokens, stop))
-            for start, stop in ((0, apart), (apart, self.tokens))
+            for start, stop in ((0, self.kept_tokens), (self.kept_tokens, self.tokens))
             for first in range(start, stop, self.tile_tokens)
         ]
 
@@ -102,10 +111,9 @@ class Plan:
     @property
     def blocks(self) -> int:
         """How many block maxima a row of saved exponentials has; 0 where nothing is saved."""
-        of_tiles = (
-            -(-self.vocab_size // self.tile_vocab) if self.sparse else 0
-        )  # what a tile's kept columns are relative to
-        return -(-self.vocab_size // self.maxima_columns) + of_tiles if self.kept_tokens else 0
+        # In an arena a tile's kept columns are relative to one number more a token.
+        of_tiles = -(-self.vocab_size // self.tile_vocab) if self.sparse else 0
+        return -(-self.vocab_size // self.maxima_columns) + of_tiles if self.saved_rows else 0
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -118,7 +126,7 @@ class Plan:
             f"  tiles   {self.tile_tokens:,} tokens x {self.tile_vocab:,} vocabulary",
         ]
         if self.sparse:
-            lines.append(f"  kept    what passes the filter, in the room of {self.kept_tokens:,} tokens")
+            lines.append(f"  kept    what passes the filter, in the room of {self.arena_rows:,} tokens")
         elif self.mode in ("keep", "mixed", "recompute"):
             lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
         for sweep in self.sweeps:
@@ -141,6 +149,16 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
     Raises:
         ValueError: the budget is too small to run at all; names the least that works.
     """
+    if s.sparse:
+        with suppress(ValueError):
+            made = _plan(s, budget, held)
+            if made.sparse:
+                return made
+        s = replace(s, sparse=False)  # no room for an arena that gains anything
+    return _plan(s, budget, held)
+
+
+def _plan(s: Workload, budget: int | None, held: int) -> Plan:
     given = s.default_budget() if budget is None else budget
     budget = given - held
     of_full_step = _tile_of_a_full_step(s, budget)
@@ -150,7 +168,7 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
         if sum(memory.values()) <= budget:
             made = _spend(s, budget, tile, sweeps, memory)
             # A wide tile gains less than a product that is not done again.
-            if tile != wide or made.kept_tokens == s.tokens or not sweeps or s.entropy:
+            if tile != wide or made.kept_tokens == s.tokens or made.sparse or not sweeps or s.entropy:
                 return made
     least = least_budget(s) + held
     raise ValueError(
@@ -161,6 +179,7 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
 
 def least_budget(s: Workload) -> int:
     """The smallest budget in bytes that a call has a plan for."""
+    s = replace(s, sparse=False)
     return min(sum(_memory(s, tile, sweeps).values()) for tile, sweeps in _candidates(s))
 
 
@@ -214,14 +233,12 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     hold = (s.operand > 0 or s.gathers) and at_hand <= left // 4
     memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
-    kept, listed = 0, 1.0
+    kept = arena = 0
     if sweeps and not s.entropy:
         kept = s.tokens
         unused = s.unused_beside_saved(n, v)
         if s.sparse:
-            listed = 1 + 16 / (GROUP * s.compute_dtype.itemsize)  # with the columns' numbers, twice for a moment
-            room = s.tokens + -(-n * v // (LARGEST_SHARE * max(1, s.vocab_size)))  # for the last tile's columns, too
-            kept = min(room, int(left / listed) // s.saved_row(v)) if s.tokens else 0
+            kept, arena = 0, s.arena_rows(left, n, v)
         elif s.saved_row(v) * s.tokens <= left + unused:
             memory["tile and operands"] -= unused
         else:
@@ -230,14 +247,14 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
             step = s.capabilities.saved_multiple or n
             kept = max(left - more, 0) // s.saved_row(v) // step * step
             memory["gradient accumulators"] += more if kept else 0
-        memory["kept probabilities"] = int(kept * s.saved_row(v) * listed)
+        memory["kept probabilities"] = s.arena(arena, n, v) if arena else kept * s.saved_row(v)
     share = s.columns / s.hidden_size  # of a product
     if not s.grads:
         mode, gemms = "score", share
     elif not sweeps:
         mode, gemms = "frozen", 2.0
     else:
-        mode = "sparse" if s.sparse and kept else "recompute" if not kept else "keep" if kept == s.tokens else "mixed"
+        mode = "sparse" if arena else "recompute" if not kept else "keep" if kept == s.tokens else "mixed"
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = (1 + len(sweeps) * again) * share + s.grads.hidden + s.grads.weight
         gemms += 2 * (share - 1) * (s.grads.low_rank or s.grads.hidden)
@@ -245,7 +262,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
         s.capabilities.saved_by_vocab, s.one_pass(sweeps), sweeps, gemms, budget, tuple(memory.items()), s.rank,
-        s.ranks, mode == "sparse", s.exchanges(),
+        s.ranks, arena, s.exchanges(),
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ where the arena is full. Cut Cross-Entropy filters too (Wijmans et al. 2024, arX
 logits made anew.
 
 An entry is left out if its probability (times the cap's derivative, where logits are capped) is below the filter for
-every token of its group, and it is the label of none. Forward knows a row's sum only so far: it keeps too much, never
-too little.
+every token of its group. Forward knows a row's sum only so far: it keeps too much, never too little. Labels' entries
+are added apart.
 """
 
 from __future__ import annotations
@@ -39,18 +39,17 @@ class SelectingOps(TileOps, Protocol):
     ) -> tuple[Tensor, list[int]] | None:
         """What of a tile that was accumulated just now is worth a product; None if that is more than `room` holds.
 
-        A column is kept for GROUP tokens if any of them has a share of at least the rule's bound in it, or it is the
-        label of any. Their exponentials (k, m) go to `room`, group after group, relative to what rule.relative says
-        then. Returns the columns, int64, group after group, and how many each has.
+        A column is kept for GROUP tokens if any of them has a share of at least the rule's bound in it. Their
+        exponentials (k, m), 0 at the labels, go to `room`, group after group, relative to what rule.relative says then.
+        Returns the columns, int64, group after group, and how many each has.
         """
 
 
 class Rule(NamedTuple):
     """What of a tile's exponentials is worth a product, and what becomes of the rest, (n,) each.
 
-    bound: a share of the row's sum so far. label_logits: which the sum has not, if the label comes later. relative:
-    what `dropped`, the sums of what was left out, are relative to, in units of the back end; both are brought up to
-    date.
+    bound: a share of the row's sum so far. label_logits: which no sum has. relative: what `dropped`, the sums of what
+    was left out, are relative to, in units of the back end; both are brought up to date.
     """
 
     bound: float
@@ -62,6 +61,7 @@ class Rule(NamedTuple):
 AGAIN, DENSE, SPARSE = range(3)  # what becomes of a tile
 # Bounds are this much lower: the label's logit, and what is saved in 16 bits, are rounded otherwise than the log-probs.
 MARGIN = 0.99
+ROUNDING = 1e-5  # of a large logit
 
 
 class Keeper:
@@ -112,7 +112,8 @@ class Keeper:
 
     def _rule(self, rows: slice) -> Rule:
         if rows.start not in self.known:
-            self.known[rows.start] = self.label_logits(rows)
+            made = self.label_logits(rows)
+            self.known[rows.start] = made - ROUNDING * made.abs()
         return Rule(self.bound, self.known[rows.start], self.relative[rows], self.dropped[rows])
 
     def finish(self) -> Tensor:
@@ -188,19 +189,18 @@ def multiply(
     upstream = grads.grad_log_probs * -call.transform.slope
     below = kept.relative_to.double() * cast(SelectingOps, ops).unit - grads.maximum.double() - grads.log_sum
     factor = below.exp_().to(upstream.dtype) * upstream
-    at_label = torch.expm1(grads.log_probs) * upstream
-    if (derivative := call.transform.cap_derivative(grads.label_logit)) is not None:
-        at_label *= derivative
-    local = grads.labels - tile.columns.start
     for i, (columns, exps) in enumerate(zip(kept.columns, kept.exps, strict=True)):
         tokens = slice(i * GROUP, i * GROUP + exps.shape[1])
         for begin in range(0, len(columns), THIN_COLUMNS):
             some = slice(begin, begin + THIN_COLUMNS)
             dz = exps[some].to(factor.dtype) * factor[tokens]  # (k, m)
-            dz = torch.where(columns[some, None] == local[tokens], at_label[tokens], dz)
             if bias is not None:
                 bias.index_add_(0, columns[some], dz.sum(1))
             _multiply_some(ops, dz.to(ops.operand), columns[some], tokens, products)
+    at_label = torch.expm1(grads.log_probs) * upstream
+    if (derivative := call.transform.cap_derivative(grads.label_logit)) is not None:
+        at_label *= derivative
+    _add_labels(at_label, grads.labels - tile.columns.start, len(tile.weight), products, bias)
 
 
 def _multiply_some(ops: TileOps, dz: Tensor, columns: Tensor, tokens: slice, products: Sequence[Product]) -> None:
@@ -211,3 +211,23 @@ def _multiply_some(ops: TileOps, dz: Tensor, columns: Tensor, tokens: slice, pro
             out.index_add_(0, columns, made)
         else:
             ops.multiply(out[tokens], dz.T.contiguous(), right.index_select(0, columns), add=True)
+
+
+def _add_labels(at_label: Tensor, local: Tensor, size: int, products: Sequence[Product], bias: Tensor | None) -> None:
+    """The labels' entries, which are the largest: in the accumulation dtype, of those that are in the tile."""
+    inside = ((local >= 0) & (local < size)).nonzero().squeeze(1)
+    for part in inside.split(THIN_COLUMNS):
+        columns, dz = local[part], at_label[part]
+        if bias is not None:
+            bias.index_add_(0, columns, dz)
+        for out, right, by_vocab, _ in products:
+            to, of = (columns, part) if by_vocab else (part, columns)
+            out.index_add_(0, to, right.index_select(0, of).to(out.dtype) * dz[:, None])
+
+
+def mean_row(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """(D,) of (V, D), with no copy of the matrix: a mean in another dtype would make one on a CPU."""
+    total = matrix.new_zeros(matrix.shape[1], dtype=dtype)
+    for begin in range(0, len(matrix), THIN_COLUMNS):
+        total += matrix[begin : begin + THIN_COLUMNS].to(dtype).sum(0)
+    return total / len(matrix)

@@ -203,6 +203,22 @@ class Workload:
         )
         return self.tokens * (16 + 2 * self.wide) + max(chosen, multiplied)
 
+    def arena(self, rows: int, n: int, v: int) -> int:
+        """Of so many rows, with the numbers of columns that are kept: one a group of tokens, twice for a moment."""
+        group = min(n, GROUP)
+        listed = 16 * aligned(self.vocab_size) * rows // group
+        short = 16 * (self.vocab_size // LARGEST_SHARE + 1)  # of the last group, which may be one token
+        return rows * self.saved_row(v) + listed + short
+
+    def arena_rows(self, left: int, n: int, v: int) -> int:
+        """Rows of an arena within so many bytes; 0 where it would gain nothing: a frozen head's step is two products
+        without one, and with one that holds all."""
+        room = self.tokens + -(-n * v // (LARGEST_SHARE * max(1, self.vocab_size)))  # for the last tile's columns, too
+        more = self.arena(1, n, v) - self.arena(0, n, v) + 1
+        rows = min(room, max(0, left - self.arena(0, n, v)) // more)
+        least = self.tokens if replace(self, sparse=False).frozen else -(-n * v // max(1, self.vocab_size))
+        return rows if rows >= max(1, least) and self.tokens else 0
+
     def between_ranks(self) -> int:
         """What is sent and what it is made of: a few numbers a token, then a sum for each that counts."""
         if not self.ranks:

@@ -1,7 +1,9 @@
 """One forward and backward in a process of its own; prints what it held beyond inputs and gradients, as JSON.
 
-Usage: python memory_probe.py IMPL TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS [COUNTED [RANK]], with GRADS such as
-hidden,weight or none; COUNTED of the tokens count, default all; RANK of a low-rank adapter, default none.
+Usage: python memory_probe.py IMPL TOKENS FEATURES VOCAB DTYPE BUDGET_BYTES GRADS [COUNTED [RANK [FILTER]]]
+
+GRADS such as hidden,weight or none; COUNTED of the tokens count, default all; RANK of a low-rank adapter, default none;
+FILTER a gradient_filter.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def step(tensors: list[torch.Tensor], labels: torch.Tensor, budget: int | None, impl: str) -> None:
+def step(tensors: list[torch.Tensor], labels: torch.Tensor, budget: int | None, impl: str, share: float) -> None:
     hidden, weight, *matrices = tensors
     low_rank = LowRank(*matrices) if matrices else None
-    log_probs = hidden_to_log_probs(hidden, weight, labels, low_rank=low_rank, memory_budget=budget, impl=impl)
+    log_probs = hidden_to_log_probs(
+        hidden, weight, labels, low_rank=low_rank, memory_budget=budget, impl=impl, gradient_filter=share
+    )
     if log_probs.requires_grad:
         log_probs.sum().backward()
 
@@ -38,6 +42,7 @@ def main() -> None:
     labels = torch.randint(vocab, (tokens,))
     counted = int(sys.argv[8]) if len(sys.argv) > 8 else tokens
     rank = int(sys.argv[9]) if len(sys.argv) > 9 else 0
+    share = float(sys.argv[10]) if len(sys.argv) > 10 else 0.0
     tensors = [hidden, weight]
     if rank:
         tensors += [
@@ -46,17 +51,26 @@ def main() -> None:
     labels[counted:] = -100
     # The first call loads libraries; a small one before the measurement keeps them out of it.
     small = [t.detach()[:64].clone().requires_grad_(t.requires_grad) for t in tensors]
-    step(small, labels[:64] % 64, None, impl)
+    step(small, labels[:64] % 64, None, impl, share)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = status("VmRSS")
     start = time.perf_counter()
-    step(tensors, labels, budget, impl)
+    step(tensors, labels, budget, impl, share)
     seconds = time.perf_counter() - start
     # Autograd hands backward a gradient of each log-prob; outputs and gradients are the caller's.
     returned = sum(t.grad.nbytes for t in tensors if t.grad is not None) + 4 * tokens
     wanted = tuple(name for name in grads if name != "none")
     planned = plan(
-        counted, features, vocab, dtype, grads=wanted, memory_budget=budget, impl=impl, labels=tokens, rank=rank
+        counted,
+        features,
+        vocab,
+        dtype,
+        grads=wanted,
+        memory_budget=budget,
+        impl=impl,
+        labels=tokens,
+        rank=rank,
+        gradient_filter=share,
     )
     print(json.dumps({
         "mode": planned.mode, "gemms": planned.gemms, "budget": budget, "planned": planned.bytes,

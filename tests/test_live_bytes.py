@@ -195,6 +195,6 @@ def test_no_call_holds_more_than_its_plan(target, calls):
             f"{case}\n{found.plan}"
         )
     if target == "torch, filtered":
-        assert seen == {"score", "sparse", "recompute"}
+        assert {"score", "sparse"} <= seen
     else:
         assert seen == {"score", "frozen", "keep", "mixed", "recompute"}

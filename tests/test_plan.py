@@ -158,12 +158,38 @@ def test_the_default_budget_on_a_cpu_is_an_eighth_of_the_memory_in_halves_of_a_g
     limits, processes, expected, monkeypatch
 ):
     monkeypatch.setattr(host_memory, "_limits", lambda: iter([int(limit * 2**30) for limit in limits]))
+    monkeypatch.setattr(host_memory, "_memory", host_memory._memory.__wrapped__)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert host_memory.default_budget() == expected * 2**29
 
 
 def test_the_memory_of_this_machine_is_known():
     assert 2**28 < min(host_memory._limits()) < 2**44
+
+
+@pytest.mark.parametrize("name", ["torch, cpu", "cpp"])
+@pytest.mark.parametrize("grads", [("hidden", "weight"), ("hidden",), ("weight",), ("hidden", "weight", "bias")])
+def test_a_filter_is_planned_where_its_arena_gains_something(name, grads):
+    """A budget that has no room for a tile, or a frozen head's that has none for all, gives the plan without one."""
+    sizes = 2000, 256, 32_000, torch.bfloat16
+    modes = set()
+    for budget in (1, 24, 32, 48, 64, 100, 128, 256, 300, 1024, 4096):
+        with_it, without = (
+            Workload(*sizes, torch.bfloat16, Grads.of(grads), False, False, 2000, CAPABILITIES[name], sparse=sparse)
+            for sparse in (True, False)
+        )
+        least = planner.least_budget(with_it)
+        assert least == planner.least_budget(without)
+        made = planner.plan(with_it, max(budget * MIB, least))
+        assert made.bytes <= made.memory_budget
+        if not made.sparse:
+            assert made == planner.plan(without, max(budget * MIB, least))
+        else:
+            assert made.arena_rows * made.vocab_size >= made.tile_tokens * made.tile_vocab
+            assert made.arena_rows >= made.tokens or grads != ("hidden",)
+            assert made.kept_tokens == 0
+        modes.add(made.sparse)
+    assert modes == {True, False}
 
 
 def test_labels_that_are_ignored_count_in_the_budget():
@@ -214,12 +240,13 @@ def test_bad_arguments(arguments, message):
 
 
 def test_the_public_plan_is_that_of_the_implementation_that_will_run():
-    assert dpo_kernels.plan(100, 64, 1000, impl="torch") == plan(100, 64, 1000)
-    assert dpo_kernels.plan(100, 64, 1000, impl="cpp") in [plan(100, 64, 1000, capabilities=c) for c in CPP]
+    on_cpu = host_memory.with_memory(CAPABILITIES["torch, cpu"])
+    assert dpo_kernels.plan(100, 64, 1000, impl="torch") == plan(100, 64, 1000, capabilities=on_cpu)
+    expected = [plan(100, 64, 1000, capabilities=host_memory.with_memory(c)) for c in CPP]
+    assert dpo_kernels.plan(100, 64, 1000, impl="cpp") in expected
     assert dpo_kernels.plan(100, 64, 1000) == dpo_kernels.plan(100, 64, 1000, impl="cpp")
-    assert dpo_kernels.plan(100, 64, 1000, torch.float64) == plan(100, 64, 1000, torch.float64)
-    usual = replace(CAPABILITIES["torch, cpu"], default_budget=DEFAULT_BUDGET)
-    assert dpo_kernels.plan(100, 64, 1000, device="mps") == plan(100, 64, 1000, capabilities=usual)
+    assert dpo_kernels.plan(100, 64, 1000, torch.float64) == plan(100, 64, 1000, torch.float64, capabilities=on_cpu)
+    assert dpo_kernels.plan(100, 64, 1000, device="mps") == plan(100, 64, 1000)
     assert dpo_kernels.plan(100, 64, 1000, device="cuda") == plan(
         100, 64, 1000, capabilities=CAPABILITIES["torch, cuda"]
     )

@@ -20,11 +20,12 @@ from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile
 from dpo_kernels.backends.pytorch import finish_jacobian
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform
 from dpo_kernels.capabilities import Capabilities
-from dpo_kernels.host_memory import default_budget
+from dpo_kernels.host_memory import with_memory
 from dpo_kernels.layout import in_matrix, in_rows, lies_in_rows, rows_of
 from dpo_kernels.planner import Plan
 from dpo_kernels.sparse import Rule
 from dpo_kernels.statistics import LOG_ZERO, OPTIONAL_OUTPUTS, Finished, SoftmaxState, TokenStats, finite
+from dpo_kernels.workload import GROUP
 
 # Rows whose largest logit is beyond this, either way, are not the kernels': float32 numbers beside it lie 0.06 apart,
 # and the kernels' exponents in base 2 are numbers of their own (csrc/softmax_state.h).
@@ -38,7 +39,6 @@ CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
     widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
     wide_tiles=WIDE_TILES, widest_copy=16 * MIB, filters=True,
-    default_budget=default_budget(),
 )  # fmt: skip
 # Sapphire Rapids and Emerald Rapids.
 SLOW_BFLOAT16 = (("GenuineIntel", "6", "143"), ("GenuineIntel", "6", "207"))
@@ -81,7 +81,7 @@ class CppBackend:
         return None
 
     def capabilities(self, device: torch.device, configuration: None = None) -> Capabilities:
-        return CAPABILITIES if _multiplies_bfloat16() else WITHOUT_BFLOAT16
+        return with_memory(CAPABILITIES if _multiplies_bfloat16() else WITHOUT_BFLOAT16)
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> CppTileOps:
         return CppTileOps(call, plan, execution)
@@ -196,19 +196,8 @@ class CppTileOps:
         rule.dropped.mul_(torch.exp2((rule.relative - to).double()))
         rule.relative.copy_(to)
         least = rule.bound * (total + torch.exp2(rule.label_logits / math.log(2) - to))
-        labels = state.labels[tile.rows]
-        columns, *counts = _ops().select(
-            saved.exps.T,
-            saved.maxima.T,
-            rule.relative,
-            least,
-            labels,
-            tile.columns.start,
-            len(room),
-            room,
-            rule.dropped,
-        ) or (None,)
-        return None if columns is None else (columns, counts[0].tolist())
+        found = _ops().select(saved.exps.T, saved.maxima.T, rule.relative, least, GROUP, room, rule.dropped)
+        return (found[0], found[1].tolist()) if found else None
 
     def finish_jacobian(
         self, state: CppState, rows: slice, done: Finished, total: Tensor, label_weight: Callable[[], Tensor]

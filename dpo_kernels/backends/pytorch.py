@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from dpo_kernels.backends.base import MIB, Execution, Product, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, TokenGrads, Tokens, Transform, accumulate_dtype
 from dpo_kernels.capabilities import Capabilities
-from dpo_kernels.host_memory import default_budget
+from dpo_kernels.host_memory import with_memory
 from dpo_kernels.layout import put_rows, take_rows
 from dpo_kernels.planner import Plan
 from dpo_kernels.sparse import Rule
@@ -37,12 +36,11 @@ from dpo_kernels.workload import GROUP
 LOGITS_BLOCK = {"cpu": 4 * MIB}
 LOGITS_BLOCK_ELSEWHERE = 256 * MIB
 
-_ELSEWHERE = Capabilities(
-    ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), 12 * MIB,
-    widens=(torch.bfloat16, torch.float16), filters=True,
-)  # fmt: skip
 CAPABILITIES = {
-    "cpu": replace(_ELSEWHERE, default_budget=default_budget()),
+    "cpu": Capabilities(
+        ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), 12 * MIB,
+        widens=(torch.bfloat16, torch.float16), filters=True,
+    ),
     "cuda": Capabilities(
         ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), 32 * MIB,
         filters=True,
@@ -85,7 +83,8 @@ class PyTorchBackend:
         return None
 
     def capabilities(self, device: torch.device, configuration: None = None) -> Capabilities:
-        return CAPABILITIES.get(device.type, _ELSEWHERE)
+        known = CAPABILITIES.get(device.type, CAPABILITIES["cpu"])
+        return with_memory(known) if device.type == "cpu" else known
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> PyTorchTileOps:
         return PyTorchTileOps(call, plan, execution)
@@ -217,14 +216,11 @@ class PyTorchTileOps:
         rule.relative.copy_(base)
         least = rule.bound * (fields.total + (rule.label_logits - base).exp_())
         shrink = (saved.maxima.squeeze(1) - base).exp_()
-        local = state.labels[tile.rows] - tile.columns.start
-        local = local.masked_fill((local < 0) | (local >= len(tile.weight)), -1)
         groups = [slice(first, min(first + GROUP, n)) for first in range(0, n, GROUP)]
         found, left_out, numbers = [], [], 0
         for group in groups:
             exps = saved.exps[group] * shrink[group, None]
             kept = ~(exps < least[group, None]).all(0)
-            kept[local[group][local[group] >= 0]] = True
             columns = kept.nonzero().squeeze(1)
             numbers += len(columns) * len(exps)
             if numbers > len(room):

@@ -99,14 +99,17 @@ def branches(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    rows = [_row(query[r : r + 1], key[r : r + 1], value[r : r + 1], trees, told) for r, trees in enumerate(spans.rows)]
+    each = zip(query.split(1), key.split(1), value.split(1), spans.rows, strict=True)
+    rows = [_row(q, k, v, trees, told) for q, k, v, trees in each]
     return (torch.cat(rows) if len(rows) > 1 else rows[0]), None
 
 
 def _row(query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], told: Attention) -> Tensor:
     """Of one row; (1, L, H, E')."""
     pieces = [piece for tree in trees for piece in tree.pieces()]
+    end = max((own.stop for own, _ in pieces), default=0)
     places = [place for piece in pieces for place in piece if place]
+    places += [range(end, query.shape[2])] if end < query.shape[2] else []  # padding
     cut = zip(*(_Cut.apply(t, places) for t in (query, key, value)), strict=True)
     made = []
     for own, apart in pieces:
@@ -117,8 +120,7 @@ def _row(query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], tol
             if told.is_plain(k) and not q.is_cuda and len(apart) + len(own) <= 2 * MASK_COSTS * len(own):
                 q = torch.cat([before, q], 2)  # cheaper than a mask: the causal path, once more
         made.append(told(q, k, v)[:, :, -len(own) :].transpose(1, 2))
-    if padding := query.shape[2] - sum(part.shape[1] for part in made):
-        made.append(value[:, :, -padding:].transpose(1, 2))
+    made += [v.transpose(1, 2) for *_, v in cut]
     return torch.cat(made, 1)
 
 

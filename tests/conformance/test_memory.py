@@ -60,6 +60,23 @@ def test_a_call_holds_no_more_than_its_budget(impl, mode, dtype, grads, budget):
 
 @needs_proc
 @pytest.mark.parametrize(
+    ("impl", "dtype", "share"),
+    [
+        ("cpp", "float32", 4e-5), ("cpp", "bfloat16", 1e-7), slow("cpp", "bfloat16", 4e-5),
+        slow("cpp", "float16", 4e-5), slow("torch", "float32", 4e-5), slow("torch", "bfloat16", 1e-7),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("grads", ["hidden,weight", slow("hidden")])
+def test_a_filter_holds_no_more_than_its_budget(impl, dtype, share, grads):
+    """Of a flat softmax 4e-5 keeps some columns, and 1e-7 all, more than there is room for."""
+    budget = {"hidden": 300, "hidden,weight": 150}[grads] * MIB
+    result = probe(impl, 1200, 256, 50_000, dtype, budget, grads, 1200, 0, share)
+    assert result["mode"] == "sparse"
+    assert result["held"] <= budget, f"held {result['held'] / MIB:.1f} MiB of {budget / MIB}"
+
+
+@needs_proc
+@pytest.mark.parametrize(
     ("features", "mode", "grads", "budget"),
     [
         (512, "keep", "hidden,weight", 130), slow(512, "frozen", "hidden", 100), slow(512, "score", "none", 24),
