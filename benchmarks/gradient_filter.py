@@ -96,18 +96,18 @@ def kept(inputs: tuple[Tensor, ...], share: float) -> float:
     from dpo_kernels.sparse import Keeper
 
     found = []
-    finish = Keeper.finish
+    table = Keeper.table
 
-    def counted(self: Keeper) -> Tensor:
+    def counted(self: Keeper, dropped: Tensor) -> Tensor:
         whole = self.exps.numel() - self.back
         found.append((whole + self.front) / (self.plan.tokens * self.plan.vocab_size))
-        return finish(self)
+        return table(self, dropped)
 
-    Keeper.finish = counted  # type: ignore[method-assign]
+    Keeper.table = counted  # type: ignore[method-assign]
     try:
         step(inputs, share)
     finally:
-        Keeper.finish = finish  # type: ignore[method-assign]
+        Keeper.table = table  # type: ignore[method-assign]
     return found[0]
 
 

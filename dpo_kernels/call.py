@@ -165,7 +165,7 @@ class Tokens:
         """Finds them. On a GPU this is the one point of a call at which the host waits for the device; it does not
         where `ignore_index` is None."""
         if ignore_index is None:
-            return Tokens(labels.reshape(-1).long().contiguous(), None)
+            return Tokens(in_one_dimension(labels).long().contiguous(), None)
         if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return Tokens.all_masked(labels, ignore_index)
         flat = flat_labels(labels)
@@ -179,7 +179,7 @@ class Tokens:
     @staticmethod
     def found(labels: Tensor, index: Tensor | None) -> Tokens:
         """Those at `index`, which `of` found before."""
-        flat = labels.reshape(-1)
+        flat = in_one_dimension(labels)
         index = None if index is None else index.contiguous()  # a hook on saved tensors may have strided it
         return Tokens((flat if index is None else flat.index_select(0, index)).long().contiguous(), index)
 
@@ -278,8 +278,13 @@ def ignored(labels: Tensor, ignore_index: int | None) -> Tensor:
 
 def flat_labels(labels: Tensor) -> Tensor:
     """Labels in one dimension, of a dtype in which any vocabulary and ignore_index can be compared with them."""
-    narrow = labels.dtype in (torch.uint8, torch.int8, torch.int16)
-    return labels.reshape(-1).to(torch.int32) if narrow else labels.reshape(-1)
+    flat = in_one_dimension(labels)
+    return flat.to(torch.int32) if labels.dtype in (torch.uint8, torch.int8, torch.int16) else flat
+
+
+def in_one_dimension(values: Tensor) -> Tensor:
+    """The tensor itself where it has one already: a view costs the host a microsecond."""
+    return values if values.dim() == 1 else values.reshape(-1)
 
 
 def whole(name: str, value: object, least: int) -> int:

@@ -53,12 +53,13 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
         for rows in plan.token_spans:
             label_weight = partial(operands.label_weight, rows)
             ops.finish_jacobian(state, rows, done.rows(rows), rows_of(jacobian, rows), label_weight)
-    stats, table, dropped = done.stats, call.tokens.labels.new_empty(0), wide.new_empty(0)
-    if keeper is not None:
-        table, dropped = keeper.finish(), keeper.dropped_mass(done.maximum, done.log_sum)
+    dropped = None if keeper is None else keeper.dropped_mass(done.maximum, done.log_sum)
+    table = call.tokens.labels.new_empty(0) if keeper is None or dropped is None else keeper.table(dropped)
+    stats = done.stats
     if "dropped_mass" in call.options.outputs:
-        stats = stats._replace(dropped_mass=torch.zeros_like(done.maximum) if keeper is None else dropped)
-    return Saved(stats, done.maximum, done.log_sum, done.label_logit, exps, maxima, jacobian, table, dropped)
+        none = torch.zeros_like(done.maximum)
+        stats = stats._replace(dropped_mass=none if dropped is None else dropped.to(none.dtype))
+    return Saved(stats, done.maximum, done.log_sum, done.label_logit, exps, maxima, jacobian, table)
 
 
 class InputGrads(NamedTuple):
@@ -93,8 +94,8 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
     )
     pieces = sparse.Pieces(plan, saved.exps, saved.maxima, saved.table) if plan.sparse else None
     sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)
-    if plan.sparse and saved.dropped.any():
-        _give_back(call, sums, saved.dropped * grads.grad_log_probs * -call.transform.slope)
+    if pieces is not None and pieces.dropped.any():
+        _give_back(call, sums, pieces.dropped.to(wide.dtype) * grads.grad_log_probs * -call.transform.slope)
     for i, sweep in enumerate(plan.sweeps):
         first = i == 0
         part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight, first and through)

@@ -48,7 +48,6 @@ SAVED = (
     "maxima",
     "jacobian",
     "table",
-    "dropped",
     "execution",
 )
 SAVED_OF_LOGITS = ("index", "log_probs", "maximum", "log_sum", "label_logit", "execution")
@@ -131,7 +130,6 @@ def _(
         "maxima": hidden.new_empty((kept, blocks), dtype=wide),
         "jacobian": hidden.new_empty((rows, hidden.shape[-1]), dtype=wide),
         "table": labels.new_empty((_size(0) if options.gradient_filter else 0,), dtype=torch.int64),
-        "dropped": hidden.new_empty((_size(0) if options.gradient_filter else 0,), dtype=wide),
         "execution": torch.empty(EXECUTION_BYTES, dtype=torch.uint8, device="cpu"),
     }
     return (*stats, *(saved[name] for name in SAVED))
@@ -168,7 +166,7 @@ def token_stats_backward_op(
     exps, maxima = saved["exps"].contiguous(), saved["maxima"].contiguous()
     of_forward = Saved(
         TokenStats(rows.log_probs), rows.maximum, rows.log_sum, rows.label_logit, exps, maxima, saved["jacobian"],
-        saved["table"].contiguous(), saved["dropped"].contiguous(),
+        saved["table"].contiguous(),
     )  # fmt: skip
     found = dispatch.backward(
         call, Grads(wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4]), execution, rows, of_forward

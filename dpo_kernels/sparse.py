@@ -116,16 +116,16 @@ class Keeper:
             self.known[rows.start] = made - ROUNDING * made.abs()
         return Rule(self.bound, self.known[rows.start], self.relative[rows], self.dropped[rows])
 
-    def finish(self) -> Tensor:
-        """The table that `Pieces` reads, int64: the length of its header, the header, and all columns."""
-        header = torch.tensor([len(self.header), *self.header], device=self.exps.device)
-        return torch.cat([header, *self.columns])
-
     def dropped_mass(self, maximum: Tensor, log_sum: Tensor) -> Tensor:
-        """(M,): what each row leaves out, as a share of the row."""
+        """(M,) float64: what each row leaves out, as a share of the row."""
         below = self.relative.double() * self.ops.unit - maximum.double() - log_sum.double()
         # -inf: of rows in which nothing was left out
-        return torch.where(self.dropped > 0, self.dropped.log() + below, -torch.inf).exp().to(maximum.dtype)
+        return torch.where(self.dropped > 0, self.dropped.log() + below, -torch.inf).exp()
+
+    def table(self, dropped: Tensor) -> Tensor:
+        """What `Pieces` reads, int64: the length of the header, the header, all columns, and the bits of `dropped`."""
+        header = torch.tensor([len(self.header), *self.header], device=self.exps.device)
+        return torch.cat([header, *self.columns, dropped.view(torch.int64)])
 
 
 class Sparse(NamedTuple):
@@ -137,12 +137,13 @@ class Sparse(NamedTuple):
 
 
 class Pieces:
-    """Backward: what forward's `Keeper` left of each tile."""
+    """Backward: what forward's `Keeper` left of each tile, and what its rows leave out, (M,) float64."""
 
     def __init__(self, plan: Plan, exps: Tensor, maxima: Tensor, table: Tensor) -> None:
         self.plan, self.exps, self.maxima = plan, exps.view(-1), maxima.view(-1)
-        size = int(table[0])
-        header, self.columns = iter(table[1 : 1 + size].tolist()), table[1 + size :]
+        size, end = int(table[0]), len(table) - plan.tokens
+        header, self.columns = iter(table[1 : 1 + size].tolist()), table[1 + size : end]
+        self.dropped = table[end:].view(torch.float64)
         self.at: dict[tuple[int, int], tuple[int, int, int, list[int], int]] = {}
         begin = 0
         for columns in plan.forward_spans:
