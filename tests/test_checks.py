@@ -23,7 +23,7 @@ def small():
 def test_validation_can_be_asked_for_on_any_device(monkeypatch):
     labels = torch.tensor([[1, 2], [9, -100]])
     elsewhere = SimpleNamespace(
-        device=torch.device("cuda"), dtype=labels.dtype, reshape=labels.reshape, shape=labels.shape
+        device=torch.device("cuda"), dtype=labels.dtype, dim=labels.dim, reshape=labels.reshape, shape=labels.shape
     )
     checks.labels_in_range(elsewhere, -100, 9)
     monkeypatch.setenv("DPO_KERNELS_VALIDATE", "1")
