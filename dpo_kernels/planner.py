@@ -122,7 +122,7 @@ class Plan:
             f"{self.mode}: {n:,} tokens x {d:,} features x {v:,} vocabulary, {name}"
             + (f", low rank {self.rank}" if self.rank else "")
             + (f", one of {self.ranks} ranks" if self.ranks else ""),
-            f"  GEMMs   {self.gemms:.3g} (of {2e-9 * n * d * v:,.0f} GFLOP each)",
+            f"  GEMMs   {self.gemms:.3g} {'and what is kept ' * self.sparse}(of {2e-9 * n * d * v:,.0f} GFLOP each)",
             f"  tiles   {self.tile_tokens:,} tokens x {self.tile_vocab:,} vocabulary",
         ]
         if self.sparse:
