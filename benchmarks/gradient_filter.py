@@ -96,18 +96,18 @@ def kept(inputs: tuple[Tensor, ...], share: float) -> float:
     from dpo_kernels.sparse import Keeper
 
     found = []
-    table = Keeper.table
+    finish = Keeper.finish
 
-    def counted(self: Keeper, dropped: Tensor) -> Tensor:
+    def counted(self: Keeper, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         whole = self.exps.numel() - self.back
         found.append((whole + self.front) / (self.plan.tokens * self.plan.vocab_size))
-        return table(self, dropped)
+        return finish(self, maximum, log_sum)
 
-    Keeper.table = counted  # type: ignore[method-assign]
+    Keeper.finish = counted  # type: ignore[method-assign]
     try:
         step(inputs, share)
     finally:
-        Keeper.table = table  # type: ignore[method-assign]
+        Keeper.finish = finish  # type: ignore[method-assign]
     return found[0]
 
 

@@ -31,7 +31,9 @@ class Capabilities:
     saved_multiple: saved tokens are a multiple of it; None: of the tile's tokens. A number of its own needs
         accumulation whose result for a token does not depend on the tokens beside it.
     splits: of the kernels that forward may take; none: they merge as they go.
-    filters: gradients can leave out what the softmax hardly holds (`dpo_kernels.sparse`).
+    filters: how gradients can leave out what the softmax hardly holds: "columns" (`dpo_kernels.sparse`), "blocks"
+        (`dpo_kernels.skipping`), or not at all.
+    block: tokens and vocabulary entries of a block that can be left out.
     default_budget: bytes of a memory budget where none is given, at the least.
     """
 
@@ -48,5 +50,6 @@ class Capabilities:
     splits: tuple[Splits, ...] = ()
     wide_tiles: tuple[tuple[int, int], ...] = ()
     widest_copy: int = 0
-    filters: bool = False
+    filters: str = ""
+    block: tuple[int, int] = (0, 0)
     default_budget: int = DEFAULT_BUDGET

@@ -153,7 +153,8 @@ def _run(backend: Backend, call: Call, join: Callable[[State], Finished] | None 
         call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, options.compute_dtype, options.grads,
         entropy="entropy" in options.outputs, softcap=options.transform.softcap is not None, labels=call.label_count,
         capabilities=capable, rank=call.rank, statistics=len(call.outputs),
-        sparse=not call.tokens.masked and is_sparse(options.gradient_filter, options.grads, capable, backend),
+        filter="" if call.tokens.masked
+        else filter_of(options.gradient_filter, options.grads, capable, backend, hidden.shape[-1]),
         **_split(call),
     )  # fmt: skip
     copied = hidden.numel() * hidden.element_size() if call.tokens.masked else 0  # without what is ignored (ops.py)
@@ -163,20 +164,20 @@ def _run(backend: Backend, call: Call, join: Callable[[State], Finished] | None 
         return execution, driver.forward(call, made, backend.tile_ops(call, made, execution), join)
 
 
-def is_sparse(share: float, grads: Grads, capable: Capabilities, backend: Backend) -> bool:
-    """Whether a call with a gradient_filter leaves entries out of its gradients.
+def filter_of(share: float, grads: Grads, capable: Capabilities, backend: Backend, features: int) -> str:
+    """How a call with a gradient_filter leaves entries out of its gradients, as in `Capabilities`; "" if it does not.
 
     Raises:
         ValueError: it is asked to, and the back end cannot.
     """
     if not share or not grads:
-        return False
+        return ""
     if not capable.filters:
         raise ValueError(
             f"gradient_filter is {share}, and this call would run on {backend.name!r}, which computes exact gradients "
-            "alone; leave it out, or give impl='torch' (or 'cpp' on a CPU)"
+            f"of {features} features alone; leave it out, or give impl='torch' (or 'cpp' on a CPU)"
         )
-    return True
+    return capable.filters
 
 
 def _split(call: Call) -> dict[str, Any]:

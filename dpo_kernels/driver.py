@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels import sparse
+from dpo_kernels import skipping, sparse
 from dpo_kernels.backends.base import Product, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, Grads, TokenGrads
 from dpo_kernels.layout import first_columns, rows_of, take_rows
@@ -34,8 +34,12 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
     state = ops.new_state(operands.labels)
     exps = ops.empty("saved exponentials", plan.saved_rows, plan.saved_columns, call.compute_dtype)
     jacobian = wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size))
-    keeper = sparse.Keeper(call, plan, ops, exps, maxima, operands.label_logits) if plan.sparse else None
-    if keeper is None and plan.kept_tokens and plan.saved_columns > plan.vocab_size:
+    keeper: sparse.Keeper | skipping.Marker | None = None
+    if plan.sparse:
+        keeper = sparse.Keeper(call, plan, ops, exps, maxima, operands.label_logits)
+    elif plan.skips:
+        keeper = skipping.Marker(call, plan, ops, wide)
+    elif plan.kept_tokens and plan.saved_columns > plan.vocab_size:
         by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
     for columns in plan.forward_spans:
         for rows in plan.token_spans:
@@ -53,12 +57,11 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
         for rows in plan.token_spans:
             label_weight = partial(operands.label_weight, rows)
             ops.finish_jacobian(state, rows, done.rows(rows), rows_of(jacobian, rows), label_weight)
-    dropped = None if keeper is None else keeper.dropped_mass(done.maximum, done.log_sum)
-    table = call.tokens.labels.new_empty(0) if keeper is None or dropped is None else keeper.table(dropped)
-    stats = done.stats
+    stats, dropped, table = done.stats, torch.zeros_like(done.maximum), call.tokens.labels.new_empty(0)
+    if keeper is not None:
+        dropped, table = keeper.finish(done.maximum, done.log_sum)
     if "dropped_mass" in call.options.outputs:
-        none = torch.zeros_like(done.maximum)
-        stats = stats._replace(dropped_mass=none if dropped is None else dropped.to(none.dtype))
+        stats = stats._replace(dropped_mass=dropped.to(done.maximum.dtype))
     return Saved(stats, done.maximum, done.log_sum, done.label_logit, exps, maxima, jacobian, table)
 
 
@@ -92,15 +95,19 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
         if wanted.weight
         else None
     )
-    pieces = sparse.Pieces(plan, saved.exps, saved.maxima, saved.table) if plan.sparse else None
+    kept: sparse.Pieces | skipping.Skipping | None = None
+    if plan.sparse:
+        kept = sparse.Pieces(call, plan, ops, saved)
+    elif plan.skips:
+        kept = skipping.Skipping(plan, ops, saved)
     sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)
-    if pieces is not None and pieces.dropped.any():
-        _give_back(call, sums, pieces.dropped.to(wide.dtype) * grads.grad_log_probs * -call.transform.slope)
+    if kept is not None and kept.dropped is not None:
+        _give_back(call, sums, kept.dropped.to(wide.dtype) * grads.grad_log_probs * -call.transform.slope)
     for i, sweep in enumerate(plan.sweeps):
         first = i == 0
         part = Sweep(sweep.outer, sweep.hidden and wanted.hidden, sweep.weight and wanted.weight, first and through)
         now = sums if first else sums._replace(bias=None)
-        _sweep(part, plan, ops, operands, grads, saved, now, pieces)
+        _sweep(part, plan, ops, operands, grads, saved, now, kept)
     return InputGrads(
         None if hidden is None else _in_shape(call, hidden),
         None if weight is None else weight.out,
@@ -145,7 +152,7 @@ def _sweep(
     grads: TokenGrads,
     saved: Saved,
     sums: _Sums,
-    pieces: sparse.Pieces | None,
+    kept: sparse.Pieces | skipping.Skipping | None,
 ) -> None:
     hidden, weight, bias, low_rank = sums
     if not (sweep.hidden or sweep.weight or sweep.low_rank) and bias is None:
@@ -168,11 +175,11 @@ def _sweep(
         if sweep.low_rank and low_rank is not None:
             products += low_rank.products(tile)
         of_bias = None if bias is None else bias[columns]
-        kept = saved_tile(saved.exps, saved.maxima, plan, rows, columns) if pieces is None else pieces.of(tile)
-        if isinstance(kept, sparse.Sparse):
-            sparse.multiply(operands.call, ops, grads.rows(rows), tile, kept, products, of_bias)
+        if kept is None:
+            of_tile = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
+            ops.gradient_products(grads.rows(rows), tile, of_tile, products, of_bias)
         else:
-            ops.gradient_products(grads.rows(rows), tile, kept, products, of_bias)
+            kept.multiply(grads.rows(rows), tile, products, of_bias)
         del tile, products  # or their slices would live while the next are made
     for total in totals:
         total.end()

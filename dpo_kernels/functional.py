@@ -293,5 +293,5 @@ def _workload(
         tokens, hidden_size, vocab_size, dtype, compute, wanted, entropy="entropy" in names,
         softcap=softcap is not None, labels=labels, capabilities=capable, rank=rank,
         statistics=len(names) - ("dropped_mass" in names), ranks=ranks or 0, hidden_split=hidden_split,
-        sparse=dispatch.is_sparse(share, wanted, capable, backend),
+        filter=dispatch.filter_of(share, wanted, capable, backend, hidden_size),
     )  # fmt: skip

@@ -25,12 +25,13 @@ MIB = 2**20
 class Plan:
     """What a call will do. Print it.
 
-    mode: "score" (no gradient), "frozen" (only the hidden states want one), "keep", "mixed", "recompute", or "sparse"
-        (with a gradient_filter).
+    mode: "score" (no gradient), "frozen" (only the hidden states want one), "keep", "mixed", "recompute"; with a
+        gradient_filter "sparse" or "skip".
     kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
     arena_rows: of a sparse plan instead: what forward keeps, column by column, has the room of so many tokens.
-    gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together; of a sparse
-        plan forward's alone, since nobody knows yet what is kept.
+    block: of a plan that skips: tokens and vocabulary entries of a block that backward computes or leaves out.
+    gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together; with a
+        filter forward's alone, since nobody knows yet what is kept.
     rank: of the low-rank adapter of the weight, 0 without one.
     hold_hidden: the hidden states of all tokens are gathered and converted once, not tile by tile.
     one_pass: forward takes the vocabulary in one piece.
@@ -60,11 +61,16 @@ class Plan:
     rank: int = 0
     ranks: int = 0
     arena_rows: int = 0
+    block: tuple[int, int] = (0, 0)
     exchanges: tuple[tuple[str, int], ...] = ()
 
     @property
     def sparse(self) -> bool:
         return self.arena_rows > 0
+
+    @property
+    def skips(self) -> bool:
+        return self.block != (0, 0)
 
     @property
     def saved_rows(self) -> int:
@@ -118,15 +124,18 @@ class Plan:
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         n, d, v = self.tokens, self.hidden_size, self.vocab_size
+        more = "and what is kept " if self.sparse or self.skips else ""
         lines = [
             f"{self.mode}: {n:,} tokens x {d:,} features x {v:,} vocabulary, {name}"
             + (f", low rank {self.rank}" if self.rank else "")
             + (f", one of {self.ranks} ranks" if self.ranks else ""),
-            f"  GEMMs   {self.gemms:.3g} {'and what is kept ' * self.sparse}(of {2e-9 * n * d * v:,.0f} GFLOP each)",
+            f"  GEMMs   {self.gemms:.3g} {more}(of {2e-9 * n * d * v:,.0f} GFLOP each)",
             f"  tiles   {self.tile_tokens:,} tokens x {self.tile_vocab:,} vocabulary",
         ]
         if self.sparse:
             lines.append(f"  kept    what passes the filter, in the room of {self.arena_rows:,} tokens")
+        elif self.skips:
+            lines.append("  kept    blocks of {:,} tokens x {:,} vocabulary that pass the filter".format(*self.block))
         elif self.mode in ("keep", "mixed", "recompute"):
             lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
         for sweep in self.sweeps:
@@ -149,12 +158,12 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
     Raises:
         ValueError: the budget is too small to run at all; names the least that works.
     """
-    if s.sparse:
+    if s.filter:
         with suppress(ValueError):
             made = _plan(s, budget, held)
-            if made.sparse:
+            if made.sparse or made.skips:
                 return made
-        s = replace(s, sparse=False)  # no room for an arena that gains anything
+        s = replace(s, filter="")  # no room for what it takes, or for an arena that gains anything
     return _plan(s, budget, held)
 
 
@@ -168,7 +177,7 @@ def _plan(s: Workload, budget: int | None, held: int) -> Plan:
         if sum(memory.values()) <= budget:
             made = _spend(s, budget, tile, sweeps, memory)
             # A wide tile gains less than a product that is not done again.
-            if tile != wide or made.kept_tokens == s.tokens or made.sparse or not sweeps or s.entropy:
+            if tile != wide or made.kept_tokens == s.tokens or made.sparse or made.skips or not sweeps or s.entropy:
                 return made
     least = least_budget(s) + held
     raise ValueError(
@@ -179,7 +188,7 @@ def _plan(s: Workload, budget: int | None, held: int) -> Plan:
 
 def least_budget(s: Workload) -> int:
     """The smallest budget in bytes that a call has a plan for."""
-    s = replace(s, sparse=False)
+    s = replace(s, filter="")
     return min(sum(_memory(s, tile, sweeps).values()) for tile, sweeps in _candidates(s))
 
 
@@ -207,7 +216,7 @@ def _memory(s: Workload, tile: tuple[int, int], sweeps: tuple[Sweep, ...]) -> di
         "gradient accumulators": s.accumulators(n, v, sweeps),
         "low-rank adapter": s.low_rank(n, v),
         "between ranks": s.between_ranks(),
-        "what is left out, and thin products": s.thin(n, v),
+        "what is left out, and products of the rest": s.left_out(n, v),
         "d log_prob / d hidden": s.wide * s.tokens * s.hidden_size * s.frozen if not sweeps else 0,
     }
 
@@ -234,7 +243,8 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
     kept = arena = 0
-    if sweeps and not s.entropy:
+    skips = bool(sweeps) and s.filter == "blocks"
+    if sweeps and not s.entropy and not skips:
         kept = s.tokens
         unused = s.unused_beside_saved(n, v)
         if s.sparse:
@@ -254,15 +264,16 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     elif not sweeps:
         mode, gemms = "frozen", 2.0
     else:
-        mode = "sparse" if arena else "recompute" if not kept else "keep" if kept == s.tokens else "mixed"
+        mode = "recompute" if not kept else "keep" if kept == s.tokens else "mixed"
+        mode = "sparse" if arena else "skip" if skips else mode
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = (1 + len(sweeps) * again) * share + s.grads.hidden + s.grads.weight
         gemms += 2 * (share - 1) * (s.grads.low_rank or s.grads.hidden)
-        gemms = share if mode == "sparse" else gemms
+        gemms = share if mode in ("sparse", "skip") else gemms
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
         s.capabilities.saved_by_vocab, s.one_pass(sweeps), sweeps, gemms, budget, tuple(memory.items()), s.rank,
-        s.ranks, arena, s.exchanges(),
+        s.ranks, arena, s.capabilities.block if skips else (0, 0), s.exchanges(),
     )  # fmt: skip
 
 

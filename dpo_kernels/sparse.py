@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from dpo_kernels.backends.base import Product, SavedTile, Tile, TileOps
+from dpo_kernels.backends.base import Product, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, TokenGrads
 from dpo_kernels.planner import Plan
 from dpo_kernels.workload import GROUP, LARGEST_SHARE, THIN_COLUMNS
@@ -116,16 +116,14 @@ class Keeper:
             self.known[rows.start] = made - ROUNDING * made.abs()
         return Rule(self.bound, self.known[rows.start], self.relative[rows], self.dropped[rows])
 
-    def dropped_mass(self, maximum: Tensor, log_sum: Tensor) -> Tensor:
-        """(M,) float64: what each row leaves out, as a share of the row."""
+    def finish(self, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """What each row leaves out, as a share of the row, (M,) float64; and what `Pieces` reads, int64: the length of
+        the header, the header, all columns, and the bits of the former."""
         below = self.relative.double() * self.ops.unit - maximum.double() - log_sum.double()
         # -inf: of rows in which nothing was left out
-        return torch.where(self.dropped > 0, self.dropped.log() + below, -torch.inf).exp()
-
-    def table(self, dropped: Tensor) -> Tensor:
-        """What `Pieces` reads, int64: the length of the header, the header, all columns, and the bits of `dropped`."""
+        dropped = torch.where(self.dropped > 0, self.dropped.log() + below, -torch.inf).exp()
         header = torch.tensor([len(self.header), *self.header], device=self.exps.device)
-        return torch.cat([header, *self.columns, dropped.view(torch.int64)])
+        return dropped, torch.cat([header, *self.columns, dropped.view(torch.int64)])
 
 
 class Sparse(NamedTuple):
@@ -137,13 +135,16 @@ class Sparse(NamedTuple):
 
 
 class Pieces:
-    """Backward: what forward's `Keeper` left of each tile, and what its rows leave out, (M,) float64."""
+    """Backward: what forward's `Keeper` left of each tile. dropped: what rows leave out, (M,) float64; None if none
+    does."""
 
-    def __init__(self, plan: Plan, exps: Tensor, maxima: Tensor, table: Tensor) -> None:
-        self.plan, self.exps, self.maxima = plan, exps.view(-1), maxima.view(-1)
+    def __init__(self, call: Call, plan: Plan, ops: TileOps, saved: Saved) -> None:
+        self.call, self.plan, self.ops, table = call, plan, ops, saved.table
+        self.exps, self.maxima = saved.exps.view(-1), saved.maxima.view(-1)
         size, end = int(table[0]), len(table) - plan.tokens
         header, self.columns = iter(table[1 : 1 + size].tolist()), table[1 + size : end]
-        self.dropped = table[end:].view(torch.float64)
+        dropped = table[end:].view(torch.float64)
+        self.dropped = dropped if dropped.any() else None
         self.at: dict[tuple[int, int], tuple[int, int, int, list[int], int]] = {}
         begin = 0
         for columns in plan.forward_spans:
@@ -154,7 +155,15 @@ class Pieces:
                 self.at[rows.start, columns.start] = kind, place, place_maxima, counts, begin
                 begin += sum(counts)
 
-    def of(self, tile: Tile) -> SavedTile | Sparse | None:
+    def multiply(self, grads: TokenGrads, tile: Tile, products: Sequence[Product], bias: Tensor | None) -> None:
+        """As `TileOps.gradient_products`. grads: of the tile's tokens."""
+        kept = self._of(tile)
+        if isinstance(kept, Sparse):
+            multiply(self.call, self.ops, grads, tile, kept, products, bias)
+        else:
+            self.ops.gradient_products(grads, tile, kept, products, bias)
+
+    def _of(self, tile: Tile) -> SavedTile | Sparse | None:
         """What is kept of a tile: all, some columns, or nothing."""
         kind, place, place_maxima, counts, begin = self.at[tile.rows.start, tile.columns.start]
         n, v = len(tile.hidden), len(tile.weight)
@@ -183,7 +192,7 @@ def multiply(
     call: Call, ops: TileOps, grads: TokenGrads, tile: Tile, kept: Sparse, products: Sequence[Product],
     bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """As `TileOps.gradient_products`, with the columns alone that are kept. grads: of the tile's tokens."""
+    """The products of the columns that are kept."""
     for product in products:
         if not product.add:
             product.out.zero_()
@@ -228,6 +237,8 @@ def _add_labels(at_label: Tensor, local: Tensor, size: int, products: Sequence[P
 
 def mean_row(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """(D,) of (V, D), with no copy of the matrix: a mean in another dtype would make one on a CPU."""
+    if matrix.is_cuda:
+        return matrix.mean(0, dtype=dtype)
     total = matrix.new_zeros(matrix.shape[1], dtype=dtype)
     for begin in range(0, len(matrix), THIN_COLUMNS):
         total += matrix[begin : begin + THIN_COLUMNS].to(dtype).sum(0)

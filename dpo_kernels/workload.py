@@ -41,7 +41,7 @@ class Workload:
     statistics: how many are asked for.
     ranks: over which the vocabulary is split, vocab_size being what is here, which may be 0; 0 where it is not split.
     hidden_split: whether the hidden states are too.
-    sparse: whether entries with a small share of the softmax are left out.
+    filter: how entries with a small share of the softmax are left out, as in `Capabilities.filters`.
     """
 
     tokens: int
@@ -58,7 +58,7 @@ class Workload:
     statistics: int = 0
     ranks: int = 0
     hidden_split: bool = False
-    sparse: bool = False
+    filter: str = ""
 
     @property
     def columns(self) -> int:
@@ -100,7 +100,7 @@ class Workload:
 
     @property
     def frozen(self) -> bool:
-        return self.grads == Grads(hidden=True) and not self.entropy and not self.rank and not self.sparse
+        return self.grads == Grads(hidden=True) and not self.entropy and not self.rank and not self.filter
 
     def tile_sizes(self) -> list[tuple[int, int]]:
         """The device's tiles that this shape fills at least half, cut to it; best first."""
@@ -193,8 +193,19 @@ class Workload:
 
         return max((one(sweep) for sweep in sweeps), default=0)
 
-    def thin(self, n: int, v: int) -> int:
-        """Beside an arena: bounds and sums of what is left out; what a part of a tile's columns is multiplied with."""
+    @property
+    def sparse(self) -> bool:  # forward keeps columns, backward multiplies them
+        return self.filter == "columns"
+
+    def left_out(self, n: int, v: int) -> int:
+        """Beside an arena: bounds and sums of what is left out; what a part of a tile's columns is multiplied with. Or
+        what is known of each block, and lists of those that are not skipped."""
+        if self.filter == "blocks":
+            tokens, entries = self.capabilities.block
+            across, down = -(-self.vocab_size // entries), -(-self.tokens // tokens)
+            marks = 2 * self.wide * across * aligned(self.tokens)
+            mean_row = self.wide * min(self.vocab_size, THIN_COLUMNS) * self.columns
+            return marks + mean_row + 48 * (across + 1) * (down + 1) + 16 * self.tokens
         if not self.sparse:
             return 0
         chosen = 3 * self.wide * GROUP * v + n * self.columns * (2 * self.wide + self.product)
@@ -216,7 +227,7 @@ class Workload:
         room = self.tokens + -(-n * v // (LARGEST_SHARE * max(1, self.vocab_size)))  # for the last tile's columns, too
         more = self.arena(1, n, v) - self.arena(0, n, v) + 1
         rows = min(room, max(0, left - self.arena(0, n, v)) // more)
-        least = self.tokens if replace(self, sparse=False).frozen else -(-n * v // max(1, self.vocab_size))
+        least = self.tokens if replace(self, filter="").frozen else -(-n * v // max(1, self.vocab_size))
         return rows if rows >= max(1, least) and self.tokens else 0
 
     def between_ranks(self) -> int:

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_kernels import logits_to_log_probs, token_stats
-from dpo_kernels.backends.triton import TritonTileOps
+from dpo_kernels.backends.triton_tiles import TritonTileOps
 from dpo_kernels.kernels import configs
 from dpo_kernels.kernels.launch import kernels
 from dpo_kernels.overrides import override

@@ -175,8 +175,8 @@ def test_a_filter_is_planned_where_its_arena_gains_something(name, grads):
     modes = set()
     for budget in (1, 24, 32, 48, 64, 100, 128, 256, 300, 1024, 4096):
         with_it, without = (
-            Workload(*sizes, torch.bfloat16, Grads.of(grads), False, False, 2000, CAPABILITIES[name], sparse=sparse)
-            for sparse in (True, False)
+            Workload(*sizes, torch.bfloat16, Grads.of(grads), False, False, 2000, CAPABILITIES[name], filter=how)
+            for how in ("columns", "")
         )
         least = planner.least_budget(with_it)
         assert least == planner.least_budget(without)
@@ -190,6 +190,20 @@ def test_a_filter_is_planned_where_its_arena_gains_something(name, grads):
             assert made.kept_tokens == 0
         modes.add(made.sparse)
     assert modes == {True, False}
+
+
+@pytest.mark.parametrize("grads", [("hidden", "weight"), ("hidden",), ("weight", "bias")])
+def test_blocks_are_skipped_where_there_is_room_to_mark_them(grads):
+    capabilities = replace(CAPABILITIES["triton, cuda"], filters="blocks", block=(128, 256))
+    sizes = 2000, 256, 32_000, torch.bfloat16, torch.bfloat16, Grads.of(grads), False, False, 2000
+    with_it, without = (Workload(*sizes, capabilities, filter=how) for how in ("blocks", ""))
+    assert planner.least_budget(with_it) == planner.least_budget(without)
+    made = planner.plan(with_it)
+    assert (made.mode, made.block, made.kept_tokens, made.gemms) == ("skip", (128, 256), 0, 1)
+    assert "blocks of 128 tokens x 256 vocabulary that pass the filter" in str(made)
+    assert made.bytes - sum(v for k, v in made.memory.items() if "left out" not in k) < 10 * 2000 * 32_000 / 256 + 4 * 1024 * 256
+    least = planner.least_budget(without)
+    assert planner.plan(with_it, least) == planner.plan(without, least)
 
 
 def test_labels_that_are_ignored_count_in_the_budget():

@@ -100,6 +100,19 @@ PRODUCTS = {
     (Arch("interpreted", 0), 4, "options"): ProductBlocks(64, 64, 32, 2, 4, 1),
 }
 
+# Of `blocks.sum_kernel`, by device class and bytes of an operand (waits for a measurement).
+SUMS = {
+    (Arch("cuda", 8), 2): ProductBlocks(128, 128, 32, 1, 8, 3),
+    (Arch("cuda", 8), 4): ProductBlocks(64, 64, 32, 1, 4, 3, precision="tf32x3"),
+    (Arch("cuda", 9), 2): ProductBlocks(128, 128, 64, 1, 8, 3),
+    (Arch("cuda", 9), 4): ProductBlocks(64, 64, 32, 1, 4, 3, precision="tf32x3"),
+    (Arch("cuda", 12), 2): ProductBlocks(128, 128, 32, 1, 8, 3),
+    (Arch("hip", 9), 2): ProductBlocks(128, 128, 32, 1, 8, 2),
+    (Arch("hip", 9), 4): ProductBlocks(64, 64, 32, 1, 4, 2),
+    (Arch("interpreted", 0), 2): ProductBlocks(64, 64, 32, 1, 4, 1),
+    (Arch("interpreted", 0), 4): ProductBlocks(64, 64, 64, 1, 4, 1),
+}
+
 ROWS = {
     "cuda": RowBlocks(1, 4096, 8),
     "hip": RowBlocks(1, 4096, 8),
@@ -144,6 +157,12 @@ def resolve(
 
 def multiprocessors(arch: Arch) -> int:
     return MULTIPROCESSORS[max(a for a in MULTIPROCESSORS if a.kind == arch.kind and a.major <= arch.major)]
+
+
+def sum_blocks(arch: Arch, operand: torch.dtype) -> ProductBlocks:
+    """How products of blocks that stay are multiplied."""
+    known = [a for a, size in SUMS if (a.kind, size) == (arch.kind, operand.itemsize) and a.major <= arch.major]
+    return SUMS[max(known), operand.itemsize]
 
 
 def product_blocks(arch: Arch, operand: torch.dtype, options: bool) -> ProductBlocks:

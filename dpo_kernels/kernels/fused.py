@@ -93,12 +93,13 @@ def store_block(
 
 @triton.jit
 def accumulate_block(
-    state, a, row, column, end, inside, local, bias, exps, block_maxima, V, first, exps_stride, maxima_stride,
-    inner, outer, BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, OUTPUTS: tl.constexpr,
-    SAVE: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    state, a, row, column, end, inside, local, bias, exps, block_maxima, block_sums, V, first, exps_stride,
+    maxima_stride, inner, outer, BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, OUTPUTS: tl.constexpr,
+    SAVE: tl.constexpr, MARK: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The state after the products a (R, BLOCK_N) from `column` on; writes their exponentials if SAVE."""
+    """The state after the products a (R, BLOCK_N) from `column` on; writes their exponentials if SAVE, their maximum
+    and sum if MARK."""
     if PLAIN:
         block, e, base = plain_block_state(a, column, local, end, outer, BLOCK_N)
     else:
@@ -115,6 +116,13 @@ def accumulate_block(
         store_block(exps, e, row, column, exps_stride, inside, end, DESCRIPTORS, BLOCK_M, BLOCK_N)
         corner = block_maxima + tl.cast(row, tl.int64) * maxima_stride + column // MAXIMA_COLUMNS
         tl.store(corner + tl.arange(0, BLOCK_M) * maxima_stride, base, mask=inside & (column < end))
+    if MARK:
+        total = block[1]
+        if CAPPED:
+            total = tl.sum(e * derivative, 1)
+        place = tl.cast(column // BLOCK_N, tl.int64) * maxima_stride + row + tl.arange(0, BLOCK_M)
+        tl.store(block_maxima + place, base, mask=inside & (column < end))
+        tl.store(block_sums + place, total, mask=inside & (column < end))
     return merge(state, block, OUTPUTS)
 
 
@@ -128,7 +136,8 @@ def forward_kernel(
     exps,  # (n, V) in the compute dtype, written if SAVE: exp(z - base), 0 at the label; if CAPPED 1 at the
     #     label, all times the cap's derivative, which WIDE numbers hold to the last digit
     block_maxima,  # (n, slots) float32, written if SAVE: a row's maximum over a block of columns, in the first of the
-    #     block's slots of MAXIMA_COLUMNS columns
+    #     block's slots of MAXIMA_COLUMNS columns; if MARK (blocks, n), one of every block
+    block_sums,  # (blocks, n) float32, written if MARK: sums of exp(z - maximum), times the cap's derivative
     n,
     V,
     D,
@@ -147,6 +156,7 @@ def forward_kernel(
     PLAIN: tl.constexpr,  # not BIASED, not CAPPED, no OUTPUTS, outer > 0, half precision
     OUTPUTS: tl.constexpr,
     SAVE: tl.constexpr,
+    MARK: tl.constexpr,
     MAXIMA_COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -186,8 +196,9 @@ def forward_kernel(
             DESCRIPTORS, WIDEN, PRECISION, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         state = accumulate_block(
-            state, a, row, column, end, inside, local, bias, exps, block_maxima, V, first, exps_stride, maxima_stride,
-            inner, outer, BIASED, CAPPED, PLAIN, OUTPUTS, SAVE, MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
+            state, a, row, column, end, inside, local, bias, exps, block_maxima, block_sums, V, first, exps_stride,
+            maxima_stride, inner, outer, BIASED, CAPPED, PLAIN, OUTPUTS, SAVE, MARK, MAXIMA_COLUMNS, WIDE, DESCRIPTORS,
+            BLOCK_M, BLOCK_N,
         )  # fmt: skip
     store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, OUTPUTS)
 
@@ -198,6 +209,7 @@ def recompute_kernel(
     weight,  # (V, D), or its descriptor
     bias,  # (V,)
     out,  # (n, V) in the compute dtype, written
+    flags,  # (blocks of tokens, blocks) int8, read if SKIP: a block whose flag is 0 is not computed, nor written
     labels,  # (n,) int64
     log_probs,  # (n,) float32, like all that follow
     maxima,
@@ -220,6 +232,7 @@ def recompute_kernel(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    SKIP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -242,6 +255,9 @@ def recompute_kernel(
     within = program % (GROUP * column_blocks)
     row = (group * GROUP + within % height) * BLOCK_M
     column = within // height * BLOCK_N
+    if SKIP:  # noqa: SIM102  (known to the compiler)
+        if tl.load(flags + tl.cast(row // BLOCK_M, tl.int64) * column_blocks + column // BLOCK_N) == 0:
+            return
     rows = row + tl.arange(0, BLOCK_M)
     inside = rows < n
     a = multiply(
