@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from fuzz_calls import EPS, LARGEST, CallSpec, Inputs, draw, gradients, leaf_names, make_inputs, run, wanted
+from fuzz_calls import EPS, LARGEST, CallSpec, Inputs, Result, draw, gradients, leaf_names, make_inputs, run, wanted
 from torch import Tensor
 
 from dpo_kernels import reference
@@ -36,14 +36,16 @@ class Truth:
     grad_bounds: dict[str, Tensor]
     undefined: Tensor  # gradients of these rows: NaN, or a logit is beyond float32
     ties: Tensor  # rows whose label and largest other logit are within rounding of each other
+    left_out: Tensor  # the largest share of what a filter left out of a row, at the least
 
 
-def exact(spec: CallSpec, inputs: Inputs) -> Truth:
+def exact(spec: CallSpec, inputs: Inputs, kept: Tensor | None = None) -> Truth:
     """What is right, and how far a float32 computation may be off.
 
     A product of D terms is off by at most about eps * (8 + D / 8) of the sum of its terms' sizes (blocked sums of 8
     lanes and more); a logit besides by a few eps of itself. A log-prob is off by twice the largest error of a logit
     that counts, a probability by that share of itself. dz is rounded to the compute dtype, a gradient to its own.
+    kept (..., V): what a filter left in the gradients.
     """
     compute = torch.bfloat16 if spec.autocast else spec.dtype
     wide = {"hidden": inputs.rows.to(compute).double().requires_grad_()}
@@ -73,6 +75,9 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
             size = size + bias
             error = error + EPS * size
     t = spec
+    if kept is not None and a.requires_grad:
+        at_labels = torch.zeros_like(kept).scatter_(-1, labels.clamp(0, spec.vocab - 1).unsqueeze(-1), True)
+        a.register_hook(lambda dz: torch.where(kept | at_labels, dz, 0))
     u = t.logit_scale * a
     z = (u if t.softcap is None else t.softcap * torch.tanh(u / t.softcap)) / t.temperature
     beyond = (z.detach().abs() > LARGEST) & z.detach().isfinite()
@@ -83,8 +88,9 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
     delta = slope * error + 4 * EPS * finite
     # The cap's derivative is 1 - tanh^2, which changes by no more than its argument does.
     cap = 0 * error if t.softcap is None else (abs(t.logit_scale) * error / t.softcap).clamp(max=1)
-    made = stats(z, labels, spec.ignore_index, spec.outputs)
-    values = {k: v for k, v in made._asdict().items() if v is not None}
+    asked = tuple(name for name in spec.outputs if name != "dropped_mass")
+    made = stats(z, labels, spec.ignore_index, asked)
+    values = {k: v for k, v in made._asdict().items() if v is not None and k != "dropped_mass"}
     names = leaf_names(wanted(spec, inputs))
     if spec.level == "losses":
         mask = labels != spec.ignore_index
@@ -120,10 +126,13 @@ def exact(spec: CallSpec, inputs: Inputs) -> Truth:
         softmax = Softmax(p, log_p, off, cap, moment, counted)
         scale = 0.0 if inputs.low_rank is None else abs(inputs.low_rank.scale)
         grad_bounds = bound_gradients(spec, labels, wide, names, softmax, upstream, upstream_error, grads, scale)
+        tail = Tail.of(spec, softmax, inputs, kept, derivative(spec, u.detach()))
+        values["dropped_mass"], bounds["dropped_mass"] = tail.mass, tail.off
+        tail.give_back(spec, wide, upstream["log_probs"].double() * -t.logit_scale / t.temperature, grads, grad_bounds)
     undefined = beyond.any(-1) | values["log_probs"].isnan()
     others = zs.scatter(-1, label, -torch.inf).amax(-1)
     ties = ~((zs.gather(-1, label).squeeze(-1) - others).abs() > 2 * (spread + at_label))
-    return Truth(values, grads, bounds, grad_bounds, undefined, ties)
+    return Truth(values, grads, bounds, grad_bounds, undefined, ties, tail.largest)
 
 
 def bound_loss(
@@ -157,6 +166,66 @@ class Softmax:
     cap: Tensor
     moment: Tensor
     counted: Tensor
+
+
+def derivative(spec: CallSpec, u: Tensor) -> Tensor:
+    """The cap's."""
+    return torch.ones_like(u) if spec.softcap is None else 1 - torch.tanh(u / spec.softcap) ** 2
+
+
+@dataclass
+class Tail:
+    """What a filter leaves out of rows, (...): its sum, by how much that may be off, and its largest entry, less that.
+
+    adapter: the scale and the mean row of b of a low-rank adapter.
+    """
+
+    mass: Tensor
+    off: Tensor
+    largest: Tensor
+    adapter: tuple[float, Tensor] | None
+
+    @classmethod
+    def of(cls, spec: CallSpec, softmax: Softmax, inputs: Inputs, kept: Tensor | None, cap: Tensor) -> Tail:
+        labels = inputs.labels.long().clamp(0, spec.vocab - 1).unsqueeze(-1)
+        left = torch.zeros_like(softmax.p, dtype=torch.bool) if kept is None else ~kept
+        left = left.scatter(-1, labels, False) & softmax.counted.unsqueeze(-1) & ~softmax.off.isnan().unsqueeze(-1)
+        share = torch.where(left, softmax.p * cap, 0).nan_to_num(0, 0, 0)
+        compute = torch.bfloat16 if spec.autocast else spec.dtype
+        relative = (4 * softmax.off.unsqueeze(-1).nan_to_num(0, 0, 0)).clamp(max=40).expm1()
+        relative = relative + 2 * torch.finfo(compute).eps + 64 * EPS
+        off = share * relative + torch.where(left, softmax.p * (softmax.cap + 64 * EPS), 0).nan_to_num(0, 0, 0)
+        if compute == torch.float16:  # an exponential that is too small for it
+            off = off + 2.0**-24 * left
+        low_rank = inputs.low_rank
+        adapter = None if low_rank is None else (low_rank.scale, low_rank.b.double().mean(0))
+        off = off + 2.0**-94 * left
+        return cls(share.sum(-1), off.sum(-1), (share - off).amax(-1), adapter)
+
+    def give_back(
+        self, spec: CallSpec, wide: dict[str, Tensor], upstream: Tensor, grads: dict[str, Tensor],
+        bounds: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """What the hidden states get back evenly, and an adapter's first matrix through them."""
+        if spec.level == "logits":
+            return
+        back, off = (self.mass * upstream).unsqueeze(-1), (self.off * upstream.abs()).unsqueeze(-1)
+        off = off + back.abs() * EPS * (16 + spec.vocab / 8)
+        means = [(1.0, wide["weight"].detach().mean(0), wide["weight"].detach().abs().mean(0))]
+        if self.adapter is not None:
+            scale, mean = self.adapter
+            a = wide["low_rank_a"].detach()
+            means.append((scale, mean @ a, mean.abs() @ a.abs()))
+            if "low_rank_a" in grads:
+                rows = wide["hidden"].detach().reshape(-1, spec.features).nan_to_num(0, 0, 0)
+                grads["low_rank_a"] = grads["low_rank_a"] + scale * torch.outer(mean, back.reshape(-1) @ rows)
+                more = abs(scale) * torch.outer(mean.abs(), off.reshape(-1) @ rows.abs())
+                bounds["low_rank_a"] = bounds["low_rank_a"] + more
+        if "hidden" in grads:
+            for scale, mean, size in means:
+                grads["hidden"] = grads["hidden"] + scale * back * mean
+                rounded = 4 * torch.finfo(spec.dtype).eps * back.abs() * size
+                bounds["hidden"] = bounds["hidden"] + abs(scale) * (off * size + rounded)
 
 
 def bound_gradients(
@@ -233,7 +302,11 @@ def compare(spec: CallSpec, impl: str) -> str | None:
     """What is wrong with this call; None if nothing is."""
     inputs = make_inputs(spec)
     got = run(spec, inputs, impl)
-    truth = exact(spec, inputs)
+    if spec.filter == 0 and (said := differs_in_bits(spec, inputs, impl, got)):
+        return said
+    truth = exact(spec, inputs, got.kept)
+    if spec.filter is not None and not bool((truth.left_out < max(spec.filter, 1e-300)).all()):
+        return f"{truth.left_out.max():.3g} is left out; the filter is {spec.filter}"
     for name, value in got.values.items():
         right = truth.values[name]
         if name == "is_top1":
@@ -254,6 +327,17 @@ def compare(spec: CallSpec, impl: str) -> str | None:
         if said:
             return said
     return None
+
+
+def differs_in_bits(spec: CallSpec, inputs: Inputs, impl: str, got: Result) -> str | None:
+    """Of a filter of 0 from no filter."""
+    outputs = tuple(name for name in spec.outputs if name != "dropped_mass")
+    other = run(dataclasses.replace(spec, filter=None, outputs=outputs), inputs, impl)
+    for name, right in [*other.values.items(), *other.grads.items()]:
+        found = got.values.get(name, got.grads.get(name))
+        if found is None or not torch.equal(found.nan_to_num(-7.0), right.nan_to_num(-7.0)):
+            return f"{name} with a filter of 0 is not what it is without"
+    return "something is left out by a filter of 0" if got.kept is not None else None
 
 
 def differs(name: str, got: Tensor, right: Tensor, bound: Tensor) -> str | None:

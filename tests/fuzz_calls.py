@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import dpo_kernels
-from dpo_kernels import FusedLinearDPOLoss, LowRank, hidden_to_log_probs, logits_to_log_probs, token_stats
+from dpo_kernels import (
+    FusedLinearDPOLoss,
+    LowRank,
+    hidden_to_log_probs,
+    logits_to_log_probs,
+    skipping,
+    sparse,
+    token_stats,
+)
+from dpo_kernels.workload import aligned
 
 EPS = torch.finfo(torch.float32).eps
 LARGEST = torch.finfo(torch.float32).max
@@ -56,6 +66,8 @@ class CallSpec:
     crowded: bool = False  # which threads the C++ kernels take
     rank: int = 0  # of a low-rank adapter of the weight
     adapter_dtype: torch.dtype = torch.float32
+    filter: float | None = None
+    trend: bool = False  # the first entries of the vocabulary are the likely ones
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,7 +92,7 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
     chosen = r.choice([(), ("hidden",), ("hidden", "weight"), tuple(n for n in inputs if r.random() < 0.5)])
     dtype = r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    return CallSpec(
+    made = CallSpec(
         seed=number,
         level=level,
         shape=shape,
@@ -113,6 +125,19 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         rank=size(20) if level in ("hidden", "stats") and r.random() < 0.25 else 0,
         adapter_dtype=r.choice([torch.float32, dtype]),
     )
+    if level == "logits" or r.random() < 0.6:
+        return made
+    # An entropy's gradient does not go with it; what tells that it does its work is a softmax that has a tail.
+    outputs = tuple(n for n in made.outputs if n != "entropy")
+    outputs = (*outputs, "dropped_mass") if level == "stats" else outputs
+    share = r.choice([0.0, 0.3, 2**-4, 2**-7, 2**-12, 2**-12, 2**-20])
+    features = r.choice([made.features, aligned(made.features)])  # "triton" has a filter for multiples of 16 alone
+    magnitude = r.choice([made.magnitude, 10.0, 30.0])
+    vocab = r.choice([made.vocab, sizes[2] // r.randint(1, 3)])
+    return replace(
+        made, outputs=outputs, filter=share, features=features, magnitude=magnitude, vocab=vocab,
+        trend=r.random() < 0.7, grads=made.grads or ("hidden", "weight"), budget=r.choice([made.budget, None]),
+    )  # fmt: skip
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
@@ -160,9 +185,11 @@ def make_inputs(spec: CallSpec) -> Inputs:
         rows = randn(*spec.shape, spec.vocab) * scale
     else:
         rows = randn(*spec.shape, spec.features) * scale**0.5
-        weight = lay_out(
-            (randn(spec.vocab, spec.features) * scale**0.5 / spec.features**0.5).to(spec.dtype), spec.weight_layout
-        )
+        weight = randn(spec.vocab, spec.features) * scale**0.5 / spec.features**0.5
+        if spec.trend:
+            rows[..., 0] = scale**0.5
+            weight[:, 0] = scale**0.5 * torch.linspace(3, -3, spec.vocab)
+        weight = lay_out(weight.to(spec.dtype), spec.weight_layout)
         if spec.bias != "none":
             bias = (randn(spec.vocab) * scale / 3).to(spec.dtype)
     flat = rows.view(-1, rows.shape[-1])
@@ -209,8 +236,11 @@ def make_inputs(spec: CallSpec) -> Inputs:
 
 @dataclass
 class Result:
+    """kept: (..., V), what a filter left in the gradients; None where it left all."""
+
     values: dict[str, Tensor]
     grads: dict[str, Tensor]
+    kept: Tensor | None = None
 
 
 def wanted(spec: CallSpec, inputs: Inputs) -> tuple[str, ...]:
@@ -225,6 +255,11 @@ def leaf_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(leaf for n in names for leaf in (("low_rank_a", "low_rank_b") if n == "low_rank" else (n,)))
 
 
+def usable(spec: CallSpec, impl: str) -> float | None:
+    """The filter; None where the implementation has none for such features."""
+    return None if impl == "triton" and spec.features % 16 else spec.filter
+
+
 def budget_of(spec: CallSpec, inputs: Inputs, impl: str) -> int | None:
     if spec.budget is None or spec.level == "logits":
         return None
@@ -235,7 +270,7 @@ def budget_of(spec: CallSpec, inputs: Inputs, impl: str) -> int | None:
         return dpo_kernels.plan(
             counted, spec.features, spec.vocab, spec.dtype, grads=wanted(spec, inputs), outputs=spec.outputs,
             softcap=spec.softcap, compute_dtype=torch.bfloat16 if spec.autocast else None, memory_budget=budget,
-            impl=impl, labels=inputs.labels.numel(), rank=spec.rank,
+            impl=impl, labels=inputs.labels.numel(), rank=spec.rank, gradient_filter=usable(spec, impl),
         ).bytes  # fmt: skip
 
     most = of(2**50)
@@ -252,8 +287,8 @@ def hooked(kind: str) -> Iterator[None]:
     def unpack(saved: Tensor) -> Tensor:
         if kind == "moved" or saved.ndim == 0:
             return saved.clone(memory_format=torch.contiguous_format)
-        wide = torch.stack([saved, saved], -1)
-        return wide[..., 0]
+        wide = saved.new_empty((*saved.shape, 2))
+        return wide[..., 0].copy_(saved)
 
     if kind == "none":
         yield
@@ -286,13 +321,56 @@ def run(spec: CallSpec, inputs: Inputs, impl: str) -> Result:
     function = call_of(spec, inputs, impl)
     arguments = tuple(leaves.values())
     cast = torch.autocast("cpu", torch.bfloat16) if spec.autocast else contextlib.nullcontext()
-    with hooked(spec.hooks), cast, threads_of(spec, impl):
+    with hooked(spec.hooks), cast, threads_of(spec, impl), watched() as filters:
         if spec.compiled:
             torch._dynamo.reset()
             function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
             function(1.5 * spec.temperature, *arguments)  # another number first: it must not stay
         values = function(spec.temperature, *arguments)
-    return Result(values, gradients(values, inputs, [leaves[n] for n in names], names))
+        grads = gradients(values, inputs, [leaves[n] for n in names], names)
+    return Result(values, grads, kept_by(filters[-1], spec, inputs) if filters else None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Any]]:
+    """What backward read of filters, in order."""
+    found: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        for module, name in ((sparse, "Pieces"), (skipping, "Skipping")):
+            own = getattr(module, name)
+
+            def made(*given: Any, own: Any = own) -> Any:
+                found.append(own(*given))
+                return found[-1]
+
+            stack.enter_context(mock.patch.object(module, name, made))
+        yield found
+
+
+def kept_by(found: Any, spec: CallSpec, inputs: Inputs) -> Tensor:
+    """(..., V): which entries are in the gradients, but for labels, which always are."""
+    plan, labels = found.plan, inputs.labels.reshape(-1)
+    kept = torch.ones(plan.tokens, spec.vocab, dtype=torch.bool)
+    if plan.skips:
+        tokens, entries = plan.block
+        flags = found.flags.bool().repeat_interleave(tokens, 0).repeat_interleave(entries, 1)
+        kept &= flags[: plan.tokens, : spec.vocab]
+    else:
+        for columns in plan.forward_spans:
+            for rows in plan.token_spans:
+                kind, _, _, counts, begin = found.at[rows.start, columns.start]
+                if kind != sparse.SPARSE:
+                    continue
+                kept[rows, columns] = False
+                for i, some in enumerate(found.columns[begin : begin + sum(counts)].split(counts)):
+                    group = slice(rows.start + i * sparse.GROUP, min(rows.start + (i + 1) * sparse.GROUP, rows.stop))
+                    kept[group, columns.start + some] = True
+    every = torch.ones(labels.numel(), spec.vocab, dtype=torch.bool)
+    counts_at = (
+        torch.arange(len(labels)) if spec.ignore_index is None else (labels != spec.ignore_index).nonzero()[:, 0]
+    )
+    every[counts_at] = kept
+    return every.view(*inputs.labels.shape, spec.vocab)
 
 
 def call_of(spec: CallSpec, inputs: Inputs, impl: str) -> Callable[..., dict[str, Tensor]]:
@@ -309,6 +387,7 @@ def call_of(spec: CallSpec, inputs: Inputs, impl: str) -> Callable[..., dict[str
 
         return from_logits
     options["memory_budget"] = budget_of(spec, inputs, impl)
+    options["gradient_filter"] = usable(spec, impl)
     if spec.level == "losses":
         loss = FusedLinearDPOLoss(spec.beta, spec.aggregate, temperature=spec.temperature, **options)
 

@@ -11,9 +11,8 @@ import torch
 from fuzz import SIZES, as_script, compare, failure, fuzz, shrink
 from fuzz_calls import CallSpec, draw
 
-from dpo_kernels import FusedLinearDPOLoss
-from dpo_kernels.backends import cpp, pytorch
-from dpo_kernels.backends import triton as triton_backend
+from dpo_kernels import FusedLinearDPOLoss, driver, sparse
+from dpo_kernels.backends import cpp, pytorch, triton_tiles
 
 CALLS = {"cpp": 250, "torch": 150, "triton": 30}
 
@@ -60,6 +59,46 @@ def test_a_planted_fault_is_found(monkeypatch, where, name, fault):
     assert number < 100
     assert "right is" in said
     assert spec.shape == (1,)
+
+
+def left_out_twice(self, maximum, log_sum, own=sparse.Keeper.finish):
+    dropped, table = own(self, maximum, log_sum)
+    return 2 * dropped, table
+
+
+def too_sparing(self, *given, own=sparse.Keeper.__init__):
+    own(self, *given)
+    self.bound *= 3
+
+
+def no_labels(*_):
+    """Their entries, which are added apart, are lost."""
+
+
+def one_column_on(self, tile, own=sparse.Pieces._of):
+    kept = own(self, tile)
+    if not isinstance(kept, sparse.Sparse):
+        return kept
+    return kept._replace(columns=[(c + 1).clamp(max=len(tile.weight) - 1) for c in kept.columns])
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault", "words"),
+    [
+        (sparse.Keeper, "finish", left_out_twice, "dropped_mass at"),
+        (sparse.Keeper, "__init__", too_sparing, "is left out; the filter is"),
+        (sparse, "_add_labels", no_labels, "gradient of"),
+        (sparse.Pieces, "_of", one_column_on, "gradient of"),
+        (driver, "_give_back", no_labels, "gradient of"),
+    ],
+    ids=["mass", "bound", "labels", "columns", "tail"],
+)
+def test_a_fault_planted_in_a_filter_is_found(monkeypatch, where, name, fault, words):
+    monkeypatch.setattr(where, name, fault)
+    filtered = [n for n in range(600) if (spec := draw(n, SIZES["torch"])).filter and not spec.compiled]
+    found = fuzz("torch", filtered, SIZES["torch"])
+    assert found is not None
+    assert words in found[2]
 
 
 def cpp_other_sign(grads, own=cpp._vectors):
@@ -121,7 +160,7 @@ def test_a_stride_that_is_forgotten_is_found(monkeypatch):
         n = len(tile.weight)
         return own.as_strided((n,), (1,), own.storage_offset() + tile.columns.start).to(self.call.compute_dtype)
 
-    monkeypatch.setattr(triton_backend.TritonTileOps, "_bias", bias)
+    monkeypatch.setattr(triton_tiles.TritonTileOps, "_bias", bias)
     spec = CallSpec(seed=1, shape=(3,), features=8, vocab=40, bias="strided")
     assert compare(spec, "triton") is not None
     assert compare(CallSpec(seed=1, shape=(3,), features=8, vocab=40, bias="contiguous"), "triton") is None

@@ -201,7 +201,10 @@ def test_blocks_are_skipped_where_there_is_room_to_mark_them(grads):
     made = planner.plan(with_it)
     assert (made.mode, made.block, made.kept_tokens, made.gemms) == ("skip", (128, 256), 0, 1)
     assert "blocks of 128 tokens x 256 vocabulary that pass the filter" in str(made)
-    assert made.bytes - sum(v for k, v in made.memory.items() if "left out" not in k) < 10 * 2000 * 32_000 / 256 + 4 * 1024 * 256
+    assert (
+        made.bytes - sum(v for k, v in made.memory.items() if "left out" not in k)
+        < 10 * 2000 * 32_000 / 256 + 4 * 1024 * 256
+    )
     least = planner.least_budget(without)
     assert planner.plan(with_it, least) == planner.plan(without, least)
 
