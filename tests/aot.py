@@ -60,9 +60,10 @@ NAMES = {
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
 }
 ROWS = ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
-MULTIPLY = ("forward_kernel", "recompute_kernel")
+MULTIPLY = ("forward_kernel", "recompute_kernel", "sum_kernel")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SCRATCH = 48 * 2**20  # whatever the chip: budgets below lead to the same modes on all of them
 VOCABULARIES = (4000, 32_000, 50_257)  # narrow and wide tiles, and such that are no multiple of 16
@@ -85,7 +86,11 @@ class Launch(NamedTuple):
     def name(self) -> str:
         """What tells this launch from others of the kernel."""
         known = dict(self.constants)
-        flags = [k.lower() for k in ("BIASED", "CAPPED", "SAVE", "INDEXED", "DESCRIPTORS") if known.get(k)]
+        flags = [
+            k.lower()
+            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "SKIP", "ADD", "INDEXED", "DESCRIPTORS")
+            if known.get(k)
+        ]
         flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]
         flags += ["odd rows"] if self.kernel in ROWS and "stride" not in self.aligned else []
         types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
@@ -124,15 +129,27 @@ def of_each_count(target: Target, counts: list[int]) -> list[set[Launch]]:
 
         def record(module: str, name: str, _: int, warps: int, stages: int | None, arguments: dict[str, Any], to=made):
             to.add(specialise(module, name, warps, stages, arguments))
+            nothing_stays(name, arguments)
 
         for strategy in ("fused", "tiles"):
             changes = {"arch": target.arch, "launch": record, "kernels": {"strategy": strategy}}
             with override(**changes, capabilities={"scratch": 0}):
                 for grads in ("none", "hidden", "hidden,weight"):
                     for vocab in VOCABULARIES:
-                        _run(torch.bfloat16, PLAIN, (), grads, None, features=64, tokens=tokens, vocab=vocab)
+                        of_call = {"features": 64, "tokens": tokens, "vocab": vocab}
+                        _run(torch.bfloat16, PLAIN, (), grads, None, **of_call)
+                        if strategy == "fused":
+                            _run(torch.bfloat16, PLAIN, (), grads, None, **of_call, share=2**-12)
         found.append(made)
     return found
+
+
+def nothing_stays(name: str, arguments: dict[str, Any]) -> None:
+    """The host reads flags: of a tile that stays as a whole, no block is multiplied alone."""
+    if name == "flag_kernel":
+        arguments["flags"].zero_()
+    if name == "left_out_kernel":
+        arguments["left_out"].fill_(0.5)
 
 
 def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int]) -> list[Launch]:
@@ -141,6 +158,7 @@ def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int])
 
     def record(module: str, name: str, _programs: int, warps: int, stages: int | None, arguments: dict[str, Any]):
         found[specialise(module, name, warps, stages, arguments)] = None
+        nothing_stays(name, arguments)
 
     TritonTileOps.multiply = lambda self, out, a, b, add: out.zero_()
     for strategy in ("fused", "tiles"):  # every device takes the second for features that are no multiple of 16
@@ -163,18 +181,21 @@ def _every_call(strategy: str, dtypes: list[torch.dtype]) -> None:
                 _run(dtype, options, outputs, "hidden", None, features=272)
                 _run(dtype, options, (), "hidden,weight", None, features=272)
                 _run(dtype, options, outputs, "hidden,weight", 2**26, features=272)
+                for features in (256, 272):
+                    _run(dtype, options, (), "hidden,weight", None, features=features, share=2**-12)
 
 
 def _run(
     dtype: torch.dtype, options: dict, outputs: tuple, grads: str, budget: int | None, features: int = 256,
-    tokens: int = 256, vocab: int = 64 * 1024,
+    tokens: int = 256, vocab: int = 64 * 1024, share: float | None = None,
 ) -> None:  # fmt: skip
     hidden, weight = torch.ones(tokens, features, dtype=dtype), torch.ones(vocab, features, dtype=dtype)
     bias = torch.zeros(vocab, dtype=dtype) if options else None
     labels = torch.zeros(tokens, dtype=torch.int64)
     hidden.requires_grad_("hidden" in grads)
     weight.requires_grad_("weight" in grads)
-    made = token_stats(hidden, weight, labels, bias, outputs=outputs, memory_budget=budget, impl="triton", **options)
+    of_head = {"gradient_filter": share, "memory_budget": budget, "impl": "triton"}
+    made = token_stats(hidden, weight, labels, bias, outputs=outputs, **of_head, **options)
     if grads != "none":
         (made.log_probs if made.entropy is None else made.log_probs + made.entropy).sum().backward()
     else:

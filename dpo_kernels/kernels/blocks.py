@@ -105,6 +105,8 @@ def sum_kernel(
     right_step,
     out_row,
     ADD: tl.constexpr,
+    BY_VOCAB: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     OUTER: tl.constexpr,
@@ -115,9 +117,14 @@ def sum_kernel(
 ):
     """out = left @ right, of the blocks OUTER x INNER of `left` that stay; no other is read.
 
-    Programs of a block of rows run together: they read the same blocks of `left`.
+    Programs of a block of rows run together: they read the same blocks of `left`. BY_VOCAB: its rows are the
+    vocabulary, not its columns; EVEN: whose size is a multiple of 16, so that loads are wide.
     FLOP: 2 rows depth columns, times the share that stays.
     """
+    if EVEN and BY_VOCAB:
+        rows = rows // 16 * 16
+    if EVEN and not BY_VOCAB:
+        depth = depth // 16 * 16
     across = tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)
     row, column = program // across * BLOCK_M, program % across * BLOCK_N
@@ -131,8 +138,11 @@ def sum_kernel(
     steps = tl.load(counts + block) * (INNER // BLOCK_K)
     chosen = lists + tl.cast(block, tl.int64) * length
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    stays = tl.load(chosen)
     for step in tl.range(0, steps):
-        at = tl.load(chosen + step // (INNER // BLOCK_K)) * INNER + step % (INNER // BLOCK_K) * BLOCK_K + k
+        at = stays * INNER + step % (INNER // BLOCK_K) * BLOCK_K + k
+        # The next block's number is on its way while this one is multiplied.
+        stays = tl.load(chosen + tl.minimum((step + 1) // (INNER // BLOCK_K), length - 1))
         known = at < depth
         a = tl.load(of_left + at[None, :] * left_step, mask=r_inside[:, None] & known[None, :], other=0.0)
         b = tl.load(of_right + at[:, None] * right_row, mask=known[:, None] & c_inside[None, :], other=0.0)
