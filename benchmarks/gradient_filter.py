@@ -2,6 +2,7 @@
 
 python -m benchmarks.gradient_filter                                  V = 32,000 and 151,936, shuffled and in order
 python -m benchmarks.gradient_filter --vocab 32000 --dtype bfloat16
+python -m benchmarks.gradient_filter --model MODEL --data pairs.jsonl   what a model makes of its answers' tokens
 
 Rows are peaked over a vocabulary of Zipf's frequencies: a logit is the logarithm of an entry's frequency and a random
 part, and the label's is higher. A table row is a filter; its time is a full step's, over the exact step's in turn.
@@ -11,9 +12,11 @@ Errors are of gradients against the exact ones, norm over norm; `rounding` is wh
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -34,8 +37,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peak", type=float, default=8.0, help="by how much a label's logit is higher")
     parser.add_argument("--spread", type=float, default=2.0, help="standard deviation of a logit's random part")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", type=Path, help="a trained one, such as benchmarks.trained_model makes")
+    parser.add_argument("--data", type=Path, help="preference pairs")
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
+    if options.model is not None:
+        real = tuple(t.to(dtype) if t.is_floating_point() else t for t in of_model(options))
+        print(f"\n{len(real[0]):,} x {real[0].shape[1]:,} x {len(real[1]):,}, {options.dtype}, {options.model.name}\n")
+        print(f"mean log-prob {step(real, None)[0].log_probs.mean():.2f}")
+        table(real, options.repeats)
+        of_blocks(real)
+        return
     for vocab in options.vocab:
         for order in ("in order", "shuffled"):
             inputs = zipf(options.tokens, options.features, vocab, options.peak, options.spread, order == "in order")
@@ -54,6 +66,51 @@ def zipf(n: int, d: int, v: int, peak: float, spread: float, in_order: bool) -> 
     hidden = spread * torch.randn(n, d, generator=made) + peak * weight[labels]
     weight[:, 0], hidden[:, 0] = frequency.log(), 1.0
     return hidden, weight, labels
+
+
+def of_model(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (n, d), weight (v, d), labels (n,): of answers, chosen and rejected in turn, until there are --tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks.trained_model import START, text_of
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    hidden, labels = [], []
+    lines = [json.loads(line) for line in options.data.read_text(encoding="utf-8").split("\n") if line.strip()]
+    for messages in (line[side] for line in lines for side in ("chosen", "rejected")):
+        prompt = len(tokenizer(text_of({"messages": messages[:-1]}) + f"{START}assistant\n")["input_ids"])
+        ids = torch.tensor(tokenizer(text_of({"messages": messages}))["input_ids"])
+        with torch.no_grad():
+            states = model.model(input_ids=ids[None]).last_hidden_state[0]
+        hidden.append(states[prompt - 1 : -1])
+        labels.append(ids[prompt:])
+        if sum(map(len, labels)) >= options.tokens:
+            break
+    weight = model.get_output_embeddings().weight.detach()
+    return torch.cat(hidden)[: options.tokens], weight, torch.cat(labels)[: options.tokens]
+
+
+def of_blocks(inputs: tuple[Tensor, ...]) -> None:
+    """Of blocks of tokens and vocabulary, those with an entry that passes, or a label: in the tokenizer's order, and
+    by how often an entry is likely in these very tokens, than which no order from other data is better."""
+    hidden, weight, labels = (t.float() if t.is_floating_point() else t for t in inputs)
+    p = (hidden @ weight.T).softmax(1)
+    p = p.scatter(1, labels[:, None], 1.0)
+    print("\n| filter | entries | columns of 128 tokens | blocks of 128 x 128 | of 128 x 256 | by frequency | |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for share in FILTERS:
+        passes = p >= share
+        by_frequency = passes[:, passes.sum(0).argsort(descending=True)]
+        shares = [passes.float().mean(), _any(passes, 1)]
+        shares += [_any(order, width) for order in (passes, by_frequency) for width in (128, 256)]
+        print(f"| {share:.1e} | " + " | ".join(f"{float(s):.2%}" for s in shares) + " |")
+
+
+def _any(passes: Tensor, width: int) -> Tensor:
+    """The share of blocks of 128 tokens and so many entries that have any."""
+    of_tokens = torch.stack([rows.any(0) for rows in passes.split(128)])
+    return torch.stack([block.any(1) for block in of_tokens.split(width, 1)]).float().mean()
 
 
 def table(inputs: tuple[Tensor, ...], repeats: int) -> None:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     options = parser.parse_args(argv)
     torch.manual_seed(0)
-    texts = [text_of(json.loads(line)) for line in options.data.read_text().split("\n") if line.strip()]
+    texts = [text_of(json.loads(line)) for line in options.data.read_text(encoding="utf-8").split("\n") if line.strip()]
     tokenizer, model = made(texts, options) if options.model is None else loaded(options.model)
     held_out = max(1, len(texts) // 100)
     stream = {"train": tokens_of(texts[held_out:], tokenizer), "held out": tokens_of(texts[:held_out], tokenizer)}

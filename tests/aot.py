@@ -88,7 +88,7 @@ class Launch(NamedTuple):
         known = dict(self.constants)
         flags = [
             k.lower()
-            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "SKIP", "ADD", "INDEXED", "DESCRIPTORS")
+            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "SKIP", "BY_VOCAB", "INDEXED", "DESCRIPTORS")
             if known.get(k)
         ]
         flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]

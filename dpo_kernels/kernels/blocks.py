@@ -88,11 +88,11 @@ def left_out_kernel(
     tl.store(left_out + rows, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "depth", "length"])
+@triton.jit(do_not_specialize=["rows", "depth", "length", "add"])
 def sum_kernel(
     left,  # (rows, depth): d loss / d a of a tile, or its transpose
     right,  # (depth, columns)
-    out,  # (rows, columns), written; added to if ADD
+    out,  # (rows, columns), written
     lists,  # (blocks of rows, length) int64: first the blocks of `depth` that stay
     counts,  # (blocks of rows,) int64: how many those are
     rows,
@@ -104,7 +104,7 @@ def sum_kernel(
     right_row,
     right_step,
     out_row,
-    ADD: tl.constexpr,
+    add,  # 1: to what is in `out`, 0: not
     BY_VOCAB: tl.constexpr,
     EVEN: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -154,6 +154,5 @@ def sum_kernel(
             total = tl.dot(a, b, total, input_precision=PRECISION)
     place = out + r[:, None].to(tl.int64) * out_row + c[None, :]
     mask = r_inside[:, None] & c_inside[None, :]
-    if ADD:
-        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(place, mask=mask & (add != 0), other=0.0).to(tl.float32)
     tl.store(place, total.to(out.dtype.element_ty), mask=mask)

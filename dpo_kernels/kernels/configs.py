@@ -102,7 +102,7 @@ PRODUCTS = {
 
 # Of `blocks.sum_kernel`, by device class and bytes of an operand (waits for a measurement).
 SUMS = {
-    (Arch("cuda", 8), 2): ProductBlocks(128, 128, 32, 1, 4, 4),
+    (Arch("cuda", 8), 2): ProductBlocks(128, 64, 64, 1, 8, 3),
     (Arch("cuda", 8), 4): ProductBlocks(64, 64, 32, 1, 4, 3, precision="tf32x3"),
     (Arch("cuda", 9), 2): ProductBlocks(128, 128, 64, 1, 8, 3),
     (Arch("cuda", 9), 4): ProductBlocks(64, 64, 32, 1, 4, 3, precision="tf32x3"),
