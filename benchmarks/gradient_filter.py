@@ -12,6 +12,7 @@ Errors are of gradients against the exact ones, norm over norm; `rounding` is wh
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -130,7 +131,12 @@ def table(inputs: tuple[Tensor, ...], repeats: int) -> None:
             f"| {share:.1e} | {kept(inputs, share):.1%} | {dropped.mean():.1e} | {dropped.max():.1e} | "
             f"{_off(of_hidden, exact[1]):.1e} | {_off(of_weight, exact[2]):.1e} | {ratio:.2f} |", flush=True
         )  # fmt: skip
-    print(f"| plain PyTorch | | | | | | {in_turn(partial(plain, inputs), partial(step, inputs, None), repeats):.2f} |")
+    peers = {"plain PyTorch": plain}
+    if importlib.util.find_spec("cut_cross_entropy"):
+        peers["CCE torch_compile"] = cce
+    for name, peer in peers.items():
+        ratio = in_turn(partial(peer, inputs), partial(step, inputs, None), repeats)
+        print(f"| {name} | | | | | | {ratio:.2f} |", flush=True)
 
 
 def step(inputs: tuple[Tensor, ...], share: float | None) -> tuple[TokenStats, Tensor, Tensor]:
@@ -148,6 +154,13 @@ def plain(inputs: tuple[Tensor, ...]) -> None:
     F.cross_entropy((hidden @ weight.T).float(), inputs[2], reduction="sum").backward()
 
 
+def cce(inputs: tuple[Tensor, ...]) -> None:
+    from cut_cross_entropy import linear_cross_entropy
+
+    hidden, weight = (t.detach().requires_grad_() for t in inputs[:2])
+    linear_cross_entropy(hidden, weight, inputs[2], impl="torch_compile", reduction="sum").backward()
+
+
 def kept(inputs: tuple[Tensor, ...], share: float) -> float:
     """Of all entries, those that are in the gradients: by the op's own table."""
     from dpo_kernels.sparse import Keeper
@@ -156,7 +169,7 @@ def kept(inputs: tuple[Tensor, ...], share: float) -> float:
     finish = Keeper.finish
 
     def counted(self: Keeper, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-        whole = self.exps.numel() - self.back
+        whole = sum((p.rows.stop - p.rows.start) * p.entries for p in self.pieces if p.columns is None)
         found.append((whole + self.front) / (self.plan.tokens * self.plan.vocab_size))
         return finish(self, maximum, log_sum)
 

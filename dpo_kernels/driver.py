@@ -52,6 +52,8 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
                 ops.accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
             del tile  # or its slices would live while the next are made
     operands.release()
+    if isinstance(keeper, sparse.Keeper):
+        keeper.look_again(state)
     done = state.finish() if join is None else join(state)
     if plan.mode == "frozen":
         for rows in plan.token_spans:

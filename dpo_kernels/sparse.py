@@ -35,9 +35,9 @@ class SelectingOps(TileOps, Protocol):
     unit: float
 
     def select(
-        self, state: Any, tile: Tile, saved: SavedTile, rule: Rule, room: Tensor
+        self, state: Any, rows: slice, saved: SavedTile, rule: Rule, room: Tensor
     ) -> tuple[Tensor, list[int]] | None:
-        """What of a tile that was accumulated just now is worth a product; None if that is more than `room` holds.
+        """What of a tile that was accumulated is worth a product; None if that is more than `room` holds.
 
         A column is kept for GROUP tokens if any of them has a share of at least the rule's bound in it. Their
         exponentials (k, m), 0 at the labels, go to `room`, group after group, relative to what rule.relative says then.
@@ -64,6 +64,18 @@ MARGIN = 0.99
 ROUNDING = 1e-5  # of a large logit
 
 
+class _Piece(NamedTuple):
+    """Of a tile of `entries` of the vocabulary: where in the arenas it is, and its columns of each group of tokens."""
+
+    kind: int
+    rows: slice
+    entries: int
+    place: int
+    place_maxima: int
+    columns: Tensor | None = None
+    counts: Sequence[int] = ()
+
+
 class Keeper:
     """Forward: sorts tiles into an arena of exponentials and one of what they are relative to.
 
@@ -80,8 +92,7 @@ class Keeper:
         self.exps, self.maxima = exps.view(-1), maxima.view(-1)
         self.front = self.front_maxima = 0
         self.back, self.back_maxima = len(self.exps), len(self.maxima)
-        self.header: list[int] = []
-        self.columns: list[Tensor] = []
+        self.pieces: list[_Piece] = []  # of each tile, in the order of forward
         # Sums of what is left out, and what they are relative to, in the back end's units.
         self.dropped = maxima.new_zeros(plan.tokens, dtype=torch.float64)
         self.relative = maxima.new_full((plan.tokens,), -torch.inf)
@@ -93,22 +104,41 @@ class Keeper:
         back, back_maxima = self.back - size, self.back_maxima - blocks
         if back < self.front or back_maxima < self.front_maxima + n:
             self.ops.accumulate(state, tile, None)
-            self.header += [AGAIN, 0, 0]
+            self.pieces.append(_Piece(AGAIN, tile.rows, v, 0, 0))
             return
-        saved = whole_tile(self.plan, self.exps[back:], self.maxima[back_maxima:], n, v)
-        self.ops.accumulate(state, tile, saved)
-        most = min(size // LARGEST_SHARE, back - self.front)
-        found = self.ops.select(state, tile, saved, self._rule(tile.rows), self.exps[self.front : self.front + most])
-        if found is None:
+        piece = _Piece(DENSE, tile.rows, v, back, back_maxima)
+        self.ops.accumulate(state, tile, self._saved(piece))
+        self.pieces.append(self._selected(state, piece) or piece)
+        if self.pieces[-1] is piece:
             self.back, self.back_maxima = back, back_maxima
-            self.header += [DENSE, back, back_maxima]
-            return
+
+    def look_again(self, state: object) -> None:
+        """Forward is over and all sums are known: of a tile that was kept whole less may be worth it now. The last is
+        the first, whose room lies in front of the others'. Columns are not looked at again: 1% of them would go.
+        """
+        for i in reversed(range(len(self.pieces))):
+            piece = self.pieces[i]
+            if piece.kind == DENSE and piece.place_maxima >= self.front_maxima + _size(piece.rows):
+                self.pieces[i] = self._selected(state, piece) or piece
+
+    def _saved(self, piece: _Piece) -> SavedTile:
+        exps, maxima = self.exps[piece.place :], self.maxima[piece.place_maxima :]
+        return whole_tile(self.plan, exps, maxima, _size(piece.rows), piece.entries)
+
+    def _selected(self, state: object, piece: _Piece) -> _Piece | None:
+        """A whole tile's columns at the front; None if that is more than a tile may have, or than there is room for."""
+        n, rows = _size(piece.rows), piece.rows
+        most = min(n * piece.entries // LARGEST_SHARE, piece.place - self.front)
+        room = self.exps[self.front : self.front + most]
+        found = self.ops.select(state, rows, self._saved(piece), self._rule(rows), room)
+        if found is None:
+            return None
         columns, counts = found
-        self.maxima[self.front_maxima : self.front_maxima + n] = self.relative[tile.rows]
-        self.header += [SPARSE, self.front, self.front_maxima, *counts]
+        made = _Piece(SPARSE, rows, piece.entries, self.front, self.front_maxima, columns, counts)
+        self.maxima[self.front_maxima : self.front_maxima + n] = self.relative[rows]
         self.front_maxima += n
         self.front += sum(count * min(GROUP, n - i * GROUP) for i, count in enumerate(counts))
-        self.columns.append(columns)
+        return made
 
     def _rule(self, rows: slice) -> Rule:
         if rows.start not in self.known:
@@ -122,8 +152,10 @@ class Keeper:
         below = self.relative.double() * self.ops.unit - maximum.double() - log_sum.double()
         # -inf: of rows in which nothing was left out
         dropped = torch.where(self.dropped > 0, self.dropped.log() + below, -torch.inf).exp()
-        header = torch.tensor([len(self.header), *self.header], device=self.exps.device)
-        return dropped, torch.cat([header, *self.columns, dropped.view(torch.int64)])
+        header = [number for p in self.pieces for number in (p.kind, p.place, p.place_maxima, *p.counts)]
+        columns = [p.columns for p in self.pieces if p.columns is not None]
+        known = torch.tensor([len(header), *header], device=self.exps.device)
+        return dropped, torch.cat([known, *columns, dropped.view(torch.int64)])
 
 
 class Sparse(NamedTuple):
@@ -178,6 +210,10 @@ class Pieces:
             exps.append(self.exps[place : place + count * tokens].view(count, tokens))
             place += count * tokens
         return Sparse(columns, exps, self.maxima[place_maxima : place_maxima + n])
+
+
+def _size(span: slice) -> int:
+    return int(span.stop - span.start)
 
 
 def whole_tile(plan: Plan, exps: Tensor, maxima: Tensor, n: int, v: int) -> SavedTile:

@@ -167,6 +167,20 @@ def test_a_flat_softmax_goes_the_dense_way(impl):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_a_tile_that_was_kept_whole_is_looked_at_again(impl):
+    """The likely entries are the last: what comes before seems worth it until they are known, but for the labels, whose
+    logits are low."""
+    torch.manual_seed(0)
+    z, labels = torch.randn(200, V, dtype=torch.float64), torch.full((200,), V - 1)
+    z[:, 600:620] += 14
+    stats, upstream, hidden, *_ = run(z, labels, torch.float32, impl=impl)
+    given_back = (-stats.dropped_mass * upstream / V)[:, None]
+    out = (hidden.grad - given_back).abs() <= 2e-6 * given_back.abs()
+    assert out[:, :512].all()
+    p = (hidden.detach() + torch.linspace(-1, 1, V)).double().softmax(1)
+    torch.testing.assert_close(stats.dropped_mass.double(), torch.where(out, p, 0.0).sum(1), rtol=1e-4, atol=1e-9)
+
+
 def test_without_room_tiles_are_multiplied_again(impl):
     """Budgets from the least on: of an exact call, then of arenas that hold more and more."""
     head = sure_head()

@@ -187,9 +187,9 @@ class CppTileOps:
         self.multiply(total, share, tile.weight, add=True)
 
     def select(
-        self, state: CppState, tile: Tile, saved: SavedTile, rule: Rule, room: Tensor
+        self, state: CppState, rows: slice, saved: SavedTile, rule: Rule, room: Tensor
     ) -> tuple[Tensor, list[int]] | None:
-        base, total = (rows_of(state.fields[_state_fields().index(name)], tile.rows) for name in ("base", "total"))
+        base, total = (rows_of(state.fields[_state_fields().index(name)], rows) for name in ("base", "total"))
         to = reference = _ops().reference(base)
         if saved.exps.dtype == torch.float16:
             to, total = base, total * torch.exp2(reference - base)

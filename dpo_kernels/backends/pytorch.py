@@ -208,9 +208,9 @@ class PyTorchTileOps:
         multiply_each(self, dz.to(self.operand), products)
 
     def select(
-        self, state: PyTorchState, tile: Tile, saved: SavedTile, rule: Rule, room: Tensor
+        self, state: PyTorchState, rows: slice, saved: SavedTile, rule: Rule, room: Tensor
     ) -> tuple[Tensor, list[int]] | None:
-        fields, n = state.fields.rows(tile.rows), len(tile.hidden)
+        fields, n = state.fields.rows(rows), len(saved.exps)
         base = finite(fields.maximum)
         rule.dropped.mul_((rule.relative - base).double().exp_())
         rule.relative.copy_(base)
