@@ -40,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", type=Path, help="a trained one, such as benchmarks.trained_model makes")
     parser.add_argument("--data", type=Path, help="preference pairs")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
+
+    def placed(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple((t.to(dtype) if t.is_floating_point() else t).to(options.device) for t in inputs)
+
     if options.model is not None:
-        real = tuple(t.to(dtype) if t.is_floating_point() else t for t in of_model(options))
+        real = placed(of_model(options))
         print(f"\n{len(real[0]):,} x {real[0].shape[1]:,} x {len(real[1]):,}, {options.dtype}, {options.model.name}\n")
         print(f"mean log-prob {step(real, None)[0].log_probs.mean():.2f}")
         table(real, options.repeats)
@@ -53,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for order in ("in order", "shuffled"):
             inputs = zipf(options.tokens, options.features, vocab, options.peak, options.spread, order == "in order")
             print(f"\n{options.tokens:,} x {options.features:,} x {vocab:,}, {options.dtype}, {order}\n")
-            table(tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs), options.repeats)
+            table(placed(inputs), options.repeats)
 
 
 def zipf(n: int, d: int, v: int, peak: float, spread: float, in_order: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +99,7 @@ def of_model(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
 
 def of_blocks(inputs: tuple[Tensor, ...]) -> None:
     """Of blocks of tokens and vocabulary, those with an entry that passes, or a label: in the tokenizer's order, and
-    by how often an entry is likely in these very tokens, than which no order from other data is better."""
+    by how many of these very tokens an entry passes for. Shares before tiles are computed whole."""
     hidden, weight, labels = (t.float() if t.is_floating_point() else t for t in inputs)
     p = (hidden @ weight.T).softmax(1)
     p = p.scatter(1, labels[:, None], 1.0)
@@ -162,23 +167,29 @@ def cce(inputs: tuple[Tensor, ...]) -> None:
 
 
 def kept(inputs: tuple[Tensor, ...], share: float) -> float:
-    """Of all entries, those that are in the gradients: by the op's own table."""
+    """Of all entries, those that are in the gradients: by the op's own table. Of blocks, those that stay."""
+    from dpo_kernels.skipping import Marker
     from dpo_kernels.sparse import Keeper
 
-    found = []
-    finish = Keeper.finish
+    found = [1.0]
+    finish, of_blocks = Keeper.finish, Marker.finish
+
+    def counted_blocks(self: Marker, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        made = of_blocks(self, maximum, log_sum)
+        found.append(float(made[1][: len(made[1]) - self.plan.tokens].float().mean()))
+        return made
 
     def counted(self: Keeper, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         whole = sum((p.rows.stop - p.rows.start) * p.entries for p in self.pieces if p.columns is None)
         found.append((whole + self.front) / (self.plan.tokens * self.plan.vocab_size))
         return finish(self, maximum, log_sum)
 
-    Keeper.finish = counted  # type: ignore[method-assign]
+    Keeper.finish, Marker.finish = counted, counted_blocks  # type: ignore[method-assign]
     try:
         step(inputs, share)
     finally:
-        Keeper.finish = finish  # type: ignore[method-assign]
-    return found[0]
+        Keeper.finish, Marker.finish = finish, of_blocks  # type: ignore[method-assign]
+    return found[-1]
 
 
 def in_turn(one: Callable[[], object], other: Callable[[], object], repeats: int) -> float:
@@ -189,6 +200,8 @@ def in_turn(one: Callable[[], object], other: Callable[[], object], repeats: int
         for call in (one, other):
             begun = time.perf_counter()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
         ratios.append(times[0] / times[1])
     return median(ratios[1:])

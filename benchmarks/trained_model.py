@@ -104,6 +104,10 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 def batches(stream: Tensor, options: argparse.Namespace) -> Iterator[Tensor]:
     """Rows of `length` + 1 tokens in a random order, each once an epoch; each epoch is cut at another place."""
     size = options.length + 1
+    if len(stream) < 2 * size:
+        raise ValueError(
+            f"{len(stream):,} tokens are less than two rows of {size:,}; give more text or a smaller --length"
+        )
     for epoch in range(1_000_000):
         shift = epoch * 97 % size
         rows = stream[shift : shift + (len(stream) - shift) // size * size].view(-1, size)

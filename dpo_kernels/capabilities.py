@@ -34,6 +34,7 @@ class Capabilities:
     filters: how gradients can leave out what the softmax hardly holds: "columns" (`dpo_kernels.sparse`), "blocks"
         (`dpo_kernels.skipping`), or not at all.
     block: tokens and vocabulary entries of a block that can be left out.
+    narrowest_block: entries of it, with options or without, at the least: a plan need not know of a bias.
     default_budget: bytes of a memory budget where none is given, at the least.
     """
 
@@ -52,4 +53,5 @@ class Capabilities:
     widest_copy: int = 0
     filters: str = ""
     block: tuple[int, int] = (0, 0)
+    narrowest_block: int = 1
     default_budget: int = DEFAULT_BUDGET

@@ -153,7 +153,7 @@ def _run(backend: Backend, call: Call, join: Callable[[State], Finished] | None 
         call.tokens.count, hidden.shape[-1], call.vocab_size, hidden.dtype, options.compute_dtype, options.grads,
         entropy="entropy" in options.outputs, softcap=options.transform.softcap is not None, labels=call.label_count,
         capabilities=capable, rank=call.rank, statistics=len(call.outputs),
-        filter="" if call.tokens.masked
+        filter="" if _is_captured(call)
         else filter_of(options.gradient_filter, options.grads, capable, backend, hidden.shape[-1]),
         **_split(call),
     )  # fmt: skip
@@ -162,6 +162,11 @@ def _run(backend: Backend, call: Call, join: Callable[[State], Finished] | None 
     execution = Execution(backend.name, capable, configuration, made, call.tokens.index is None, call.tokens.masked)
     with _as_decided(hidden):
         return execution, driver.forward(call, made, backend.tile_ops(call, made, execution), join)
+
+
+def _is_captured(call: Call) -> bool:
+    """By a CUDA graph: the host cannot ask what a filter keeps."""
+    return call.tokens.masked or (call.hidden.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def filter_of(share: float, grads: Grads, capable: Capabilities, backend: Backend, features: int) -> str:
@@ -174,8 +179,8 @@ def filter_of(share: float, grads: Grads, capable: Capabilities, backend: Backen
         return ""
     if not capable.filters:
         raise ValueError(
-            f"gradient_filter is {share}, and this call would run on {backend.name!r}, which computes exact gradients "
-            f"of {features} features alone; leave it out, or give impl='torch' (or 'cpp' on a CPU)"
+            f"gradient_filter is {share}, but {backend.name!r} has the library multiply this call ({features} features "
+            "are no multiple of 16, or it was asked to), which leaves nothing out; leave it out, or give impl='torch'"
         )
     return capable.filters
 

@@ -59,11 +59,12 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
         for rows in plan.token_spans:
             label_weight = partial(operands.label_weight, rows)
             ops.finish_jacobian(state, rows, done.rows(rows), rows_of(jacobian, rows), label_weight)
-    stats, dropped, table = done.stats, torch.zeros_like(done.maximum), call.tokens.labels.new_empty(0)
+    stats, dropped, table = done.stats, None, call.tokens.labels.new_empty(0)
     if keeper is not None:
         dropped, table = keeper.finish(done.maximum, done.log_sum)
     if "dropped_mass" in call.options.outputs:
-        stats = stats._replace(dropped_mass=dropped.to(done.maximum.dtype))
+        none = torch.zeros_like(done.maximum)
+        stats = stats._replace(dropped_mass=none if dropped is None else dropped.to(none.dtype))
     return Saved(stats, done.maximum, done.log_sum, done.label_logit, exps, maxima, jacobian, table)
 
 

@@ -243,7 +243,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
     kept = arena = 0
-    skips = bool(sweeps) and s.filter == "blocks"
+    skips = bool(sweeps) and s.skips(n, v)
     if sweeps and not s.entropy and not skips:
         kept = s.tokens
         unused = s.unused_beside_saved(n, v)

@@ -70,10 +70,10 @@ class Marker:
         """What each row leaves out, as a share of the row, (M,); and what `Skipping` reads, int64."""
         bound = MARGIN * self.call.options.gradient_filter
         flags = self.ops.passing(self.marks, self.call.tokens.labels, maximum, log_sum, bound)
-        for rows in self.plan.token_spans:
-            for columns in self.plan.vocab_spans:
-                of_tile = _blocks_of(flags, self.plan, rows, columns)
-                of_tile |= of_tile.float().mean() > DENSEST
+        stays, blocks = _by_tile(flags, self.plan)
+        whole = (stays > DENSEST * blocks).to(flags.dtype)
+        tokens, entries = _tile_blocks(self.plan)
+        flags |= whole.repeat_interleave(tokens, 0).repeat_interleave(entries, 1)[: len(flags), : flags.shape[1]]
         dropped = self.ops.left_out(self.marks, flags, maximum, log_sum)
         return dropped, torch.cat([flags.flatten().long(), dropped.double().view(torch.int64)])
 
@@ -87,10 +87,10 @@ class Skipping:
         shape = (-(-plan.tokens // plan.block[0]), -(-plan.vocab_size // plan.block[1]))
         self.flags = saved.table[:size].to(torch.int8).view(shape)
         dropped = saved.table[size:].view(torch.float64)
-        places = [(rows, columns) for rows in plan.token_spans for columns in plan.vocab_spans]
-        whole = [_blocks_of(self.flags, plan, *place).all() for place in places]
-        *facts, some = torch.stack([*whole, dropped.any()]).tolist()  # the one time that the host waits
-        self.whole = {(rows.start, columns.start) for (rows, columns), fact in zip(places, facts, strict=True) if fact}
+        stays, blocks = _by_tile(self.flags, plan)
+        *facts, some = torch.cat([(stays == blocks).flatten(), dropped.any().view(1)]).tolist()  # the host waits, once
+        places = [(rows.start, columns.start) for rows in plan.token_spans for columns in plan.vocab_spans]
+        self.whole = {place for place, fact in zip(places, facts, strict=True) if fact}
         self.dropped = dropped if some else None
 
     def multiply(self, grads: TokenGrads, tile: Tile, products: Sequence[Product], bias: Tensor | None) -> None:
@@ -100,6 +100,23 @@ class Skipping:
         else:
             flags = _blocks_of(self.flags, self.plan, tile.rows, tile.columns)
             self.ops.block_products(grads, tile, flags, products, bias)
+
+
+def _tile_blocks(plan: Plan) -> tuple[int, int]:
+    """Blocks of a tile, down and across."""
+    return -(-plan.tile_tokens // plan.block[0]), -(-plan.tile_vocab // plan.block[1])
+
+
+def _by_tile(flags: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """How many blocks of each tile stay, and how many it has; (tiles of tokens, tiles of the vocabulary)."""
+    tokens, entries = _tile_blocks(plan)
+    down, across = len(plan.token_spans), len(plan.vocab_spans)
+    found = []
+    for each in (flags, torch.ones_like(flags)):
+        room = each.new_zeros((down * tokens, across * entries))
+        room[: len(each), : each.shape[1]] = each
+        found.append(room.view(down, tokens, across, entries).sum((1, 3)))
+    return found[0], found[1]
 
 
 def _blocks_of(flags: Tensor, plan: Plan, rows: slice, columns: slice) -> Tensor:

@@ -59,6 +59,7 @@ class Rule(NamedTuple):
 
 
 AGAIN, DENSE, SPARSE = range(3)  # what becomes of a tile
+EARLY = 4  # the first of so many parts of the vocabulary: sums may grow so many times after it
 # Bounds are this much lower: the label's logit, and what is saved in 16 bits, are rounded otherwise than the log-probs.
 MARGIN = 0.99
 ROUNDING = 1e-5  # of a large logit
@@ -113,10 +114,12 @@ class Keeper:
             self.back, self.back_maxima = back, back_maxima
 
     def look_again(self, state: object) -> None:
-        """Forward is over and all sums are known: of a tile that was kept whole less may be worth it now. The last is
-        the first, whose room lies in front of the others'. Columns are not looked at again: 1% of them would go.
+        """Forward is over and all sums are known: of an early tile that was kept whole less may be worth it now. The
+        last is the first, whose room lies in front of the others'. Later tiles knew most of the sums, and of columns
+        that were kept 1% would go: those are not looked at again.
         """
-        for i in reversed(range(len(self.pieces))):
+        early = -(-len(self.pieces) // EARLY)  # forward walks the vocabulary outside
+        for i in reversed(range(early)):
             piece = self.pieces[i]
             if piece.kind == DENSE and piece.place_maxima >= self.front_maxima + _size(piece.rows):
                 self.pieces[i] = self._selected(state, piece) or piece

@@ -193,6 +193,14 @@ class Workload:
 
         return max((one(sweep) for sweep in sweeps), default=0)
 
+    def skips(self, n: int, v: int) -> bool:
+        """Whether tiles of that size are made of blocks that can be left out."""
+        if self.filter != "blocks":
+            return False
+        tokens, entries = self.capabilities.block
+        whole = (n % tokens == 0 or n >= self.tokens) and (v % entries == 0 or v >= self.vocab_size)
+        return whole and not self.entropy
+
     @property
     def sparse(self) -> bool:  # forward keeps columns, backward multiplies them
         return self.filter == "columns"
@@ -201,11 +209,12 @@ class Workload:
         """Beside an arena: bounds and sums of what is left out; what a part of a tile's columns is multiplied with. Or
         what is known of each block, and lists of those that are not skipped."""
         if self.filter == "blocks":
-            tokens, entries = self.capabilities.block
-            across, down = -(-self.vocab_size // entries), -(-self.tokens // tokens)
+            across = -(-self.vocab_size // self.capabilities.narrowest_block)
+            down = -(-self.tokens // self.capabilities.block[0])
             marks = 2 * self.wide * across * aligned(self.tokens)
+            flags_and_lists = 48 * (across + 1) * (down + 1)
             mean_row = self.wide * min(self.vocab_size, THIN_COLUMNS) * self.columns
-            return marks + mean_row + 48 * (across + 1) * (down + 1) + 16 * self.tokens
+            return marks + flags_and_lists + mean_row + 16 * self.tokens
         if not self.sparse:
             return 0
         chosen = 3 * self.wide * GROUP * v + n * self.columns * (2 * self.wide + self.product)

@@ -423,7 +423,9 @@ def as_script(spec: CallSpec, impl: str) -> str:
     return f"{imports}print(compare(CallSpec({arguments}), {impl!r}))"
 
 
-SIZES = {"cpp": (150, 96, 2300), "torch": (150, 96, 2300), "triton": (40, 48, 200)}
+SIZES = {"cpp": (150, 96, 2300), "torch": (150, 96, 2300), "triton": (80, 48, 400)}
+# Of several blocks, and smaller than the calls.
+TRITON = {"tiles": ((64, 256), (64, 64), (32, 64)), "scratch": 0}
 
 
 def main() -> int:
@@ -438,7 +440,7 @@ def main() -> int:
     numbers = range(first, first + options.calls) if options.only is None else range(options.only, options.only + 1)
     small = contextlib.nullcontext()
     if options.impl == "triton":
-        small = override(capabilities={"tiles": ((64, 64), (32, 64)), "scratch": 0})
+        small = override(capabilities=TRITON)
     with small:
         found = fuzz(options.impl, numbers, SIZES[options.impl])
     if found is None:

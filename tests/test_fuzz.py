@@ -8,11 +8,11 @@ from dataclasses import replace
 import fuzz_calls
 import pytest
 import torch
-from fuzz import SIZES, as_script, compare, failure, fuzz, shrink
+from fuzz import SIZES, TRITON, as_script, compare, failure, fuzz, shrink
 from fuzz_calls import CallSpec, draw
 
-from dpo_kernels import FusedLinearDPOLoss, driver, sparse
-from dpo_kernels.backends import cpp, pytorch, triton_tiles
+from dpo_kernels import FusedLinearDPOLoss, driver, skipping, sparse
+from dpo_kernels.backends import cpp, pytorch, triton_fused, triton_tiles
 
 CALLS = {"cpp": 250, "torch": 150, "triton": 30}
 
@@ -20,7 +20,7 @@ CALLS = {"cpp": 250, "torch": 150, "triton": 30}
 @pytest.mark.parametrize("impl", CALLS)
 def test_no_wrong_number(impl, override):
     if impl == "triton":
-        override(capabilities={"tiles": ((64, 64), (32, 64)), "scratch": 0})
+        override(capabilities=TRITON)
     # A compiled call takes as long as a hundred others: of those one.
     plain = [n for n in range(2 * CALLS[impl]) if not draw(n, SIZES[impl]).compiled][: CALLS[impl]]
     compiled = [next(n for n in itertools.count() if draw(n, SIZES[impl]).compiled)] if impl == "cpp" else []
@@ -95,8 +95,49 @@ def one_column_on(self, tile, own=sparse.Pieces._of):
 )
 def test_a_fault_planted_in_a_filter_is_found(monkeypatch, where, name, fault, words):
     monkeypatch.setattr(where, name, fault)
-    filtered = [n for n in range(600) if (spec := draw(n, SIZES["torch"])).filter and not spec.compiled]
-    found = fuzz("torch", filtered, SIZES["torch"])
+    found = fuzz("torch", filtered("torch", 600), SIZES["torch"])
+    assert found is not None
+    assert words in found[2]
+
+
+def filtered(impl, calls):
+    """The numbers of calls that may leave something out."""
+    drawn = ((n, draw(n, SIZES[impl])) for n in range(calls))
+    known = [(n, spec) for n, spec in drawn if spec.filter and not spec.compiled]
+    return [n for n, spec in known if impl != "triton" or (spec.features % 16 == 0 and spec.trend)]
+
+
+def blocks_twice(self, maximum, log_sum, own=skipping.Marker.finish):
+    dropped, table = own(self, maximum, log_sum)
+    return 2 * dropped, table
+
+
+def other_blocks(self, product, left, lists, counts, own=triton_fused.FusedTileOps._sum):
+    own(self, product, left, lists.roll(1, 1), counts)
+
+
+def half_as_many(self, product, left, lists, counts, own=triton_fused.FusedTileOps._sum):
+    own(self, product, left, lists, counts // 2)
+
+
+def blocks_too_sparing(self, marks, labels, maximum, log_sum, bound, own=triton_fused.FusedTileOps.passing):
+    return own(self, marks, labels, maximum, log_sum, 3 * bound)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault", "words"),
+    [
+        (skipping.Marker, "finish", blocks_twice, "dropped_mass at"),
+        (triton_fused.FusedTileOps, "passing", blocks_too_sparing, "is left out; the filter is"),
+        (triton_fused.FusedTileOps, "_sum", other_blocks, "gradient of"),
+        (triton_fused.FusedTileOps, "_sum", half_as_many, "gradient of"),
+    ],
+    ids=["mass", "bound", "lists", "counts"],
+)
+def test_a_fault_planted_in_blocks_is_found(monkeypatch, override, where, name, fault, words):
+    override(capabilities=TRITON)
+    monkeypatch.setattr(where, name, fault)
+    found = fuzz("triton", filtered("triton", 2000), SIZES["triton"])
     assert found is not None
     assert words in found[2]
 

@@ -196,8 +196,10 @@ def test_without_room_tiles_are_multiplied_again(impl):
             dropped.append(float(got[0].mean()))
             for one, other in zip(got[1:], exact[1:], strict=True):
                 assert (one - other).abs().max() <= 0.2 * other.abs().max()
-    # Of blocks, what a tile leaves out may be more where tiles are smaller.
-    assert dropped == sorted(dropped) or impl == "triton"
+    if impl == "triton":  # a tile leaves nothing out or all that may be, and more where tiles are smaller
+        assert dropped[0] == 0
+        dropped.sort()
+    assert dropped == sorted(dropped)
     assert dropped[0] < dropped[-1], "less room, less left out"
 
 
@@ -342,7 +344,7 @@ def test_products_of_the_library_s_tiles_have_no_blocks_to_leave_out():
     """Features that are no multiple of 16 go to cuBLAS."""
     pytest.importorskip("triton")
     head = make_head(10, 18, 100)
-    with pytest.raises(ValueError, match="would run on 'triton', which computes exact gradients of 18 features alone"):
+    with pytest.raises(ValueError, match="18 features are no multiple of 16"):
         token_stats(head.hidden, head.weight, head.labels, outputs=(), gradient_filter=0.1, impl="triton")
 
 

@@ -194,7 +194,7 @@ def test_a_filter_is_planned_where_its_arena_gains_something(name, grads):
 
 @pytest.mark.parametrize("grads", [("hidden", "weight"), ("hidden",), ("weight", "bias")])
 def test_blocks_are_skipped_where_there_is_room_to_mark_them(grads):
-    capabilities = replace(CAPABILITIES["triton, cuda"], filters="blocks", block=(128, 256))
+    capabilities = replace(CAPABILITIES["triton, cuda"], filters="blocks", block=(128, 256), narrowest_block=256)
     sizes = 2000, 256, 32_000, torch.bfloat16, torch.bfloat16, Grads.of(grads), False, False, 2000
     with_it, without = (Workload(*sizes, capabilities, filter=how) for how in ("blocks", ""))
     assert planner.least_budget(with_it) == planner.least_budget(without)
@@ -207,6 +207,8 @@ def test_blocks_are_skipped_where_there_is_room_to_mark_them(grads):
     )
     least = planner.least_budget(without)
     assert planner.plan(with_it, least) == planner.plan(without, least)
+    other = replace(with_it, capabilities=replace(capabilities, tiles=((96, 4096), *capabilities.tiles)))
+    assert planner.plan(other).mode != "skip", "tiles that cut blocks have none to leave out"
 
 
 def test_labels_that_are_ignored_count_in_the_budget():

@@ -101,6 +101,7 @@ class TritonBackend:
             known, maxima_columns=min(known.maxima_columns, configuration.product.block_n),
             splits=tuple(map(configuration.splits, dict.fromkeys(configuration.either))), filters="blocks",
             block=(configuration.product.block_m, configuration.product.block_n),
+            narrowest_block=min(product.block_n for product in configuration.either),
         )  # fmt: skip
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> TritonTileOps:

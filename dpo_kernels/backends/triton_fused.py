@@ -126,14 +126,14 @@ class FusedTileOps(TritonTileOps):
         outer, inner = block.block_m, block.block_n
         if product.by_vocab:
             outer, inner = inner, outer
-        of = configs.sum_blocks(self.config.arch, product.right.dtype)
+        of = self.config.sums
         high, wide, deep = min(of.block_m, outer), of.block_n, min(of.block_k, inner)
         launch.run(
             "blocks", "sum_kernel", -(-rows // high) * -(-columns // wide), of.warps, of.stages,
             left=left, right=product.right, out=product.out, lists=lists, counts=counts, rows=rows, depth=depth,
             columns=columns, length=lists.shape[1], left_row=left.stride(0), left_step=left.stride(1),
             right_row=product.right.stride(0), right_step=product.right.stride(1), out_row=product.out.stride(0),
-            add=int(product.add), BY_VOCAB=product.by_vocab, EVEN=(rows if product.by_vocab else depth) % 16 == 0,
+            add=int(product.add), BY_VOCAB=product.by_vocab, ALIGNED=(rows if product.by_vocab else depth) % 16 == 0,
             WIDEN=self.config.arch.kind == "interpreted", PRECISION=of.precision, OUTER=outer,
             INNER=inner, BLOCK_M=high, BLOCK_N=wide, BLOCK_K=deep,
         )  # fmt: skip

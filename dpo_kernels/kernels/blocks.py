@@ -11,13 +11,6 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def load_shares(maxima, log_sums, rows, inside):
-    """maximum + log sum of rows, (M,): what a logit less it is a log-prob."""
-    other = float("nan")
-    return tl.load(maxima + rows, mask=inside, other=other) + tl.load(log_sums + rows, mask=inside, other=other)
-
-
 @triton.jit(do_not_specialize=["M", "bound"])
 def flag_kernel(
     block_maxima,  # (blocks, M and up) float32
@@ -41,14 +34,15 @@ def flag_kernel(
     of_tokens, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * WIDTH
     rows = of_tokens * TOKENS + tl.arange(0, TOKENS)
     inside = rows < M
-    of_row = load_shares(maxima, log_sums, rows, inside)
-    at = (tl.load(labels + rows, mask=inside, other=-1) // ENTRIES).to(tl.int32)
-    at = tl.where(tl.load(labels + rows, mask=inside, other=-1) < 0, -1, at)
+    maximum = tl.load(maxima + rows, mask=inside, other=0.0)
+    log_sum = tl.load(log_sums + rows, mask=inside, other=0.0)
+    label = tl.load(labels + rows, mask=inside, other=-1)
+    at = tl.where(label < 0, -1, label // ENTRIES)
     block = first + tl.arange(0, WIDTH)
     place = tl.cast(block, tl.int64)[:, None] * stride + rows[None, :]
     known = inside[None, :] & (block < blocks)[:, None]
     base = tl.load(block_maxima + place, mask=known, other=0.0)
-    small = tl.exp(base - of_row[None, :]) < bound
+    small = tl.exp(base - maximum[None, :] - log_sum[None, :]) < bound
     stays = (known & ~small) | (at[None, :] == block[:, None])
     found = tl.max(stays.to(tl.int32), 1)
     tl.store(flags + tl.cast(of_tokens, tl.int64) * blocks + block, found.to(tl.int8), mask=block < blocks)
@@ -75,7 +69,8 @@ def left_out_kernel(
     of_tokens = tl.program_id(0)
     rows = of_tokens * TOKENS + tl.arange(0, TOKENS)
     inside = rows < M
-    of_row = load_shares(maxima, log_sums, rows, inside)
+    maximum = tl.load(maxima + rows, mask=inside, other=0.0)
+    log_sum = tl.load(log_sums + rows, mask=inside, other=0.0)
     total = tl.zeros((TOKENS,), tl.float32)
     for first in tl.range(0, blocks, WIDTH):
         block = first + tl.arange(0, WIDTH)
@@ -84,7 +79,7 @@ def left_out_kernel(
         out = (flag == 0)[:, None] & inside[None, :]
         base = tl.load(block_maxima + place, mask=out, other=0.0)
         sums = tl.load(block_sums + place, mask=out, other=0.0)
-        total += tl.sum(tl.where(out, tl.exp(base - of_row[None, :]) * sums, 0.0), 0)
+        total += tl.sum(tl.where(out, tl.exp(base - maximum[None, :] - log_sum[None, :]) * sums, 0.0), 0)
     tl.store(left_out + rows, total, mask=inside)
 
 
@@ -106,7 +101,7 @@ def sum_kernel(
     out_row,
     add,  # 1: to what is in `out`, 0: not
     BY_VOCAB: tl.constexpr,
-    EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     OUTER: tl.constexpr,
@@ -118,12 +113,12 @@ def sum_kernel(
     """out = left @ right, of the blocks OUTER x INNER of `left` that stay; no other is read.
 
     Programs of a block of rows run together: they read the same blocks of `left`. BY_VOCAB: its rows are the
-    vocabulary, not its columns; EVEN: whose size is a multiple of 16, so that loads are wide.
+    vocabulary, not its columns; ALIGNED: whose size is a multiple of 16, so that loads are wide.
     FLOP: 2 rows depth columns, times the share that stays.
     """
-    if EVEN and BY_VOCAB:
+    if ALIGNED and BY_VOCAB:
         rows = rows // 16 * 16
-    if EVEN and not BY_VOCAB:
+    if ALIGNED and not BY_VOCAB:
         depth = depth // 16 * 16
     across = tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)

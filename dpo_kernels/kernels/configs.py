@@ -57,6 +57,7 @@ class KernelConfig:
         in float32, a kernel accumulates it).
     at_once: programs of a product's kernel that the device is taken to run at a time, one on each of its
         multiprocessors. It decides how the vocabulary is split among them.
+    sums: the blocks of products of what a filter leaves.
     either: the blocks of products with these operands, with options and without: a plan counts on both, since it need
         not know of a bias.
     """
@@ -66,6 +67,7 @@ class KernelConfig:
     product: ProductBlocks
     rows: RowBlocks
     at_once: int
+    sums: ProductBlocks
     either: tuple[ProductBlocks, ...] = ()
     widest_split: int = 8192
 
@@ -152,7 +154,8 @@ def resolve(
     if strategy not in ("fused", "tiles"):
         raise ValueError(f"strategy is {strategy!r}; expected 'fused' or 'tiles'")
     either = (product, product_blocks(arch, operand, not options)._replace(**replaced))
-    return replace(KernelConfig(arch, strategy, product, rows, multiprocessors(arch), either), **changes)
+    sums = sum_blocks(arch, operand)._replace(**changes.pop("sums", {}))
+    return replace(KernelConfig(arch, strategy, product, rows, multiprocessors(arch), sums, either), **changes)
 
 
 def multiprocessors(arch: Arch) -> int:
