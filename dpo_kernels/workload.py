@@ -195,7 +195,7 @@ class Workload:
 
     def skips(self, n: int, v: int) -> bool:
         """Whether tiles of that size are made of blocks that can be left out."""
-        if self.filter != "blocks":
+        if self.filter != "blocks" or not self.tokens:
             return False
         tokens, entries = self.capabilities.block
         whole = (n % tokens == 0 or n >= self.tokens) and (v % entries == 0 or v >= self.vocab_size)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fuzz import SIZES, TRITON, as_script, compare, failure, fuzz, shrink
 from fuzz_calls import CallSpec, draw
+from helpers import slow
 
 from dpo_kernels import FusedLinearDPOLoss, driver, skipping, sparse
 from dpo_kernels.backends import cpp, pytorch, triton_fused, triton_tiles
@@ -127,8 +128,8 @@ def blocks_too_sparing(self, marks, labels, maximum, log_sum, bound, own=triton_
 @pytest.mark.parametrize(
     ("where", "name", "fault", "words"),
     [
-        (skipping.Marker, "finish", blocks_twice, "dropped_mass at"),
-        (triton_fused.FusedTileOps, "passing", blocks_too_sparing, "is left out; the filter is"),
+        slow(skipping.Marker, "finish", blocks_twice, "dropped_mass at"),
+        slow(triton_fused.FusedTileOps, "passing", blocks_too_sparing, "is left out; the filter is"),
         (triton_fused.FusedTileOps, "_sum", other_blocks, "gradient of"),
         (triton_fused.FusedTileOps, "_sum", half_as_many, "gradient of"),
     ],

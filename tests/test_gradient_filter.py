@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Head, make_head
+from helpers import Head, make_head, slow
 from torch import Tensor
 
 import dpo_kernels
@@ -79,7 +79,12 @@ def share_of(z: Tensor, temperature=1.0, logit_scale=1.0, softcap=None) -> tuple
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 30.0, "temperature": 1.5, "logit_scale": 1.3}], ids=["plain", "all"]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [(impl, dtype) for impl in IMPLS[:2] for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+    + [("triton", torch.float32), slow("triton", torch.bfloat16), slow("triton", torch.float16)],
+    indirect=["impl"],
+)
 def test_what_is_left_out_is_small_told_and_nothing_else(impl, dtype, options):
     z, labels = peaked(500, V, impl)
     labels[::7] = -100
@@ -176,7 +181,7 @@ def test_a_tile_that_was_kept_whole_is_looked_at_again(impl):
     stats, upstream, hidden, *_ = run(z, labels, torch.float32, impl=impl)
     given_back = (-stats.dropped_mass * upstream / V)[:, None]
     out = (hidden.grad - given_back).abs() <= 2e-6 * given_back.abs()
-    assert out[:, :512].all()
+    assert out[:, :256].all()  # the first of three tiles
     p = (hidden.detach() + torch.linspace(-1, 1, V)).double().softmax(1)
     torch.testing.assert_close(stats.dropped_mass.double(), torch.where(out, p, 0.0).sum(1), rtol=1e-4, atol=1e-9)
 
@@ -191,15 +196,14 @@ def test_without_room_tiles_are_multiplied_again(impl):
             int((head.labels >= 0).sum()), 64, 2000, torch.float32, grads=("hidden", "weight", "bias"), **options
         )
         dropped = []
-        for budget in (least, int(1.3 * least), 2 * least, 8 * least, 2**30):
+        between = () if impl == "triton" else (int(1.3 * least), 2 * least, 8 * least)
+        for budget in (least, *between, 2**30):
             got = _gradients(head, 2**-9, impl=impl, memory_budget=budget)
             dropped.append(float(got[0].mean()))
             for one, other in zip(got[1:], exact[1:], strict=True):
                 assert (one - other).abs().max() <= 0.2 * other.abs().max()
-    if impl == "triton":  # a tile leaves nothing out or all that may be, and more where tiles are smaller
-        assert dropped[0] == 0
-        dropped.sort()
     assert dropped == sorted(dropped)
+    assert impl != "triton" or dropped[0] == 0, "the least has no room for marks"
     assert dropped[0] < dropped[-1], "less room, less left out"
 
 
@@ -211,7 +215,12 @@ def _gradients(head, share, **options):
 
 
 @pytest.mark.parametrize("grads", ["hidden", "weight", "hidden,weight"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [(impl, dtype) for impl in IMPLS[:2] for dtype in (torch.float32, torch.bfloat16)]
+    + [("triton", torch.float32), slow("triton", torch.bfloat16)],
+    indirect=["impl"],
+)
 def test_any_of_the_gradients_alone(impl, dtype, grads):
     made = []
     for share in (2**-9, None):

@@ -43,7 +43,7 @@ def test_a_small_step_asks_little_of_the_host(grads, ignored):
     launches = []
     with (
         override(launch=lambda *what: launches.append(what), arch=Arch("cuda", 9), kernels={"strategy": "fused"}),
-        mock.patch("dpo_kernels.backends.triton.library_multiply", lambda *what: launches.append(what)),
+        mock.patch("dpo_kernels.backends.triton_tiles.library_multiply", lambda *what: launches.append(what)),
         mock.patch("dpo_kernels.checks.labels_in_range"),
         Counted() as counted,
     ):

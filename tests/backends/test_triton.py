@@ -12,6 +12,7 @@ from helpers import assert_close, check_against_reference, loss_of, make_head, s
 
 from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
 from dpo_kernels.backends import triton as triton_backend
+from dpo_kernels.backends import triton_tiles
 from dpo_kernels.backends.pytorch import PyTorchBackend
 from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.dispatch import BACKENDS
@@ -92,7 +93,7 @@ def test_operands_in_half_precision(strategy, override, monkeypatch, dtype, grad
     """As on a GPU: shares, kept exponentials and gradients of logits are rounded, and logits rise from tile to tile."""
     override(capabilities={"tiles": ((64, 64),), "scratch": 0, "widens": ()})
     monkeypatch.setattr(
-        triton_backend, "library_multiply",
+        triton_tiles, "library_multiply",
         lambda out, a, b, add: out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=float(add)),
     )  # fmt: skip
     head = make_head(100, 32, 300, dtype, grads=grads)
