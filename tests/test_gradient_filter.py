@@ -19,6 +19,8 @@ FILTER = 2**-10
 TILES = ((192, 256), (64, 64))  # several of both, and groups that are not full
 IMPLS = ("torch", "cpp", "triton")
 V = 704  # features too: of "triton" a multiple of 16
+# Where the interpreter takes long and other tests go the same way.
+LESS_OF_TRITON = pytest.mark.parametrize("impl", [*IMPLS[:2], slow("triton")], indirect=True)
 
 
 @pytest.fixture(params=IMPLS)
@@ -136,6 +138,7 @@ def test_log_probs_are_those_without_it_to_the_last_bit(impl, dtype):
     assert not without.dropped_mass.any()
 
 
+@LESS_OF_TRITON
 def test_a_filter_of_0_is_the_exact_path_to_the_last_bit(impl):
     z, labels = peaked(300, V, impl)
     first, second = (run(z, labels, torch.float32, share, impl=impl) for share in (0.0, None))
@@ -144,6 +147,7 @@ def test_a_filter_of_0_is_the_exact_path_to_the_last_bit(impl):
     assert plan(300, V, V, impl=impl, gradient_filter=0.0) == plan(300, V, V, impl=impl)
 
 
+@LESS_OF_TRITON
 @pytest.mark.parametrize("shift", [-90.0, 60.0, 3000.0])
 def test_logits_far_from_zero(impl, shift):
     """The kernels' sums are relative to something else there, which changes from tile to tile."""
@@ -162,6 +166,7 @@ def test_logits_far_from_zero(impl, shift):
     torch.testing.assert_close(stats.dropped_mass.double(), torch.where(out, p, 0.0).sum(1), rtol=2e-3, atol=1e-9)
 
 
+@LESS_OF_TRITON
 def test_a_flat_softmax_goes_the_dense_way(impl):
     """Every entry is far above the filter: tiles are kept whole, and nothing is left out."""
     z = torch.randn(300, V, dtype=torch.float64)
@@ -186,6 +191,7 @@ def test_a_tile_that_was_kept_whole_is_looked_at_again(impl):
     torch.testing.assert_close(stats.dropped_mass.double(), torch.where(out, p, 0.0).sum(1), rtol=1e-4, atol=1e-9)
 
 
+@LESS_OF_TRITON
 def test_without_room_tiles_are_multiplied_again(impl):
     """Budgets from the least on: of an exact call, then of arenas that hold more and more."""
     head = sure_head()
@@ -218,7 +224,7 @@ def _gradients(head, share, **options):
 @pytest.mark.parametrize(
     ("impl", "dtype"),
     [(impl, dtype) for impl in IMPLS[:2] for dtype in (torch.float32, torch.bfloat16)]
-    + [("triton", torch.float32), slow("triton", torch.bfloat16)],
+    + [slow("triton", torch.float32), slow("triton", torch.bfloat16)],
     indirect=["impl"],
 )
 def test_any_of_the_gradients_alone(impl, dtype, grads):
@@ -245,6 +251,7 @@ def test_any_of_the_gradients_alone(impl, dtype, grads):
         assert got.weight.grad is None
 
 
+@LESS_OF_TRITON
 def test_an_adapter_on_the_head(impl):
     def gradients(share):
         head = sure_head()
@@ -274,6 +281,7 @@ def test_backward_may_run_again(impl):
     assert first.unique().numel() < 0.5 * first.numel(), "entries that are left out are alike in a row"
 
 
+@LESS_OF_TRITON
 def test_rows_that_are_nan_stay_so_and_touch_no_other(impl):
     z, labels = peaked(300, V, impl)
     clean = run(z, labels, torch.float32, impl=impl)[2].grad
