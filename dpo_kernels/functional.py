@@ -113,8 +113,8 @@ def hidden_to_log_probs(
             gradients, but for the label's; log-probs stay exact. Where a model is sure backward takes a fraction of its
             time then. What each row leaves out `token_stats` tells as "dropped_mass"; the hidden states get it back as
             the mean row of W: no row of their gradient is off by more than twice the longest row of W times that, for
-            a gradient of 1 by logits (docs/gradient_filter.md). None or 0: nothing. Not with a gradient of "entropy" or
-            a split vocabulary.
+            a gradient of 1 by logits (docs/gradient_filter.md). None or 0: nothing. Not with a gradient of "entropy", a
+            split vocabulary, or "triton" where features are no multiple of 16.
         memory_budget: bytes that forward and backward together may hold beyond inputs, outputs and the gradients
             returned. None: 1 GiB (on CPUs an eighth of the memory, where that is more), or twice the bytes of hidden
             and weight where that is more. More budget, fewer GEMMs.
