@@ -21,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs=2)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args(argv)
+    for folder in options.runs:
+        if not (folder / "log.jsonl").is_file():
+            parser.error(f"{folder} has no log.jsonl; expected an output folder of train.py")
     logs = [steps_of(folder) for folder in options.runs]
     steps = sorted(logs[0].keys() & logs[1].keys())
     if not steps:
