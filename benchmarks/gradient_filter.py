@@ -168,7 +168,7 @@ def cce(inputs: tuple[Tensor, ...]) -> None:
 
 def kept(inputs: tuple[Tensor, ...], share: float) -> float:
     """Of all entries, those that are in the gradients: by the op's own table. Of blocks, those that stay."""
-    from dpo_kernels.skipping import Marker
+    from dpo_kernels.gathering import Marker
     from dpo_kernels.sparse import Keeper
 
     found = [1.0]

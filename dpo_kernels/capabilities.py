@@ -31,10 +31,9 @@ class Capabilities:
     saved_multiple: saved tokens are a multiple of it; None: of the tile's tokens. A number of its own needs
         accumulation whose result for a token does not depend on the tokens beside it.
     splits: of the kernels that forward may take; none: they merge as they go.
-    filters: how gradients can leave out what the softmax hardly holds: "columns" (`dpo_kernels.sparse`), "blocks"
-        (`dpo_kernels.skipping`), or not at all.
-    block: tokens and vocabulary entries of a block that can be left out.
-    narrowest_block: entries of it, with options or without, at the least: a plan need not know of a bias.
+    filters: how gradients can leave out what the softmax hardly holds: forward can "keep" columns
+        (`dpo_kernels.sparse`), or backward "gather" them (`dpo_kernels.gathering`), or not at all.
+    group: tokens that share the columns which backward gathers.
     default_budget: bytes of a memory budget where none is given, at the least.
     """
 
@@ -52,6 +51,5 @@ class Capabilities:
     wide_tiles: tuple[tuple[int, int], ...] = ()
     widest_copy: int = 0
     filters: str = ""
-    block: tuple[int, int] = (0, 0)
-    narrowest_block: int = 1
+    group: int = 0
     default_budget: int = DEFAULT_BUDGET

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels import skipping, sparse
+from dpo_kernels import gathering, sparse
 from dpo_kernels.backends.base import Product, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, Grads, TokenGrads
 from dpo_kernels.layout import first_columns, rows_of, take_rows
@@ -34,11 +34,11 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
     state = ops.new_state(operands.labels)
     exps = ops.empty("saved exponentials", plan.saved_rows, plan.saved_columns, call.compute_dtype)
     jacobian = wide.new_zeros((plan.tokens if plan.mode == "frozen" else 0, plan.hidden_size))
-    keeper: sparse.Keeper | skipping.Marker | None = None
+    keeper: sparse.Keeper | gathering.Marker | None = None
     if plan.sparse:
         keeper = sparse.Keeper(call, plan, ops, exps, maxima, operands.label_logits)
-    elif plan.skips:
-        keeper = skipping.Marker(call, plan, ops, wide)
+    elif plan.marks:
+        keeper = gathering.Marker(call, plan, ops, wide)
     elif plan.kept_tokens and plan.saved_columns > plan.vocab_size:
         by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
     for columns in plan.forward_spans:
@@ -98,11 +98,11 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
         if wanted.weight
         else None
     )
-    kept: sparse.Pieces | skipping.Skipping | None = None
+    kept: sparse.Pieces | gathering.Gathered | None = None
     if plan.sparse:
         kept = sparse.Pieces(call, plan, ops, saved)
-    elif plan.skips:
-        kept = skipping.Skipping(plan, ops, saved)
+    elif plan.marks:
+        kept = gathering.Gathered(plan, ops, saved)
     sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)
     if kept is not None and kept.dropped is not None:
         _give_back(call, sums, kept.dropped.to(wide.dtype) * grads.grad_log_probs * -call.transform.slope)
@@ -155,7 +155,7 @@ def _sweep(
     grads: TokenGrads,
     saved: Saved,
     sums: _Sums,
-    kept: sparse.Pieces | skipping.Skipping | None,
+    kept: sparse.Pieces | gathering.Gathered | None,
 ) -> None:
     hidden, weight, bias, low_rank = sums
     if not (sweep.hidden or sweep.weight or sweep.low_rank) and bias is None:

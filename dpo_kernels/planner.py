@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
@@ -26,10 +27,11 @@ class Plan:
     """What a call will do. Print it.
 
     mode: "score" (no gradient), "frozen" (only the hidden states want one), "keep", "mixed", "recompute"; with a
-        gradient_filter "sparse" or "skip".
+        gradient_filter "sparse" or "gather".
     kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
     arena_rows: of a sparse plan instead: what forward keeps, column by column, has the room of so many tokens.
-    block: of a plan that skips: tokens and vocabulary entries of a block that backward computes or leaves out.
+    group: of a plan that gathers: tokens that share the columns which backward computes.
+    first_part: of such a plan: vocabulary entries that forward takes first; then as many as it has taken, each time.
     gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together; with a
         filter forward's alone, since nobody knows yet what is kept.
     rank: of the low-rank adapter of the weight, 0 without one.
@@ -61,7 +63,8 @@ class Plan:
     rank: int = 0
     ranks: int = 0
     arena_rows: int = 0
-    block: tuple[int, int] = (0, 0)
+    group: int = 0
+    first_part: int = 0
     exchanges: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -69,8 +72,8 @@ class Plan:
         return self.arena_rows > 0
 
     @property
-    def skips(self) -> bool:
-        return self.block != (0, 0)
+    def marks(self) -> bool:
+        return self.group > 0
 
     @property
     def saved_rows(self) -> int:
@@ -112,6 +115,11 @@ class Plan:
     def forward_spans(self) -> list[slice]:
         """The columns that forward takes at once."""
         whole = self.one_pass and self.tokens and self.vocab_size
+        if self.marks:
+            most, starts = self.vocab_size if whole else self.tile_vocab, [0]
+            while starts[-1] < self.vocab_size:
+                starts.append(min(starts[-1] + min(max(starts[-1], self.first_part), most), self.vocab_size))
+            return [slice(*pair) for pair in pairwise(starts)]
         return [slice(0, self.vocab_size)] if whole else self.vocab_spans
 
     @property
@@ -124,7 +132,7 @@ class Plan:
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         n, d, v = self.tokens, self.hidden_size, self.vocab_size
-        more = "and what is kept " if self.sparse or self.skips else ""
+        more = "and what is kept " if self.sparse or self.marks else ""
         lines = [
             f"{self.mode}: {n:,} tokens x {d:,} features x {v:,} vocabulary, {name}"
             + (f", low rank {self.rank}" if self.rank else "")
@@ -134,8 +142,8 @@ class Plan:
         ]
         if self.sparse:
             lines.append(f"  kept    what passes the filter, in the room of {self.arena_rows:,} tokens")
-        elif self.skips:
-            lines.append("  kept    blocks of {:,} tokens x {:,} vocabulary that pass the filter".format(*self.block))
+        elif self.marks:
+            lines.append(f"  kept    columns that pass the filter, of every {self.group:,} tokens")
         elif self.mode in ("keep", "mixed", "recompute"):
             lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
         for sweep in self.sweeps:
@@ -161,7 +169,7 @@ def plan(s: Workload, budget: int | None = None, held: int = 0) -> Plan:
     if s.filter:
         with suppress(ValueError):
             made = _plan(s, budget, held)
-            if made.sparse or made.skips:
+            if made.sparse or made.marks:
                 return made
         s = replace(s, filter="")  # no room for what it takes, or for an arena that gains anything
     return _plan(s, budget, held)
@@ -177,7 +185,7 @@ def _plan(s: Workload, budget: int | None, held: int) -> Plan:
         if sum(memory.values()) <= budget:
             made = _spend(s, budget, tile, sweeps, memory)
             # A wide tile gains less than a product that is not done again.
-            if tile != wide or made.kept_tokens == s.tokens or made.sparse or made.skips or not sweeps or s.entropy:
+            if tile != wide or made.kept_tokens == s.tokens or made.sparse or made.marks or not sweeps or s.entropy:
                 return made
     least = least_budget(s) + held
     raise ValueError(
@@ -243,8 +251,8 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
     kept = arena = 0
-    skips = bool(sweeps) and s.skips(n, v)
-    if sweeps and not s.entropy and not skips:
+    marks = bool(sweeps) and s.marks(n)
+    if sweeps and not s.entropy and not marks:
         kept = s.tokens
         unused = s.unused_beside_saved(n, v)
         if s.sparse:
@@ -265,15 +273,15 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
         mode, gemms = "frozen", 2.0
     else:
         mode = "recompute" if not kept else "keep" if kept == s.tokens else "mixed"
-        mode = "sparse" if arena else "skip" if skips else mode
+        mode = "sparse" if arena else "gather" if marks else mode
         again = 1 - kept / s.tokens if s.tokens else 0
         gemms = (1 + len(sweeps) * again) * share + s.grads.hidden + s.grads.weight
         gemms += 2 * (share - 1) * (s.grads.low_rank or s.grads.hidden)
-        gemms = share if mode in ("sparse", "skip") else gemms
+        gemms = share if mode in ("sparse", "gather") else gemms
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
         s.capabilities.saved_by_vocab, s.one_pass(sweeps), sweeps, gemms, budget, tuple(memory.items()), s.rank,
-        s.ranks, arena, s.capabilities.block if skips else (0, 0), s.exchanges(),
+        s.ranks, arena, s.capabilities.group if marks else 0, s.first_part(v) if marks else 0, s.exchanges(),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from dpo_kernels.call import Grads, accumulate_dtype
 from dpo_kernels.capabilities import DEFAULT_BUDGET, Capabilities
 from dpo_kernels.layout import CAST
 
+FIRST_PART = 8  # of a tile's vocabulary entries; most tokenizers have the likeliest first
 GROUP = 128  # tokens that share a list of columns that are kept (csrc/select.h)
 LARGEST_SHARE = 3  # a tile with more than a third to keep is kept whole: gathering would cost what it saves
 THIN_COLUMNS = 1024  # of which are multiplied at once
@@ -193,28 +194,32 @@ class Workload:
 
         return max((one(sweep) for sweep in sweeps), default=0)
 
-    def skips(self, n: int, v: int) -> bool:
-        """Whether tiles of that size are made of blocks that can be left out."""
-        if self.filter != "blocks" or not self.tokens:
-            return False
-        tokens, entries = self.capabilities.block
-        whole = (n % tokens == 0 or n >= self.tokens) and (v % entries == 0 or v >= self.vocab_size)
-        return whole and not self.entropy
+    def marks(self, n: int) -> bool:
+        """Whether forward marks columns that backward gathers: tiles of n tokens are whole groups."""
+        whole = self.filter == "gather" and (n % self.capabilities.group == 0 or n >= self.tokens)
+        return whole and self.tokens > 0 and not self.entropy
+
+    def first_part(self, v: int) -> int:
+        """Vocabulary entries that forward takes first where it marks columns: few, and whole programs of any kernel."""
+        widths = (s.width(self.tokens, self.vocab_size, v) for s in self.capabilities.splits)
+        return max([v // FIRST_PART, *widths])
 
     @property
     def sparse(self) -> bool:  # forward keeps columns, backward multiplies them
-        return self.filter == "columns"
+        return self.filter == "keep"
 
     def left_out(self, n: int, v: int) -> int:
         """Beside an arena: bounds and sums of what is left out; what a part of a tile's columns is multiplied with. Or
-        what is known of each block, and lists of those that are not skipped."""
-        if self.filter == "blocks":
-            across = -(-self.vocab_size // self.capabilities.narrowest_block)
-            down = -(-self.tokens // self.capabilities.block[0])
-            marks = 2 * self.wide * across * aligned(self.tokens)
-            flags_and_lists = 48 * (across + 1) * (down + 1)
+        columns that are marked, lists of them, and what they are sorted by."""
+        if self.filter == "gather":
+            group = self.capabilities.group
+            of_tile, whole = -(-n // group), -(-self.tokens // group)
+            flags = whole * aligned(self.vocab_size) + self.tokens * (32 + 4 * self.wide)
+            beyond = self.product * (of_tile * group - n) * aligned(v)
+            lists = 4 * (2 * of_tile + 1) * (v + 1) + 64 * (v + 1)
+            found = 16 * (self.vocab_size + v)  # of each column, how many groups keep it
             mean_row = self.wide * min(self.vocab_size, THIN_COLUMNS) * self.columns
-            return marks + flags_and_lists + mean_row + 16 * self.tokens
+            return flags + beyond + max(lists, found) + mean_row
         if not self.sparse:
             return 0
         chosen = 3 * self.wide * GROUP * v + n * self.columns * (2 * self.wide + self.product)
@@ -285,10 +290,9 @@ class Workload:
     def states(self, n: int, v: int, sweeps: tuple[Sweep, ...]) -> int:
         """What the programs of a forward kernel leave to be merged."""
         columns = self.vocab_size if self.one_pass(sweeps) else v
-        return n * max(
-            (s.state * -(-columns // s.width(self.tokens, self.vocab_size, v)) for s in self.capabilities.splits),
-            default=0,
-        )
+        splits = [(s.state, s.width(self.tokens, self.vocab_size, v)) for s in self.capabilities.splits]
+        drops = self.wide * (self.filter == "gather")
+        return n * max(((state + drops) * -(-columns // width) for state, width in splits), default=0)
 
     def scaled(self, n: int) -> int:
         """What backward of a frozen head makes of n rows: d log_prob / d hidden times their gradient, and its cast."""

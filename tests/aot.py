@@ -63,10 +63,11 @@ NAMES = {
     torch.int8: "i8",
 }
 ROWS = ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
-MULTIPLY = ("forward_kernel", "recompute_kernel", "sum_kernel")
+MULTIPLY = ("forward_kernel", "recompute_kernel", "gather_kernel", "sum_kernel")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SCRATCH = 48 * 2**20  # whatever the chip: budgets below lead to the same modes on all of them
 VOCABULARIES = (4000, 32_000, 50_257)  # narrow and wide tiles, and such that are no multiple of 16
+SMALL, LARGE = 2**-20, 2**-12  # filters
 PLAIN: dict[str, Any] = {}
 CAPPED = {"softcap": 30.0, "temperature": 0.7, "logit_scale": 1.3}
 
@@ -88,7 +89,7 @@ class Launch(NamedTuple):
         known = dict(self.constants)
         flags = [
             k.lower()
-            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "SKIP", "BY_VOCAB", "INDEXED", "DESCRIPTORS")
+            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "MASK", "BY_VOCAB", "INDEXED", "DESCRIPTORS")
             if known.get(k)
         ]
         flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]
@@ -129,7 +130,7 @@ def of_each_count(target: Target, counts: list[int]) -> list[set[Launch]]:
 
         def record(module: str, name: str, _: int, warps: int, stages: int | None, arguments: dict[str, Any], to=made):
             to.add(specialise(module, name, warps, stages, arguments))
-            nothing_stays(name, arguments)
+            some_stays(name, arguments)
 
         for strategy in ("fused", "tiles"):
             changes = {"arch": target.arch, "launch": record, "kernels": {"strategy": strategy}}
@@ -139,17 +140,18 @@ def of_each_count(target: Target, counts: list[int]) -> list[set[Launch]]:
                         of_call = {"features": 64, "tokens": tokens, "vocab": vocab}
                         _run(torch.bfloat16, PLAIN, (), grads, None, **of_call)
                         if strategy == "fused" and grads != "none" and vocab != 50_257:
-                            _run(torch.bfloat16, PLAIN, (), grads, None, **of_call, share=2**-12)
+                            for share in (SMALL, LARGE):
+                                _run(torch.bfloat16, PLAIN, (), grads, None, **of_call, share=share)
         found.append(made)
     return found
 
 
-def nothing_stays(name: str, arguments: dict[str, Any]) -> None:
-    """The host reads flags: of a tile that stays as a whole, no block is multiplied alone."""
-    if name == "flag_kernel":
-        arguments["flags"].zero_()
-    if name == "left_out_kernel":
-        arguments["left_out"].fill_(0.5)
+def some_stays(name: str, arguments: dict[str, Any]) -> None:
+    """The host reads flags: of most columns that they stay where the filter is small, else of few."""
+    if name == "forward_kernel" and arguments["MARK"]:
+        arguments["flags"].fill_(int(arguments["bound"] < SMALL))
+    if name == "known_kernel":
+        arguments["dropped"].fill_(0.5)
 
 
 def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int]) -> list[Launch]:
@@ -158,7 +160,7 @@ def launches(target: Target, dtypes: list[torch.dtype], replace: dict[str, int])
 
     def record(module: str, name: str, _programs: int, warps: int, stages: int | None, arguments: dict[str, Any]):
         found[specialise(module, name, warps, stages, arguments)] = None
-        nothing_stays(name, arguments)
+        some_stays(name, arguments)
 
     TritonTileOps.multiply = lambda self, out, a, b, add: out.zero_()
     for strategy in ("fused", "tiles"):  # every device takes the second for features that are no multiple of 16
@@ -181,8 +183,9 @@ def _every_call(strategy: str, dtypes: list[torch.dtype]) -> None:
                 _run(dtype, options, outputs, "hidden", None, features=272)
                 _run(dtype, options, (), "hidden,weight", None, features=272)
                 _run(dtype, options, outputs, "hidden,weight", 2**26, features=272)
-                for features in (256, 272):
-                    _run(dtype, options, (), "hidden,weight", None, features=features, share=2**-12)
+                for share in (SMALL, LARGE):
+                    for features in (256, 272):
+                        _run(dtype, options, (), "hidden,weight", None, features=features, share=share)
 
 
 def _run(

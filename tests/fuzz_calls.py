@@ -16,9 +16,9 @@ import dpo_kernels
 from dpo_kernels import (
     FusedLinearDPOLoss,
     LowRank,
+    gathering,
     hidden_to_log_probs,
     logits_to_log_probs,
-    skipping,
     sparse,
     token_stats,
 )
@@ -336,7 +336,7 @@ def watched() -> Iterator[list[Any]]:
     """What backward read of filters, in order."""
     found: list[Any] = []
     with contextlib.ExitStack() as stack:
-        for module, name in ((sparse, "Pieces"), (skipping, "Skipping")):
+        for module, name in ((sparse, "Pieces"), (gathering, "Gathered")):
             own = getattr(module, name)
 
             def made(*given: Any, own: Any = own) -> Any:
@@ -351,10 +351,8 @@ def kept_by(found: Any, spec: CallSpec, inputs: Inputs) -> Tensor:
     """(..., V): which entries are in the gradients, but for labels, which always are."""
     plan, labels = found.plan, inputs.labels.reshape(-1)
     kept = torch.ones(plan.tokens, spec.vocab, dtype=torch.bool)
-    if plan.skips:
-        tokens, entries = plan.block
-        flags = found.flags.bool().repeat_interleave(tokens, 0).repeat_interleave(entries, 1)
-        kept &= flags[: plan.tokens, : spec.vocab]
+    if plan.marks:
+        kept &= found.flags.bool().repeat_interleave(plan.group, 0)[: plan.tokens, : spec.vocab]
     else:
         for columns in plan.forward_spans:
             for rows in plan.token_spans:

@@ -12,7 +12,7 @@ from fuzz import SIZES, TRITON, as_script, compare, failure, fuzz, shrink
 from fuzz_calls import CallSpec, draw
 from helpers import slow
 
-from dpo_kernels import FusedLinearDPOLoss, driver, skipping, sparse
+from dpo_kernels import FusedLinearDPOLoss, driver, gathering, sparse
 from dpo_kernels.backends import cpp, pytorch, triton_fused, triton_tiles
 
 CALLS = {"cpp": 200, "torch": 150, "triton": 30}
@@ -108,34 +108,43 @@ def filtered(impl, calls):
     return [n for n, spec in known if impl != "triton" or (spec.features % 16 == 0 and spec.trend)]
 
 
-def blocks_twice(self, maximum, log_sum, own=skipping.Marker.finish):
+def columns_twice(self, maximum, log_sum, own=gathering.Marker.finish):
     dropped, table = own(self, maximum, log_sum)
     return 2 * dropped, table
 
 
-def other_blocks(self, product, left, lists, counts, own=triton_fused.FusedTileOps._sum):
-    own(self, product, left, lists.roll(1, 1), counts)
+def too_sparing(self, state, tile, marks, bound, own=triton_fused.FusedTileOps.accumulate_marked):
+    own(self, state, tile, marks, 3 * bound)
 
 
-def half_as_many(self, product, left, lists, counts, own=triton_fused.FusedTileOps._sum):
-    own(self, product, left, lists, counts // 2)
+def other_lists(self, flags, order=None, own=triton_fused.FusedTileOps._lists):
+    made = own(self, flags, order)
+    return made._replace(
+        lists=(made.lists + 1).clamp(0, made.lists.shape[1] - 1)
+    )  # what is behind a list may be anything
 
 
-def blocks_too_sparing(self, marks, labels, maximum, log_sum, bound, own=triton_fused.FusedTileOps.passing):
-    return own(self, marks, labels, maximum, log_sum, 3 * bound)
+def half_as_many(self, flags, order=None, own=triton_fused.FusedTileOps._lists):
+    made = own(self, flags, order)
+    return made._replace(counts=made.counts // 2)
+
+
+def order_is_lost(self, product, left, flags, of, n, own=triton_fused.FusedTileOps._sum):
+    own(self, product, left, flags, of if of.order is None else of._replace(order=of.order.roll(1)), n)
 
 
 @pytest.mark.parametrize(
     ("where", "name", "fault", "words"),
     [
-        slow(skipping.Marker, "finish", blocks_twice, "dropped_mass at"),
-        slow(triton_fused.FusedTileOps, "passing", blocks_too_sparing, "is left out; the filter is"),
-        (triton_fused.FusedTileOps, "_sum", other_blocks, "gradient of"),
-        (triton_fused.FusedTileOps, "_sum", half_as_many, "gradient of"),
+        slow(gathering.Marker, "finish", columns_twice, "dropped_mass at"),
+        slow(triton_fused.FusedTileOps, "accumulate_marked", too_sparing, "is left out; the filter is"),
+        (triton_fused.FusedTileOps, "_lists", other_lists, "gradient of"),
+        slow(triton_fused.FusedTileOps, "_lists", half_as_many, "gradient of"),
+        (triton_fused.FusedTileOps, "_sum", order_is_lost, "gradient of"),
     ],
-    ids=["mass", "bound", "lists", "counts"],
+    ids=["mass", "bound", "lists", "counts", "order"],
 )
-def test_a_fault_planted_in_blocks_is_found(monkeypatch, override, where, name, fault, words):
+def test_a_fault_planted_in_gathered_columns_is_found(monkeypatch, override, where, name, fault, words):
     override(capabilities=TRITON)
     monkeypatch.setattr(where, name, fault)
     found = fuzz("triton", filtered("triton", 2000), SIZES["triton"])

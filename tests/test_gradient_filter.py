@@ -177,6 +177,7 @@ def test_a_flat_softmax_goes_the_dense_way(impl):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS[:2], indirect=True)
 def test_a_tile_that_was_kept_whole_is_looked_at_again(impl):
     """The likely entries are the last: what comes before seems worth it until they are known, but for the labels, whose
     logits are low."""
@@ -357,7 +358,7 @@ def test_what_it_does_not_go_with(given, error, words):
         token_stats(head.hidden, head.weight, head.labels, **{"outputs": (), **given})
 
 
-def test_products_of_the_library_s_tiles_have_no_blocks_to_leave_out():
+def test_products_of_the_library_s_tiles_have_no_columns_to_gather():
     """Features that are no multiple of 16 go to cuBLAS."""
     pytest.importorskip("triton")
     head = make_head(10, 18, 100)
@@ -366,41 +367,65 @@ def test_products_of_the_library_s_tiles_have_no_blocks_to_leave_out():
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_block_with_a_label_stays_and_so_does_one_that_is_no_number(broken):
-    """Blocks of 64 x 64: each token has its own label; the others' logits are far below it."""
+def test_a_label_s_column_stays_and_so_does_one_that_is_no_number(broken):
+    """Groups of 64: each token has its own label; the others' logits are far below it, but those that forward meets
+    first, before it has seen a label."""
     pytest.importorskip("triton")
-    z, labels = torch.full((128, V), -30.0), torch.arange(128) * 5
-    z[torch.arange(128), labels] = 5.0
+    z, labels = torch.full((128, V), -30.0), 64 + torch.arange(128) * 4
+    z[:, 0], z[torch.arange(128), labels] = 0.0, 5.0
     if broken:
         z[100, V - 1] = torch.nan
     weight = torch.eye(V).requires_grad_()
     stats = token_stats(z, weight, labels, outputs=("dropped_mass",), gradient_filter=2**-8, impl="triton")
     of_each = [torch.autograd.grad(s.sum(), weight, retain_graph=True)[0] for s in stats.log_probs.split(64)]
-    first, second = (grad.view(V // 64, -1).ne(0).any(1).tolist() for grad in of_each)
-    if broken:  # its row has no entry that is known to be small
-        assert all(second)
+    first, second = (grad.ne(0).any(1).nonzero()[:, 0].tolist() for grad in of_each)
+    if broken:  # its row has no entry of that part that is known to be small
+        assert set(second) > {0, V - 1, *labels[64:].tolist()}
+        assert stats.dropped_mass[100].isnan()
     else:
-        assert first == [i <= 315 // 64 for i in range(V // 64)]
-        assert second == [320 // 64 <= i <= 635 // 64 for i in range(V // 64)]
-        expected = torch.full((128,), 6 * 64 * 2.718281828**-35)
+        assert first == [0, *labels[:64].tolist()]
+        assert second == [0, *labels[64:].tolist()]
+        expected = torch.full((128,), (V - 65) * 2.718281828**-35 / (1 + 2.718281828**-5))
         torch.testing.assert_close(stats.dropped_mass, expected, rtol=1e-3, atol=0)
 
 
 def test_a_tile_of_which_most_stays_is_computed_whole(monkeypatch):
+    """And what does not stay of it is left out too."""
     pytest.importorskip("triton")
     from dpo_kernels.backends.triton_fused import FusedTileOps
 
-    calls = {"whole": 0, "blocks": 0}
-    for name, method in (("whole", "gradient_products"), ("blocks", "block_products")):
-        own = getattr(FusedTileOps, method)
+    calls = {"masked_products": 0, "gathered_products": 0}
+    for name in calls:
+        own = getattr(FusedTileOps, name)
 
         def counted(self, *given, own=own, name=name):
             calls[name] += 1
             return own(self, *given)
 
-        monkeypatch.setattr(FusedTileOps, method, counted)
+        monkeypatch.setattr(FusedTileOps, name, counted)
     z, labels = peaked(192, V, "triton")
-    z[:, :256], z[:, 256:] = torch.randn(192, 256), z[:, 256:].clamp(max=5) - 20  # all of the first tile stays
-    labels = labels.clamp(max=255)
-    run(z, labels, torch.float32, 2**-20, impl="triton")
-    assert calls == {"whole": 1, "blocks": 2}
+    z[:, :256], z[:, 256:] = torch.randn(192, 256), z[:, 256:].clamp(max=5) - 20  # most of the first tile stays
+    z[:, 200:250] = -40
+    labels = labels.clamp(max=190)
+    stats, upstream, hidden, *_ = run(z, labels, torch.float32, 2**-20, impl="triton")
+    assert calls == {"masked_products": 1, "gathered_products": 2}
+    given_back = (-stats.dropped_mass * upstream / V)[:, None]
+    out = (hidden.grad - given_back).abs() <= 2e-6 * given_back.abs()
+    assert out[:, 200:250].all()
+    assert out[:, 256:].all()
+    assert not out[:, :200].any()
+
+
+def test_columns_are_taken_in_parts_that_grow():
+    """Each knows what came before it; whatever the parts, log-probs are those of a call without a filter."""
+    pytest.importorskip("triton")
+    with override(capabilities={"tiles": ((128, 512),)}):
+        made = plan(300, 64, 10_000, torch.float32, impl="triton", gradient_filter=FILTER)
+    widths = [part.stop - part.start for part in made.forward_spans]
+    assert (made.mode, made.group, made.tile_vocab) == ("gather", 64, 512)
+    assert widths[:2] == [made.first_part] * 2
+    assert widths[2:4] == [2 * made.first_part, 4 * made.first_part]
+    assert sum(widths) == 10_000
+    if made.one_pass:
+        assert widths[4] == 8 * made.first_part
+    assert f"columns that pass the filter, of every {made.group} tokens" in str(made)

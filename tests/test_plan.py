@@ -176,7 +176,7 @@ def test_a_filter_is_planned_where_its_arena_gains_something(name, grads):
     for budget in (1, 24, 32, 48, 64, 100, 128, 256, 300, 1024, 4096):
         with_it, without = (
             Workload(*sizes, torch.bfloat16, Grads.of(grads), False, False, 2000, CAPABILITIES[name], filter=how)
-            for how in ("columns", "")
+            for how in ("keep", "")
         )
         least = planner.least_budget(with_it)
         assert least == planner.least_budget(without)
@@ -193,22 +193,20 @@ def test_a_filter_is_planned_where_its_arena_gains_something(name, grads):
 
 
 @pytest.mark.parametrize("grads", [("hidden", "weight"), ("hidden",), ("weight", "bias")])
-def test_blocks_are_skipped_where_there_is_room_to_mark_them(grads):
-    capabilities = replace(CAPABILITIES["triton, cuda"], filters="blocks", block=(128, 256), narrowest_block=256)
+def test_columns_are_marked_where_there_is_room_for_it(grads):
+    capabilities = replace(CAPABILITIES["triton, cuda"], filters="gather", group=128)
     sizes = 2000, 256, 32_000, torch.bfloat16, torch.bfloat16, Grads.of(grads), False, False, 2000
-    with_it, without = (Workload(*sizes, capabilities, filter=how) for how in ("blocks", ""))
+    with_it, without = (Workload(*sizes, capabilities, filter=how) for how in ("gather", ""))
     assert planner.least_budget(with_it) == planner.least_budget(without)
     made = planner.plan(with_it)
-    assert (made.mode, made.block, made.kept_tokens, made.gemms) == ("skip", (128, 256), 0, 1)
-    assert "blocks of 128 tokens x 256 vocabulary that pass the filter" in str(made)
-    assert (
-        made.bytes - sum(v for k, v in made.memory.items() if "left out" not in k)
-        < 10 * 2000 * 32_000 / 256 + 4 * 1024 * 256
-    )
+    assert (made.mode, made.group, made.kept_tokens, made.gemms) == ("gather", 128, 0, 1)
+    assert "columns that pass the filter, of every 128 tokens" in str(made)
+    marks = made.memory["what is left out, and products of the rest"]
+    assert 2000 * 32_000 / 128 < marks < 8 * 2000 * 32_000 / 128 + 4 * 1024 * 256
     least = planner.least_budget(without)
     assert planner.plan(with_it, least) == planner.plan(without, least)
     other = replace(with_it, capabilities=replace(capabilities, tiles=((96, 4096), *capabilities.tiles)))
-    assert planner.plan(other).mode != "skip", "tiles that cut blocks have none to leave out"
+    assert planner.plan(other).mode != "gather", "tiles that cut groups"
 
 
 def test_labels_that_are_ignored_count_in_the_budget():

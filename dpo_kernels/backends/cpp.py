@@ -38,7 +38,7 @@ WIDE_TILES = ((64, 8192), (256, 16384), (512, 8192))
 CAPABILITIES = Capabilities(
     ((1024, 4096), (1024, 2048), (512, 2048), (256, 1024), (128, 512), (64, 256), (64, 64)), 18 * MIB,
     widens=(torch.float16,), packs=True, rounds=True, maxima_columns=64, saved_by_vocab=True, saved_multiple=64,
-    wide_tiles=WIDE_TILES, widest_copy=16 * MIB, filters="columns",
+    wide_tiles=WIDE_TILES, widest_copy=16 * MIB, filters="keep",
 )  # fmt: skip
 # Sapphire Rapids and Emerald Rapids.
 SLOW_BFLOAT16 = (("GenuineIntel", "6", "143"), ("GenuineIntel", "6", "207"))

@@ -39,11 +39,11 @@ LOGITS_BLOCK_ELSEWHERE = 256 * MIB
 CAPABILITIES = {
     "cpu": Capabilities(
         ((512, 2048), (256, 1024), (128, 512), (64, 256), (32, 128), (16, 64)), 12 * MIB,
-        widens=(torch.bfloat16, torch.float16), filters="columns",
+        widens=(torch.bfloat16, torch.float16), filters="keep",
     ),
     "cuda": Capabilities(
         ((4096, 8192), (2048, 4096), (1024, 2048), (512, 1024), (256, 512), (128, 256), (64, 128)), 32 * MIB,
-        filters="columns",
+        filters="keep",
     ),
 }  # fmt: skip
 

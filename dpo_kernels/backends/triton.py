@@ -99,9 +99,8 @@ class TritonBackend:
         assert known.maxima_columns is not None
         return replace(
             known, maxima_columns=min(known.maxima_columns, configuration.product.block_n),
-            splits=tuple(map(configuration.splits, dict.fromkeys(configuration.either))), filters="blocks",
-            block=(configuration.product.block_m, configuration.product.block_n),
-            narrowest_block=min(product.block_n for product in configuration.either),
+            splits=tuple(map(configuration.splits, dict.fromkeys(configuration.either))), filters="gather",
+            group=configuration.product.block_m,
         )  # fmt: skip
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> TritonTileOps:

@@ -1,9 +1,9 @@
-"""Triton's strategy "fused": the kernel that makes a block of logits accumulates it. It can skip blocks in backward."""
+"""Triton's strategy "fused": the kernel that makes a block of logits accumulates it, and can mark what is worth it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,22 @@ from dpo_kernels.backends.base import Execution, Product, SavedTile, Tile
 from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.backends.triton_tiles import SHARE_TOLERANCE, TritonTileOps
 from dpo_kernels.call import Call, TokenGrads
+from dpo_kernels.gathering import Marks
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.layout import rows_of
 from dpo_kernels.planner import Plan
-from dpo_kernels.skipping import Marks
 
-FLAGS = 32  # blocks that a program looks at together
+COLUMNS = 1024  # flags that a program looks at together
+GROUPS = 32  # the like, of each column of a block
+
+
+class Lists(NamedTuple):
+    """lists (rows, length) int32, of which the first counts (rows,) int32 are meant: columns of each group; or, of each
+    block of columns, which are in an order (v,) int32 then, its groups."""
+
+    lists: Tensor
+    counts: Tensor
+    order: Tensor | None
 
 
 class FusedTileOps(TritonTileOps):
@@ -29,40 +39,47 @@ class FusedTileOps(TritonTileOps):
         self._split = splits.width(plan.tokens, plan.vocab_size, plan.tile_vocab)  # columns that a program walks
 
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
-        self._forward(state, tile, saved, None)
+        self._forward(state, tile, saved)
 
-    def accumulate_marked(self, state: TritonState, tile: Tile, marks: Marks) -> None:
-        first = tile.columns.start // self.config.product.block_n
-        self._forward(state, tile, None, Marks(*(each[first:, tile.rows] for each in marks)))
+    def accumulate_marked(self, state: TritonState, tile: Tile, marks: Marks, bound: float) -> None:
+        n, m = len(tile.hidden), state.tensor.shape[1]
+        drops = state.tensor.new_empty((-(-len(tile.weight) // self._split), n))
+        given = {"flags": marks.flags, "flags_stride": marks.flags.stride(0), "known": marks.known, "drops": drops}
+        partials = self._forward(state, tile, None, bound=bound, MARK=True, **given)
+        block = 128
+        launch.run(
+            "columns", "known_kernel", -(-n // block), 4,
+            partials=partials, drops=drops, states=state.tensor[:, tile.rows], known=marks.known, bases=marks.bases,
+            dropped=marks.dropped, n=n, M=m, splits=len(drops), first=tile.columns.start, BLOCK_M=block,
+        )  # fmt: skip
 
-    def _forward(self, state: TritonState, tile: Tile, saved: SavedTile | None, marks: Marks | None) -> None:
+    def _forward(self, state: TritonState, tile: Tile, saved: SavedTile | None, **marks: Any) -> Tensor:
+        """marks: what forward_kernel takes to mark columns. Returns the states of the splits, (splits, FIELDS, n)."""
         arguments, product = self._product_arguments(tile)
         n, v = len(tile.hidden), len(tile.weight)
         split = self._split
         splits = -(-v // split)
         partials = state.tensor.new_empty((splits, len(state.tensor), n))
         labels = rows_of(state.labels, tile.rows)
-        exps, maxima, sums = partials, partials, partials
+        exps, maxima = partials, partials
         # Of nothing, 0: a stride that goes by the tokens could compile the kernel anew.
         exps_stride = maxima_stride = 0
         if saved is not None:
             exps, maxima = saved
             exps_stride, maxima_stride = exps.stride(0), maxima.stride(0)
-        elif marks is not None:
-            maxima, sums = marks
-            maxima_stride = maxima.stride(0)
         if saved is not None and arguments["DESCRIPTORS"]:
             exps = launch.descriptor(exps, product.block_m, product.block_n)
+        unmarked = {"flags": labels, "flags_stride": 0, "known": partials, "drops": partials, "bound": 0.0}
         launch.run(
             "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
-            labels=labels, partials=partials, exps=exps, block_maxima=maxima, block_sums=sums, split=split,
+            labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split,
             exps_stride=exps_stride, maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs),
-            SAVE=saved is not None, MARK=marks is not None,
-            PLAIN=self._is_plain(arguments, state.outputs),
+            SAVE=saved is not None, PLAIN=self._is_plain(arguments, state.outputs),
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
-            MAXIMA_COLUMNS=self.plan.maxima_columns, **arguments,
+            MAXIMA_COLUMNS=self.plan.maxima_columns, **{"MARK": False, **unmarked, **marks}, **arguments,
         )  # fmt: skip
         state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
+        return partials
 
     def _is_plain(self, arguments: dict[str, Any], outputs: tuple[str, ...]) -> bool:
         """Whether logits are products times a positive number, and nothing else is wanted. In float32 the kernel that
@@ -84,84 +101,104 @@ class FusedTileOps(TritonTileOps):
         )  # fmt: skip
         self.multiply(total, share, tile.weight, add=True)
 
-    def passing(self, marks: Marks, labels: Tensor, maximum: Tensor, log_sum: Tensor, bound: float) -> Tensor:
-        product, blocks, tokens = self.config.product, len(marks.maxima), len(labels)
-        flags = labels.new_empty((-(-tokens // product.block_m), blocks), dtype=torch.int8)
-        launch.run(
-            "blocks", "flag_kernel", len(flags) * -(-blocks // FLAGS), 4,
-            block_maxima=marks.maxima, labels=labels.contiguous(), maxima=maximum, log_sums=log_sum, flags=flags,
-            M=tokens, blocks=blocks, stride=marks.maxima.stride(0), bound=bound, ENTRIES=product.block_n,
-            TOKENS=product.block_m, WIDTH=FLAGS,
-        )  # fmt: skip
-        return flags
-
-    def left_out(self, marks: Marks, flags: Tensor, maximum: Tensor, log_sum: Tensor) -> Tensor:
-        found = torch.empty_like(maximum)
-        launch.run(
-            "blocks", "left_out_kernel", len(flags), 4,
-            block_maxima=marks.maxima, block_sums=marks.sums, maxima=maximum, log_sums=log_sum, flags=flags,
-            left_out=found, M=len(found), blocks=flags.shape[1], stride=marks.maxima.stride(0),
-            TOKENS=self.config.product.block_m, WIDTH=FLAGS,
-        )  # fmt: skip
-        return found
-
-    def block_products(
+    def masked_products(
         self, grads: TokenGrads, tile: Tile, flags: Tensor, products: Sequence[Product], bias: Tensor | None
     ) -> None:
-        """The blocks that stay come first in a list of all, sorted: nothing waits for how many they are."""
-        flags = flags.clone(memory_format=torch.contiguous_format)
-        dz = self._recompute(grads, tile, flags, clear=bias is not None)
-        if bias is not None:
-            bias += dz.sum(0, dtype=bias.dtype)
-        sides: dict[bool, tuple[Tensor, Tensor]] = {}
-        for product in products:
-            of = flags.T if product.by_vocab else flags
-            if product.by_vocab not in sides:
-                lists = of.sort(stable=True, dim=1, descending=True).indices.contiguous()
-                sides[product.by_vocab] = lists, of.sum(1)
-            self._sum(product, dz.T if product.by_vocab else dz, *sides[product.by_vocab])
+        self._add_products(self._recompute(grads, tile, flags), products, bias)
 
-    def _sum(self, product: Product, left: Tensor, lists: Tensor, counts: Tensor) -> None:
-        block, (rows, depth), columns = self.config.product, left.shape, product.right.shape[1]
-        outer, inner = block.block_m, block.block_n
-        if product.by_vocab:
-            outer, inner = inner, outer
-        of = self.config.sums
-        high, wide, deep = min(of.block_m, outer), of.block_n, min(of.block_k, inner)
+    def gathered_products(
+        self, grads: TokenGrads, tile: Tile, flags: Tensor, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
+        of_groups = self._lists(flags)
+        left = self._gather(grads, tile, of_groups, clear=bias is not None)
+        if bias is not None:
+            bias += left.sum(1, dtype=bias.dtype)
+        of_columns = self._lists(flags, self._order(flags)) if any(p.by_vocab for p in products) else of_groups
+        for product in products:
+            self._sum(product, left, flags, of_columns if product.by_vocab else of_groups, len(tile.hidden))
+
+    def _order(self, flags: Tensor) -> Tensor:
+        """The tile's columns (v,) int32, those that the same groups keep near each other."""
+        (groups, v), keys = flags.shape, flags.new_empty(flags.shape[1], dtype=torch.int32)
         launch.run(
-            "blocks", "sum_kernel", -(-rows // high) * -(-columns // wide), of.warps, of.stages,
-            left=left, right=product.right, out=product.out, lists=lists, counts=counts, rows=rows, depth=depth,
-            columns=columns, length=lists.shape[1], left_row=left.stride(0), left_step=left.stride(1),
-            right_row=product.right.stride(0), right_step=product.right.stride(1), out_row=product.out.stride(0),
-            add=int(product.add), BY_VOCAB=product.by_vocab, ALIGNED=(rows if product.by_vocab else depth) % 16 == 0,
-            WIDEN=self.config.arch.kind == "interpreted", PRECISION=of.precision, OUTER=outer,
-            INNER=inner, BLOCK_M=high, BLOCK_N=wide, BLOCK_K=deep,
+            "columns", "key_kernel", -(-v // COLUMNS), 4,
+            flags=flags, keys=keys, groups=groups, V=v, stride=flags.stride(0), WIDTH=COLUMNS,
+        )  # fmt: skip
+        return keys.sort(descending=True, stable=True).indices.int()
+
+    def _lists(self, flags: Tensor, order: Tensor | None = None) -> Lists:
+        """Of each group the columns that it keeps; in an order of columns, of each block of them the groups."""
+        (groups, v), block = flags.shape, self._sum_blocks(by_vocab=order is not None)[0]
+        rows, length = (groups, v) if order is None else (-(-v // block), groups)
+        made = flags.new_empty((rows, length), dtype=torch.int32), flags.new_empty(rows, dtype=torch.int32)
+        launch.run(
+            "columns", "list_kernel", rows, 4,
+            flags=flags, order=made[0] if order is None else order, lists=made[0], counts=made[1], groups=groups, V=v,
+            stride=flags.stride(0), BY_VOCAB=order is not None, COLUMNS=block,
+            WIDTH=COLUMNS if order is None else GROUPS,
+        )  # fmt: skip
+        return Lists(*made, order)
+
+    def _gather(self, grads: TokenGrads, tile: Tile, of: Lists, clear: bool) -> Tensor:
+        """d loss / d a of the columns that stay, (v, n and up to whole groups). clear: the others are 0."""
+        arguments, product = self._product_arguments(tile, descriptors=False)
+        v, groups = len(tile.weight), len(of.counts)
+        out = self._dz(v, groups * product.block_m)
+        if clear:
+            out.zero_()
+        vectors = launch.vectors(grads)
+        for unused in ("entropies", "grad_entropies"):
+            del vectors[unused]
+        for unused in ("DESCRIPTORS", "GROUP"):
+            del arguments[unused]
+        launch.run(
+            "columns", "gather_kernel", groups * -(-v // product.block_n), product.warps, product.stages,
+            out=out, lists=of.lists, counts=of.counts, **vectors, out_stride=out.stride(0),
+            slope=self.call.transform.slope, GROUP=product.group, **arguments,
+        )  # fmt: skip
+        return out
+
+    def _sum(self, product: Product, left: Tensor, flags: Tensor, of: Lists, n: int) -> None:
+        high, wide, deep = self._sum_blocks(product.by_vocab)
+        (v, _), columns, sums = left.shape, product.right.shape[1], self.config.sums
+        launch.run(
+            "columns", "sum_kernel", -(-(v if product.by_vocab else n) // high) * -(-columns // wide), sums.warps,
+            sums.stages,
+            left=left, right=product.right, out=product.out, lists=of.lists, counts=of.counts,
+            order=of.lists if of.order is None else of.order, flags=flags, n=n, V=v, columns=columns,
+            left_stride=left.stride(0), right_row=product.right.stride(0), right_step=product.right.stride(1),
+            out_row=product.out.stride(0), flags_stride=flags.stride(0), add=int(product.add),
+            BY_VOCAB=product.by_vocab, WIDEN=self.config.arch.kind == "interpreted", PRECISION=sums.precision,
+            TOKENS=self.plan.group, BLOCK_M=high, BLOCK_N=wide, BLOCK_K=deep,
         )  # fmt: skip
 
-    def _recompute(self, grads: TokenGrads, tile: Tile, flags: Tensor | None = None, clear: bool = False) -> Tensor:
-        """flags: of the blocks that are wanted; None: all. clear: the others are 0."""
+    def _sum_blocks(self, by_vocab: bool) -> tuple[int, int, int]:
+        """BLOCK_M, BLOCK_N, BLOCK_K: within a group, whose tokens are the rows, or if by_vocab the depth."""
+        of, tokens = self.config.sums, self.plan.group
+        return (of.block_m, of.block_n, min(of.block_k, tokens)) if by_vocab else (min(of.block_m, tokens), *of[1:3])
+
+    def _recompute(self, grads: TokenGrads, tile: Tile, flags: Tensor | None = None) -> Tensor:
+        """flags: of the groups' columns, where all others are 0."""
         arguments, product = self._product_arguments(tile)
         n, v = len(tile.hidden), len(tile.weight)
         out = self._dz(n, v)
-        if clear:
-            out.zero_()
         launch.run(
             "fused", "recompute_kernel", -(-n // product.block_m) * -(-v // product.block_n), product.warps,
             product.stages,
             out=launch.descriptor(out, product.block_m, product.block_n) if arguments["DESCRIPTORS"] else out,
             **launch.vectors(grads), out_stride=out.stride(0), slope=self.call.transform.slope,
-            flags=grads.labels if flags is None else flags, SKIP=flags is not None, OUTPUTS=launch.gradient_bits(grads),
-            **arguments,
+            flags=grads.labels if flags is None else flags, flags_stride=0 if flags is None else flags.stride(0),
+            MASK=flags is not None, OUTPUTS=launch.gradient_bits(grads), **arguments,
         )  # fmt: skip
         return out
 
     def _maxima_columns(self) -> int:
         return self.config.product.block_n
 
-    def _product_arguments(self, tile: Tile) -> tuple[dict[str, Any], configs.ProductBlocks]:
-        """What forward_kernel and recompute_kernel both take: operands, sizes, transform and blocks."""
+    def _product_arguments(self, tile: Tile, descriptors: bool = True) -> tuple[dict[str, Any], configs.ProductBlocks]:
+        """What kernels that make logits take: operands, sizes, transform and blocks."""
         hidden, weight, product = tile.hidden, tile.weight, self.config.product
-        if not (launch.describable(hidden) and launch.describable(weight)):
+        if not (descriptors and launch.describable(hidden) and launch.describable(weight)):
             product = product._replace(descriptors=False)
         bias = self._bias(tile)
         arguments = {

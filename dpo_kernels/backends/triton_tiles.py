@@ -67,6 +67,9 @@ class TritonTileOps:
         self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
     ) -> None:
         dz = self._recompute(grads, tile) if saved is None else self._from_saved(grads, saved, tile)
+        self._add_products(dz, products, bias)
+
+    def _add_products(self, dz: Tensor, products: Sequence[Product], bias: Tensor | None) -> None:
         if bias is not None:
             bias += dz.sum(0, dtype=bias.dtype)
         multiply_each(self, dz, products)
@@ -89,9 +92,10 @@ class TritonTileOps:
 
     def _scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype, shared: int = 1) -> Tensor:
         """A buffer (rows, columns) whose rows start aligned, from the first as large as a tile's (of every shared-th
-        column)."""
+        column), either way round where groups of tokens lie by columns."""
         if name not in self._held:
-            room = self.plan.tile_tokens * aligned(-(-self.plan.tile_vocab // shared))
+            tokens = -(-self.plan.tile_tokens // max(1, self.plan.group)) * max(1, self.plan.group)
+            room = tokens * aligned(-(-self.plan.tile_vocab // shared))
             self._held[name] = torch.empty(room, dtype=dtype, device=self.call.hidden.device)
         if (name, rows, columns) not in self._views:
             self._views[name, rows, columns] = self._held[name].as_strided((rows, columns), (aligned(columns), 1))

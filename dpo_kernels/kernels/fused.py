@@ -14,6 +14,8 @@ from dpo_kernels.kernels.logits import load_row_grads, plain_row_gradient, row_g
 from dpo_kernels.kernels.softmax_state import (
     FIELDS,
     LOG_ZERO,  # noqa: F401  (read by the functions that are inlined here)
+    LOWEST,
+    TINY,
     block_state,
     empty_state,
     merge,
@@ -33,8 +35,8 @@ def multiply(
     or copies: the caller leaves them out. EVEN: D is a multiple of BLOCK_K.
 
     Tensor cores truncate as they accumulate: products of TF32 parts are added to the sum outside of them, rounded."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DESCRIPTORS:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
             h = hidden.load([row, k])
             w = weight.load([column, k])
@@ -45,26 +47,41 @@ def multiply(
             else:
                 total = tl.dot(h, w.T, total, input_precision=PRECISION)
     else:
-        rows = tl.minimum(row + tl.arange(0, BLOCK_M), n - 1).to(tl.int64)
-        columns = tl.minimum(column + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
-        depth = tl.arange(0, BLOCK_K)
-        h_pointer = hidden + rows[:, None] * hidden_stride + depth[None, :] * hidden_step
-        w_pointer = weight + columns[None, :] * weight_stride + depth[:, None] * weight_step
-        for k in tl.range(0, D, BLOCK_K):
-            if EVEN:
-                h = tl.load(h_pointer)
-                w = tl.load(w_pointer)
-            else:
-                h = tl.load(h_pointer, mask=(depth < D - k)[None, :], other=0.0)
-                w = tl.load(w_pointer, mask=(depth < D - k)[:, None], other=0.0)
-            if WIDEN:
-                h, w = h.to(tl.float32), w.to(tl.float32)
-            if PRECISION == "tf32x3":
-                total += tl.dot(h, w, input_precision=PRECISION)
-            else:
-                total = tl.dot(h, w, total, input_precision=PRECISION)
-            h_pointer += BLOCK_K * hidden_step
-            w_pointer += BLOCK_K * weight_step
+        rows = tl.minimum(row + tl.arange(0, BLOCK_M), n - 1)
+        columns = tl.minimum(column + tl.arange(0, BLOCK_N), V - 1)
+        total = multiply_rows(
+            hidden, weight, rows, columns, D, hidden_stride, hidden_step, weight_stride, weight_step, WIDEN, PRECISION,
+            EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
+def multiply_rows(
+    hidden, weight, rows, columns, D, hidden_stride, hidden_step, weight_stride, weight_step,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """hidden[rows] @ weight[columns].T through pointers, of whatever rows (BLOCK_M,) and columns (BLOCK_N,)."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    depth = tl.arange(0, BLOCK_K)
+    h_pointer = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :] * hidden_step
+    w_pointer = weight + columns.to(tl.int64)[None, :] * weight_stride + depth[:, None] * weight_step
+    for k in tl.range(0, D, BLOCK_K):
+        if EVEN:
+            h = tl.load(h_pointer)
+            w = tl.load(w_pointer)
+        else:
+            h = tl.load(h_pointer, mask=(depth < D - k)[None, :], other=0.0)
+            w = tl.load(w_pointer, mask=(depth < D - k)[:, None], other=0.0)
+        if WIDEN:
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        if PRECISION == "tf32x3":
+            total += tl.dot(h, w, input_precision=PRECISION)
+        else:
+            total = tl.dot(h, w, total, input_precision=PRECISION)
+        h_pointer += BLOCK_K * hidden_step
+        w_pointer += BLOCK_K * weight_step
     return total
 
 
@@ -92,14 +109,52 @@ def store_block(
 
 
 @triton.jit
-def accumulate_block(
-    state, a, row, column, end, inside, local, bias, exps, block_maxima, block_sums, V, first, exps_stride,
-    maxima_stride, inner, outer, BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, OUTPUTS: tl.constexpr,
-    SAVE: tl.constexpr, MARK: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def mark_columns(
+    flags, known, exps, share, base, old, new, dropped, bound, column, end, inside,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The state after the products a (R, BLOCK_N) from `column` on; writes their exponentials if SAVE, their maximum
-    and sum if MARK."""
+    """Of a block (BLOCK_M, BLOCK_N) the columns in which some row has a share of at least the bound of its sum so far,
+    or is no number: their flags become 1. Those that were 1 stay, as labels' do.
+
+    flags: pointer to the group's. known (M,): logarithms of sums before this program. exps (M, N) relative to base
+    (M,); share: the same, times the cap's derivative; old, new: states before and after the block. Returns `dropped`
+    (M,), what the program left out, relative to the new state's maximum.
+
+    A bit a column: 32 of them go from thread to thread as one number, and are no flag each in every thread's registers.
+    """
+    maximum, total = new[0], new[1]
+    finite = tl.maximum(maximum, LOWEST)
+    sure = tl.maximum(known, finite)
+    # Sums only grow: a share of what is known so far is no smaller than of the whole.
+    sure += tl.log(tl.maximum(tl.exp(known - sure) + total * tl.exp(finite - sure), TINY))
+    limit = tl.where(inside, bound * tl.exp(sure - base), float("inf"))
+    words: tl.constexpr = BLOCK_N // 32
+    bit = tl.arange(0, 32)
+    passes = tl.reshape(~(exps < limit[:, None]), (BLOCK_M, words, 32))
+    stays = tl.reduce(tl.reduce(tl.where(passes, 1 << bit, 0), 2, either), 0, either)
+    at = column + tl.arange(0, words)[:, None] * 32 + bit[None, :]
+    before = tl.load(flags + at, mask=at < end, other=1).to(tl.int32)
+    stays |= tl.reduce(before << bit[None, :], 1, either)
+    tl.store(flags + at, (stays[:, None] >> bit[None, :] & 1).to(tl.int8), mask=at < end)
+    out = (stays[None, :, None] >> bit & 1) == 0
+    left = tl.sum(tl.sum(tl.where(out, tl.reshape(share, (BLOCK_M, words, 32)), 0.0), 2), 1)
+    return dropped * tl.exp(old[0] - finite) + left * tl.exp(base - finite)
+
+
+@triton.jit
+def accumulate_block(
+    state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, known, V, first, exps_stride,
+    maxima_stride, flags_stride, inner, outer, bound, BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr,
+    OUTPUTS: tl.constexpr, SAVE: tl.constexpr, MARK: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The state after the products a (R, BLOCK_N) from `column` on, and what was left out if MARK, which writes flags;
+    writes their exponentials if SAVE."""
     if PLAIN:
         block, e, base = plain_block_state(a, column, local, end, outer, BLOCK_N)
     else:
@@ -117,13 +172,17 @@ def accumulate_block(
         corner = block_maxima + tl.cast(row, tl.int64) * maxima_stride + column // MAXIMA_COLUMNS
         tl.store(corner + tl.arange(0, BLOCK_M) * maxima_stride, base, mask=inside & (column < end))
     if MARK:
-        total = block[1]
+        share = e
         if CAPPED:
-            total = tl.sum(e * derivative, 1)
-        place = tl.cast(column // BLOCK_N, tl.int64) * maxima_stride + row + tl.arange(0, BLOCK_M)
-        tl.store(block_maxima + place, base, mask=inside & (column < end))
-        tl.store(block_sums + place, total, mask=inside & (column < end))
-    return merge(state, block, OUTPUTS)
+            share = e * derivative
+        of_group = flags + tl.cast(row // BLOCK_M, tl.int64) * flags_stride
+        merged = merge(state, block, OUTPUTS)
+        dropped = mark_columns(
+            of_group, known, e, share, base, state, merged, dropped, bound, column, end, inside, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+        return merged, dropped
+    else:  # noqa: RET505  (the compiler wants one of two)
+        return merge(state, block, OUTPUTS), dropped
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -136,8 +195,7 @@ def forward_kernel(
     exps,  # (n, V) in the compute dtype, written if SAVE: exp(z - base), 0 at the label; if CAPPED 1 at the
     #     label, all times the cap's derivative, which WIDE numbers hold to the last digit
     block_maxima,  # (n, slots) float32, written if SAVE: a row's maximum over a block of columns, in the first of the
-    #     block's slots of MAXIMA_COLUMNS columns; if MARK (blocks, n), one of every block
-    block_sums,  # (blocks, n) float32, written if MARK: sums of exp(z - maximum), times the cap's derivative
+    #     block's slots of MAXIMA_COLUMNS columns
     n,
     V,
     D,
@@ -151,6 +209,12 @@ def forward_kernel(
     maxima_stride,
     inner,
     outer,
+    flags,  # (groups of BLOCK_M tokens, V) int8, written if MARK: 1 where a column stays; those that are 1 already do
+    known,  # (n,) float32, read if MARK: the logarithm of each row's sum before this part of the vocabulary
+    drops,  # (splits, n) float32, written if MARK: what rows have in columns that do not stay, relative to the split's
+    #     maximum, times the cap's derivative
+    flags_stride,
+    bound,  # the least share of a column that stays
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     PLAIN: tl.constexpr,  # not BIASED, not CAPPED, no OUTPUTS, outer > 0, half precision
@@ -190,16 +254,22 @@ def forward_kernel(
     start = part * split
     end = tl.minimum(start + split, V)
     state = empty_state(BLOCK_M)
+    dropped = tl.zeros((BLOCK_M,), tl.float32)
+    log_sum = dropped
+    if MARK:
+        log_sum = tl.load(known + rows, mask=inside, other=0.0)
     for column in tl.range(start, end, BLOCK_N):
         a = multiply(
             hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
             DESCRIPTORS, WIDEN, PRECISION, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        state = accumulate_block(
-            state, a, row, column, end, inside, local, bias, exps, block_maxima, block_sums, V, first, exps_stride,
-            maxima_stride, inner, outer, BIASED, CAPPED, PLAIN, OUTPUTS, SAVE, MARK, MAXIMA_COLUMNS, WIDE, DESCRIPTORS,
-            BLOCK_M, BLOCK_N,
+        state, dropped = accumulate_block(
+            state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, log_sum, V, first,
+            exps_stride, maxima_stride, flags_stride, inner, outer, bound, BIASED, CAPPED, PLAIN, OUTPUTS, SAVE, MARK,
+            MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    if MARK:
+        tl.store(drops + tl.cast(part, tl.int64) * n + rows, dropped, mask=inside)
     store_state(partials + tl.cast(part, tl.int64) * FIELDS * n + rows, n, inside, state, OUTPUTS)
 
 
@@ -209,7 +279,7 @@ def recompute_kernel(
     weight,  # (V, D), or its descriptor
     bias,  # (V,)
     out,  # (n, V) in the compute dtype, written
-    flags,  # (blocks of tokens, blocks) int8, read if SKIP: a block whose flag is 0 is not computed, nor written
+    flags,  # (groups of BLOCK_M tokens, V) int8, read if MASK: a column whose flag is 0 is 0
     labels,  # (n,) int64
     log_probs,  # (n,) float32, like all that follow
     maxima,
@@ -226,13 +296,14 @@ def recompute_kernel(
     weight_stride,
     weight_step,
     out_stride,
+    flags_stride,
     inner,
     outer,
     slope,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    SKIP: tl.constexpr,
+    MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -255,9 +326,6 @@ def recompute_kernel(
     within = program % (GROUP * column_blocks)
     row = (group * GROUP + within % height) * BLOCK_M
     column = within // height * BLOCK_N
-    if SKIP:  # noqa: SIM102  (known to the compiler)
-        if tl.load(flags + tl.cast(row // BLOCK_M, tl.int64) * column_blocks + column // BLOCK_N) == 0:
-            return
     rows = row + tl.arange(0, BLOCK_M)
     inside = rows < n
     a = multiply(
@@ -276,4 +344,8 @@ def recompute_kernel(
         )  # fmt: skip
     else:
         dz = plain_row_gradient(a, column, local, log_prob, maximum, log_sum, grad, outer, slope, BLOCK_N)
+    if MASK:
+        of_group = flags + tl.cast(row // BLOCK_M, tl.int64) * flags_stride
+        at = column + tl.arange(0, BLOCK_N)
+        dz = tl.where((tl.load(of_group + at, mask=at < V, other=0) != 0)[None, :], dz, 0.0)
     store_block(out, dz, row, column, out_stride, inside, V, DESCRIPTORS, BLOCK_M, BLOCK_N)
