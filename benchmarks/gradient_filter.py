@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import log
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels import TokenStats, token_stats
+from dpo_kernels import TokenStats, plan, token_stats
+from dpo_kernels.kernels.configs import Arch
+from dpo_kernels.overrides import override
 
 FILTERS = (2**-30, 2**-24, 2**-20, 2**-16, 2**-14, 2**-12, 2**-10, 2**-8)
 
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{len(real[0]):,} x {real[0].shape[1]:,} x {len(real[1]):,}, {options.dtype}, {options.model.name}\n")
         print(f"mean log-prob {step(real, None)[0].log_probs.mean():.2f}")
         table(real, options.repeats)
-        of_blocks(real)
+        on_a_gpu(real)
         return
     for vocab in options.vocab:
         for order in ("in order", "shuffled"):
@@ -97,26 +100,54 @@ def of_model(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(hidden)[: options.tokens], weight, torch.cat(labels)[: options.tokens]
 
 
-def of_blocks(inputs: tuple[Tensor, ...]) -> None:
-    """Of blocks of tokens and vocabulary, those with an entry that passes, or a label: in the tokenizer's order, and
-    by how many of these very tokens an entry passes for. Shares before tiles are computed whole."""
+def on_a_gpu(inputs: tuple[Tensor, ...]) -> None:
+    """What backward gathers on a Hopper, without one: of columns those that pass for any of a group's tokens, and those
+    that forward marks, which knows no more than what it has met; of blocks of the sorted columns those that the
+    weight's gradient multiplies; and the products of a step with room for exponentials, and without, of which an exact
+    one has 3 and 4. Beside it, blocks that have an entry that passes, in the order of how many of these very tokens one
+    passes for: 2 products and 2 of those, Cut Cross-Entropy's way."""
     hidden, weight, labels = (t.float() if t.is_floating_point() else t for t in inputs)
-    p = (hidden @ weight.T).softmax(1)
-    p = p.scatter(1, labels[:, None], 1.0)
-    print("\n| filter | entries | columns of 128 tokens | blocks of 128 x 128 | of 128 x 256 | by frequency | |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    z = (hidden @ weight.T).log_softmax(1)
+    print("\n| filter | entries | columns of 128 | marked | sorted blocks | products | without room | blocks | |")
+    print("|---" + "|---:" * 8 + "|")
     for share in FILTERS:
-        passes = p >= share
-        by_frequency = passes[:, passes.sum(0).argsort(descending=True)]
-        shares = [passes.float().mean(), _any(passes, 1)]
-        shares += [_any(order, width) for order in (passes, by_frequency) for width in (128, 256)]
-        print(f"| {share:.1e} | " + " | ".join(f"{float(s):.2%}" for s in shares) + " |")
+        passes = (z >= log(share)).scatter(1, labels[:, None], True)
+        marked = _marked(z, share, (len(z), hidden.shape[1], len(weight))).scatter(1, labels[:, None], True)
+        of_groups = [torch.stack([rows.any(0) for rows in each.split(128)]) for each in (passes, marked)]
+        by_frequency = of_groups[0][:, passes.sum(0).argsort(descending=True)]
+        columns, some, blocks = (float(t.float().mean()) for t in (*of_groups, _by_block(by_frequency)))
+        sorted_blocks = float(_by_block(_sorted(of_groups[1])).float().mean())
+        shares = float(passes.float().mean()), columns, some, sorted_blocks
+        products = 1 + some + sorted_blocks, 1 + 2 * some + sorted_blocks
+        cells = *(f"{s:.1%}" for s in shares), *(f"{p:.2f}" for p in products), f"{blocks:.1%}", f"{2 + 2 * blocks:.2f}"
+        print(f"| {share:.1e} | {' | '.join(cells)} |")
 
 
-def _any(passes: Tensor, width: int) -> Tensor:
-    """The share of blocks of 128 tokens and so many entries that have any."""
-    of_tokens = torch.stack([rows.any(0) for rows in passes.split(128)])
-    return torch.stack([block.any(1) for block in of_tokens.split(width, 1)]).float().mean()
+def _marked(log_probs: Tensor, share: float, sizes: tuple[int, int, int]) -> Tensor:
+    """As mark_columns of kernels/fused.py, over the parts of the plan and the blocks of a program."""
+    with override(arch=Arch("cuda", 9)):
+        made = plan(*sizes, torch.bfloat16, impl="triton", gradient_filter=share)
+    known, found = torch.full((len(log_probs),), -torch.inf), []
+    for part in made.forward_spans:
+        so_far = known
+        for i, block in enumerate(log_probs[:, part].split(256, 1)):
+            so_far = known if 256 * i % made.first_part == 0 else so_far
+            so_far = torch.logaddexp(so_far, block.logsumexp(1))
+            found.append(block >= so_far[:, None] + log(share))
+        known = torch.logaddexp(known, log_probs[:, part].logsumexp(1))
+    return torch.cat(found, 1)
+
+
+def _sorted(of_groups: Tensor) -> Tensor:
+    """By key_kernel of kernels/columns.py, as if all were one tile."""
+    count = of_groups.sum(0)
+    keys = (count.clamp(min=1).log2().floor() + 1) * 65536 - of_groups.int().argmax(0)
+    return of_groups[:, torch.where(count > 0, keys, 0.0).argsort(descending=True)]
+
+
+def _by_block(of_groups: Tensor) -> Tensor:
+    """(groups, blocks of 128 columns): which have any."""
+    return torch.stack([block.any(1) for block in of_groups.split(128, 1)], 1)
 
 
 def table(inputs: tuple[Tensor, ...], repeats: int) -> None:
@@ -167,16 +198,16 @@ def cce(inputs: tuple[Tensor, ...]) -> None:
 
 
 def kept(inputs: tuple[Tensor, ...], share: float) -> float:
-    """Of all entries, those that are in the gradients: by the op's own table. Of blocks, those that stay."""
+    """Of all entries, those that are in the gradients: by the op's own table."""
     from dpo_kernels.gathering import Marker
     from dpo_kernels.sparse import Keeper
 
     found = [1.0]
-    finish, of_blocks = Keeper.finish, Marker.finish
+    finish, of_flags = Keeper.finish, Marker.finish
 
-    def counted_blocks(self: Marker, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-        made = of_blocks(self, maximum, log_sum)
-        found.append(float(made[1][: len(made[1]) - self.plan.tokens].float().mean()))
+    def counted_flags(self: Marker, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        made = of_flags(self, maximum, log_sum)
+        found.append(float(self.marks.flags[:, : self.plan.vocab_size].float().mean()))
         return made
 
     def counted(self: Keeper, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,11 +215,11 @@ def kept(inputs: tuple[Tensor, ...], share: float) -> float:
         found.append((whole + self.front) / (self.plan.tokens * self.plan.vocab_size))
         return finish(self, maximum, log_sum)
 
-    Keeper.finish, Marker.finish = counted, counted_blocks  # type: ignore[method-assign]
+    Keeper.finish, Marker.finish = counted, counted_flags  # type: ignore[method-assign]
     try:
         step(inputs, share)
     finally:
-        Keeper.finish, Marker.finish = finish, of_blocks  # type: ignore[method-assign]
+        Keeper.finish, Marker.finish = finish, of_flags  # type: ignore[method-assign]
     return found[-1]
 
 

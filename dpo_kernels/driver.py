@@ -39,17 +39,16 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
         keeper = sparse.Keeper(call, plan, ops, exps, maxima, operands.label_logits)
     elif plan.marks:
         keeper = gathering.Marker(call, plan, ops, wide)
-    elif plan.kept_tokens and plan.saved_columns > plan.vocab_size:
+    if not plan.sparse and plan.kept_tokens and plan.saved_columns > plan.vocab_size:
         by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
     for columns in plan.forward_spans:
         for rows in plan.token_spans:
             tile = Tile(rows, columns, operands.hidden(rows), operands.weight(columns))
             if plan.mode == "frozen":
                 ops.accumulate_jacobian(state, tile, rows_of(jacobian, rows))
-            elif keeper is not None:
-                keeper.accumulate(state, tile)
             else:
-                ops.accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
+                accumulate = ops.accumulate if keeper is None else keeper.accumulate
+                accumulate(state, tile, saved_tile(exps, maxima, plan, rows, columns))
             del tile  # or its slices would live while the next are made
     operands.release()
     if isinstance(keeper, sparse.Keeper):
@@ -178,11 +177,9 @@ def _sweep(
         if sweep.low_rank and low_rank is not None:
             products += low_rank.products(tile)
         of_bias = None if bias is None else bias[columns]
-        if kept is None:
-            of_tile = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
-            ops.gradient_products(grads.rows(rows), tile, of_tile, products, of_bias)
-        else:
-            kept.multiply(grads.rows(rows), tile, products, of_bias)
+        multiply = ops.gradient_products if kept is None else kept.multiply
+        of_tile = saved_tile(saved.exps, saved.maxima, plan, rows, columns)
+        multiply(grads.rows(rows), tile, of_tile, products, of_bias)
         del tile, products  # or their slices would live while the next are made
     for total in totals:
         total.end()

@@ -3,7 +3,8 @@
 Keeping the exponentials of columns that stay (`dpo_kernels.sparse`) would have the host wait for their numbers at every
 tile. Here forward leaves a flag for each column and group of tokens; backward gathers the rows of W that a group needs,
 makes their logits again and multiplies those alone, after lists that are made on the device. So it is 1 product, and of
-what stays 1 + a product a gradient.
+what stays 1 + a product a gradient. Where the budget has room for exponentials, of some tokens or of all, forward saves
+them too, as without a filter: then their logits are not made again.
 
 Forward takes the vocabulary in parts, each as long as all before it: a column stays if some token of the group has at
 least the filter's share in it of what its row has so far. Sums only grow, so early columns are kept too generously,
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from dpo_kernels.backends.base import Product, Saved, Tile, TileOps
+from dpo_kernels.backends.base import Product, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, TokenGrads
 from dpo_kernels.layout import rows_of
 from dpo_kernels.planner import Plan
@@ -48,18 +49,20 @@ class Marks(NamedTuple):
 class GatheringOps(TileOps, Protocol):
     """What a back end needs beside `TileOps`."""
 
-    def accumulate_marked(self, state: Any, tile: Tile, marks: Marks, bound: float) -> None:
+    def accumulate_marked(self, state: Any, tile: Tile, saved: SavedTile | None, marks: Marks, bound: float) -> None:
         """As `accumulate`; sets flags of columns in which a token of the group has a share of at least the bound, or is
         no number, and brings the rest of the marks up to date. marks: of the tile."""
 
     def gathered_products(
-        self, grads: TokenGrads, tile: Tile, flags: Tensor, products: Sequence[Product], bias: Tensor | None
-    ) -> None:
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, flags: Tensor, products: Sequence[Product],
+        bias: Tensor | None,
+    ) -> None:  # fmt: skip
         """As `gradient_products`, of columns alone whose flag is 1; flags: of the tile, (groups, v)."""
 
     def masked_products(
-        self, grads: TokenGrads, tile: Tile, flags: Tensor, products: Sequence[Product], bias: Tensor | None
-    ) -> None:
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, flags: Tensor, products: Sequence[Product],
+        bias: Tensor | None,
+    ) -> None:  # fmt: skip
         """The same, computed as if all columns stayed."""
 
 
@@ -78,15 +81,16 @@ class Marker:
         known, bases, dropped = wide.new_zeros((3, plan.tokens))
         self.marks = Marks(flags, known.fill_(-torch.inf), bases, dropped)
 
-    def accumulate(self, state: object, tile: Tile) -> None:
+    def accumulate(self, state: object, tile: Tile, saved: SavedTile | None) -> None:
         flags, *vectors = self.marks
         of_tile = Marks(_flags_of(flags, self.plan, tile), *(rows_of(each, tile.rows) for each in vectors))
-        self.ops.accumulate_marked(state, tile, of_tile, self.bound)
+        self.ops.accumulate_marked(state, tile, saved, of_tile, self.bound)
 
     def finish(self, maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """What each row leaves out, as a share of the row, (M,); and what `Gathered` reads, int64."""
         marks = self.marks
         dropped = marks.dropped * (marks.bases - maximum - log_sum).exp()
+        dropped.masked_fill_(marks.dropped == 0, 0)  # of a row that is no number too
         self.table[len(self.table) - self.plan.tokens :].view(torch.float64).copy_(dropped)
         return dropped, self.table
 
@@ -105,11 +109,13 @@ class Gathered:
         self.whole = {place for place, fact in zip(places, facts, strict=True) if fact}
         self.dropped = dropped if some else None
 
-    def multiply(self, grads: TokenGrads, tile: Tile, products: Sequence[Product], bias: Tensor | None) -> None:
+    def multiply(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
         """As `TileOps.gradient_products`. grads: of the tile's tokens."""
         whole = (tile.rows.start, tile.columns.start) in self.whole
         multiply = self.ops.masked_products if whole else self.ops.gathered_products
-        multiply(grads, tile, _flags_of(self.flags, self.plan, tile), products, bias)
+        multiply(grads, tile, saved, _flags_of(self.flags, self.plan, tile), products, bias)
 
 
 def _flags_shape(plan: Plan) -> tuple[int, int]:

@@ -252,7 +252,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     left -= at_hand * hold
     kept = arena = 0
     marks = bool(sweeps) and s.marks(n)
-    if sweeps and not s.entropy and not marks:
+    if sweeps and not s.entropy and s.saves_beside(marks):
         kept = s.tokens
         unused = s.unused_beside_saved(n, v)
         if s.sparse:

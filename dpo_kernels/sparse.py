@@ -99,7 +99,8 @@ class Keeper:
         self.relative = maxima.new_full((plan.tokens,), -torch.inf)
         self.known: dict[int, Tensor] = {}
 
-    def accumulate(self, state: object, tile: Tile) -> None:
+    def accumulate(self, state: object, tile: Tile, saved: SavedTile | None) -> None:
+        """As `TileOps.accumulate`; the arena holds what is saved."""
         n, v = len(tile.hidden), len(tile.weight)
         size, blocks = n * v, n * -(-v // self.plan.maxima_columns)
         back, back_maxima = self.back - size, self.back_maxima - blocks
@@ -190,8 +191,10 @@ class Pieces:
                 self.at[rows.start, columns.start] = kind, place, place_maxima, counts, begin
                 begin += sum(counts)
 
-    def multiply(self, grads: TokenGrads, tile: Tile, products: Sequence[Product], bias: Tensor | None) -> None:
-        """As `TileOps.gradient_products`. grads: of the tile's tokens."""
+    def multiply(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
+        """As `TileOps.gradient_products`; the arena holds what is saved."""
         kept = self._of(tile)
         if isinstance(kept, Sparse):
             multiply(self.call, self.ops, grads, tile, kept, products, bias)

@@ -199,10 +199,15 @@ class Workload:
         whole = self.filter == "gather" and (n % self.capabilities.group == 0 or n >= self.tokens)
         return whole and self.tokens > 0 and not self.entropy
 
+    def saves_beside(self, marks: bool) -> bool:
+        """Whether forward can save exponentials: beside marks not with a cap, whose kernels would spill."""
+        multiple = self.capabilities.saved_multiple
+        return not marks or (not self.softcap and multiple is not None and multiple % self.capabilities.group == 0)
+
     def first_part(self, v: int) -> int:
         """Vocabulary entries that forward takes first where it marks columns: few, and whole programs of any kernel."""
-        widths = (s.width(self.tokens, self.vocab_size, v) for s in self.capabilities.splits)
-        return max([v // FIRST_PART, *widths])
+        width = max((s.width(self.tokens, self.vocab_size, v) for s in self.capabilities.splits), default=1)
+        return -(-(v // FIRST_PART) // width) * width or width
 
     @property
     def sparse(self) -> bool:  # forward keeps columns, backward multiplies them

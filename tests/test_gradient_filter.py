@@ -407,7 +407,7 @@ def test_a_tile_of_which_most_stays_is_computed_whole(monkeypatch):
     z[:, :256], z[:, 256:] = torch.randn(192, 256), z[:, 256:].clamp(max=5) - 20  # most of the first tile stays
     z[:, 200:250] = -40
     labels = labels.clamp(max=190)
-    stats, upstream, hidden, *_ = run(z, labels, torch.float32, 2**-20, impl="triton")
+    stats, upstream, hidden, *_ = run(z, labels, torch.float32, 2**-9, impl="triton")
     assert calls == {"masked_products": 1, "gathered_products": 2}
     given_back = (-stats.dropped_mass * upstream / V)[:, None]
     out = (hidden.grad - given_back).abs() <= 2e-6 * given_back.abs()

@@ -18,6 +18,7 @@ from dpo_kernels.layout import rows_of
 from dpo_kernels.planner import Plan
 
 COLUMNS = 1024  # flags that a program looks at together
+PICKED = 32  # columns of a list that a program takes from saved exponentials
 GROUPS = 32  # the like, of each column of a block
 
 
@@ -41,11 +42,13 @@ class FusedTileOps(TritonTileOps):
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
         self._forward(state, tile, saved)
 
-    def accumulate_marked(self, state: TritonState, tile: Tile, marks: Marks, bound: float) -> None:
+    def accumulate_marked(
+        self, state: TritonState, tile: Tile, saved: SavedTile | None, marks: Marks, bound: float
+    ) -> None:
         n, m = len(tile.hidden), state.tensor.shape[1]
         drops = state.tensor.new_empty((-(-len(tile.weight) // self._split), n))
         given = {"flags": marks.flags, "flags_stride": marks.flags.stride(0), "known": marks.known, "drops": drops}
-        partials = self._forward(state, tile, None, bound=bound, MARK=True, **given)
+        partials = self._forward(state, tile, saved, bound=bound, MARK=True, **given)
         block = 128
         launch.run(
             "columns", "known_kernel", -(-n // block), 4,
@@ -102,15 +105,18 @@ class FusedTileOps(TritonTileOps):
         self.multiply(total, share, tile.weight, add=True)
 
     def masked_products(
-        self, grads: TokenGrads, tile: Tile, flags: Tensor, products: Sequence[Product], bias: Tensor | None
-    ) -> None:
-        self._add_products(self._recompute(grads, tile, flags), products, bias)
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, flags: Tensor, products: Sequence[Product],
+        bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        dz = self._recompute(grads, tile, flags) if saved is None else self._from_saved(grads, saved, tile, flags)
+        self._add_products(dz, products, bias)
 
     def gathered_products(
-        self, grads: TokenGrads, tile: Tile, flags: Tensor, products: Sequence[Product], bias: Tensor | None
-    ) -> None:
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, flags: Tensor, products: Sequence[Product],
+        bias: Tensor | None,
+    ) -> None:  # fmt: skip
         of_groups = self._lists(flags)
-        left = self._gather(grads, tile, of_groups, clear=bias is not None)
+        left = self._gather(grads, tile, saved, of_groups, clear=bias is not None)
         if bias is not None:
             bias += left.sum(1, dtype=bias.dtype)
         of_columns = self._lists(flags, self._order(flags)) if any(p.by_vocab for p in products) else of_groups
@@ -139,22 +145,30 @@ class FusedTileOps(TritonTileOps):
         )  # fmt: skip
         return Lists(*made, order)
 
-    def _gather(self, grads: TokenGrads, tile: Tile, of: Lists, clear: bool) -> Tensor:
+    def _gather(self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, of: Lists, clear: bool) -> Tensor:
         """d loss / d a of the columns that stay, (v, n and up to whole groups). clear: the others are 0."""
-        arguments, product = self._product_arguments(tile, descriptors=False)
-        v, groups = len(tile.weight), len(of.counts)
-        out = self._dz(v, groups * product.block_m)
+        n, v, groups, slope = len(tile.hidden), len(tile.weight), len(of.counts), self.call.transform.slope
+        out = self._dz(v, groups * self.plan.group)
         if clear:
             out.zero_()
         vectors = launch.vectors(grads)
         for unused in ("entropies", "grad_entropies"):
             del vectors[unused]
+        given = {"out": out, "out_stride": out.stride(0), "lists": of.lists, "counts": of.counts, **vectors}
+        if saved is not None:
+            launch.run(
+                "columns", "pick_kernel", groups * -(-v // PICKED), 8,
+                exps=saved.exps, block_maxima=saved.maxima, n=n, V=v, first=tile.columns.start,
+                stride=saved.exps.stride(0), maxima_stride=saved.maxima.stride(0), **self._maxima(),
+                slope=slope, BLOCK_M=self.plan.group, BLOCK_N=PICKED, **given,
+            )  # fmt: skip
+            return out
+        arguments, product = self._product_arguments(tile, descriptors=False)
         for unused in ("DESCRIPTORS", "GROUP"):
             del arguments[unused]
         launch.run(
             "columns", "gather_kernel", groups * -(-v // product.block_n), product.warps, product.stages,
-            out=out, lists=of.lists, counts=of.counts, **vectors, out_stride=out.stride(0),
-            slope=self.call.transform.slope, GROUP=product.group, **arguments,
+            slope=slope, GROUP=product.group, **arguments, **given,
         )  # fmt: skip
         return out
 
@@ -187,8 +201,7 @@ class FusedTileOps(TritonTileOps):
             product.stages,
             out=launch.descriptor(out, product.block_m, product.block_n) if arguments["DESCRIPTORS"] else out,
             **launch.vectors(grads), out_stride=out.stride(0), slope=self.call.transform.slope,
-            flags=grads.labels if flags is None else flags, flags_stride=0 if flags is None else flags.stride(0),
-            MASK=flags is not None, OUTPUTS=launch.gradient_bits(grads), **arguments,
+            **self._mask(grads, flags), OUTPUTS=launch.gradient_bits(grads), **arguments,
         )  # fmt: skip
         return out
 

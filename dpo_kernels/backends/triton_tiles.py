@@ -110,7 +110,10 @@ class TritonTileOps:
         bias = self.call.bias
         return None if bias is None else rows_of(bias, tile.columns).to(self.call.compute_dtype).contiguous()
 
-    def _from_saved(self, grads: TokenGrads, saved: SavedTile, tile: Tile) -> Tensor:
+    def _from_saved(
+        self, grads: TokenGrads, saved: SavedTile, tile: Tile, flags: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """flags: of the groups' columns, where all others are 0."""
         n, v = saved.exps.shape
         block, out = self.config.rows, self._dz(n, v)
         vectors = launch.vectors(grads)
@@ -121,9 +124,14 @@ class TritonTileOps:
             exps=saved.exps, block_maxima=saved.maxima, out=out, out_stride=out.stride(0), **vectors, n=n, V=v,
             first=tile.columns.start, stride=saved.exps.stride(0), maxima_stride=saved.maxima.stride(0),
             slope=self.call.transform.slope, CAPPED=self.call.transform.softcap is not None, **self._maxima(),
-            BLOCK_M=block.block_m, BLOCK_N=block.block_n,
+            **self._mask(grads, flags), TOKENS=max(1, self.plan.group), BLOCK_M=block.block_m, BLOCK_N=block.block_n,
         )  # fmt: skip
         return out
+
+    def _mask(self, grads: TokenGrads, flags: Tensor | None) -> dict[str, Any]:
+        """flags: (groups, v) int8, of which columns are meant; None: of all."""
+        stride = 0 if flags is None else flags.stride(0)
+        return {"flags": grads.labels if flags is None else flags, "flags_stride": stride, "MASK": flags is not None}
 
 
 class CublasTileOps(TritonTileOps):

@@ -20,6 +20,7 @@ from dpo_kernels.kernels.softmax_state import (
     empty_state,
     merge,
     plain_block_state,
+    rescaled,
     store_state,
     transform,
 )
@@ -143,7 +144,7 @@ def mark_columns(
     tl.store(flags + at, (stays[:, None] >> bit[None, :] & 1).to(tl.int8), mask=at < end)
     out = (stays[None, :, None] >> bit & 1) == 0
     left = tl.sum(tl.sum(tl.where(out, tl.reshape(share, (BLOCK_M, words, 32)), 0.0), 2), 1)
-    return dropped * tl.exp(old[0] - finite) + left * tl.exp(base - finite)
+    return rescaled(dropped, old[0] - finite) + rescaled(left, base - finite)
 
 
 @triton.jit

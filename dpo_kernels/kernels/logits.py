@@ -337,6 +337,18 @@ def gradient_kernel(
     tl.store(out + (to * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def saved_row_gradient(
+    e, base, columns, labels, log_prob, maximum, log_sum, grad, slope, CAPPED: tl.constexpr
+):  # fmt: skip
+    """`row_gradient` of saved exponentials (R, C), which are relative to base (R, C)."""
+    at_label = (-grad * expm1(log_prob))[:, None]
+    dz = -grad[:, None] * e * tl.exp(base - maximum[:, None] - log_sum[:, None])
+    if CAPPED:
+        at_label *= e  # the cap's derivative
+    return tl.where(columns[None, :] == labels[:, None], at_label, dz) * slope
+
+
 @triton.jit(do_not_specialize=["n"])
 def saved_kernel(
     exps,  # (n, V) as exps_kernel or forward_kernel wrote it
@@ -354,7 +366,11 @@ def saved_kernel(
     maxima_stride,
     out_stride,
     slope,
+    flags,  # (groups of TOKENS, V) int8, read if MASK: a column whose flag is 0 is 0
+    flags_stride,
     CAPPED: tl.constexpr,
+    MASK: tl.constexpr,
+    TOKENS: tl.constexpr,
     MAXIMA_COLUMNS: tl.constexpr,  # that share a base
     SLOTS: tl.constexpr,  # of block_maxima for as many columns, the first of which holds it
     BLOCK_M: tl.constexpr,
@@ -372,15 +388,14 @@ def saved_kernel(
     local, log_prob, maximum, log_sum, grad, _, _ = load_row_grads(
         labels, log_probs, maxima, log_sums, grads, grads, grads, rows, inside, first, 0
     )
-    at_label = (-grad * expm1(log_prob))[:, None]
     mask = inside[:, None] & (columns < V)[None, :]
     slot = (columns // MAXIMA_COLUMNS * SLOTS)[None, :]
     base = tl.load(block_maxima + (place * maxima_stride)[:, None] + slot, mask=mask, other=0.0)
     e = tl.load(exps + (place * stride)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    dz = -grad[:, None] * e * tl.exp(base - maximum[:, None] - log_sum[:, None])
-    if CAPPED:
-        at_label *= e  # the cap's derivative
-    dz = tl.where(columns[None, :] == local[:, None], at_label, dz) * slope
+    dz = saved_row_gradient(e, base, columns, local, log_prob, maximum, log_sum, grad, slope, CAPPED)
+    if MASK:
+        of_group = flags + (place // TOKENS * flags_stride)[:, None]
+        dz = tl.where(tl.load(of_group + columns[None, :], mask=mask, other=0) != 0, dz, 0.0)
     tl.store(out + (place * out_stride)[:, None] + columns[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 

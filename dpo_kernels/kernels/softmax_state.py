@@ -64,6 +64,12 @@ def transform(a, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def rescaled(part, below):
+    """part * exp(below), and 0 of nothing, even where a maximum is no number."""
+    return tl.where(part == 0.0, 0.0, part * tl.exp(below))
+
+
+@triton.jit
 def empty_state(BLOCK_M: tl.constexpr):
     """The state of rows over no vocabulary at all."""
     zero = tl.zeros((BLOCK_M,), tl.float32)

@@ -13,6 +13,7 @@ from dpo_kernels import logits_to_log_probs, token_stats
 from dpo_kernels.overrides import override
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
+FILTERS = (2**-6, 2**-20)  # most tiles keep few columns, and most
 SHAPE = {"cuda": (530, 272, 1100), "cpu": (70, 48, 300)}
 
 
@@ -37,6 +38,12 @@ def main() -> None:
             if grads != "none":
                 (made.log_probs + made.entropy).sum().backward()
             calls += 1
+    for dtype, options, share in itertools.product(dtypes, (PLAIN, ALL), FILTERS):
+        head = head_on(device, *SHAPE[device.type], dtype, grads="hidden,weight,bias", bias=bool(options))
+        with torch.no_grad():
+            head.weight.mul_(30 * torch.arange(len(head.weight), device=device).neg().div(100).exp()[:, None])
+        token_stats(*head, outputs=(), gradient_filter=share, impl="triton", **options).log_probs.sum().backward()
+        calls += 1
     for dtype, options, ignored in itertools.product(dtypes, (PLAIN, ALL), (0, 5)):
         logits = torch.randn(33, 4099, device=device).to(dtype).requires_grad_()
         labels = torch.randint(4099, (33,), device=device)
