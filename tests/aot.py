@@ -3,10 +3,9 @@
     python tests/aot.py [--targets sm_80 sm_90 sm_100 gfx942] [--dtypes bfloat16 float32] [--json FILE]
                         [--replace block_m=256 block_n=256 ...] [--write docs/generated/aot.md]
 
-Calls of every mode and option run on CPU tensors, with the target's configurations, and every launch is recorded
-instead of made; a launch is compiled as the runtime would specialise it (integers that are 1 or divisible by 16,
-aligned pointers, tensor descriptors). --replace plants other numbers in the blocks of products. Must run in a process
-of its own: the kernels must not be interpreted here.
+Calls of every mode and option run on CPU tensors, with the target's configurations, and every launch is recorded and
+compiled instead of made (benchmarks/compiled.py). --replace plants other numbers in the blocks of products. Must run in
+a process of its own: the kernels must not be interpreted here.
 """
 
 from __future__ import annotations
@@ -15,110 +14,28 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks.compiled import ROWS, TARGETS, Launch, Target, compile_for, disassembled, specialise
 from dpo_kernels import logits_to_log_probs, token_stats
 from dpo_kernels.backends.triton_tiles import TritonTileOps
-from dpo_kernels.kernels import configs
-from dpo_kernels.kernels.launch import kernels
 from dpo_kernels.overrides import override
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS
 
-
-class Target(NamedTuple):
-    gpu: GPUTarget
-    arch: configs.Arch
-    shared: int  # bytes that a block can have
-    product: str  # the tensor cores' instruction
-
-
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), configs.Arch("cuda", 8), 163 * 1024, "HMMA"),
-    "sm_89": Target(GPUTarget("cuda", 89, 32), configs.Arch("cuda", 8), 99 * 1024, "HMMA"),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), configs.Arch("cuda", 9), 227 * 1024, "HGMMA"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), configs.Arch("cuda", 10), 227 * 1024, "UTC[A-Z]*MMA"),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), configs.Arch("cuda", 12), 99 * 1024, "[HQ]MMA"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), configs.Arch("hip", 9), 64 * 1024, "v_mfma"),
-}
-NAMES = {
-    torch.bool: "i1",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-}
-ROWS = ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
 MULTIPLY = ("forward_kernel", "recompute_kernel", "gather_kernel", "sum_kernel")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SCRATCH = 48 * 2**20  # whatever the chip: budgets below lead to the same modes on all of them
 VOCABULARIES = (4000, 32_000, 50_257)  # narrow and wide tiles, and such that are no multiple of 16
 SMALL, LARGE = 2**-11, 2**-8  # filters
 PLAIN: dict[str, Any] = {}
 CAPPED = {"softcap": 30.0, "temperature": 0.7, "logit_scale": 1.3}
-
-
-class Launch(NamedTuple):
-    """A kernel as the runtime would specialise it."""
-
-    module: str
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
-    warps: int
-    stages: int | None
-
-    @property
-    def name(self) -> str:
-        """What tells this launch from others of the kernel."""
-        known = dict(self.constants)
-        flags = [
-            k.lower()
-            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "MASK", "BY_VOCAB", "INDEXED", "DESCRIPTORS")
-            if known.get(k)
-        ]
-        flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]
-        flags += ["odd rows"] if self.kernel in ROWS and "stride" not in self.aligned else []
-        types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
-        return ",".join([*dict.fromkeys(types), *flags])
-
-
-def specialise(module: str, name: str, warps: int, stages: int | None, arguments: dict[str, Any]) -> Launch:
-    kernel = getattr(kernels(module), name)
-    signature, constants, aligned = [], [], []
-    for parameter in kernel.params:
-        value = arguments[parameter.name]
-        kind = "constexpr"
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-            constants.append((parameter.name, value))
-        elif isinstance(value, torch.Tensor):
-            kind = f"*{NAMES[value.dtype]}"
-            aligned.append(parameter.name)
-        elif isinstance(value, TensorDescriptor):
-            kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, int):
-            kind = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                aligned.append(parameter.name)
-        else:
-            kind = "fp32"
-        signature.append((parameter.name, kind))
-    return Launch(module, name, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
 
 
 def of_each_count(target: Target, counts: list[int]) -> list[set[Launch]]:
@@ -212,14 +129,9 @@ def _run(
 def inspect(target_name: str, launch: Launch) -> dict[str, Any]:
     """Compiles; registers, spills, shared memory, and the instructions that count."""
     target = TARGETS[target_name]
-    kernel = getattr(kernels(launch.module), launch.kernel)
-    names = [p.name for p in kernel.params]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
-    options = {"num_warps": launch.warps} | ({} if launch.stages is None else {"num_stages": launch.stages})
-    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
     row: dict[str, Any] = {"kernel": launch.kernel, "variant": launch.name, "target": target_name}
     try:
-        made = triton.compile(source, target=target.gpu, options=options)
+        made = compile_for(target, launch)
     except Exception as error:  # what the compiler refuses is a finding, not a crash
         return row | {"error": f"{type(error).__name__}: {error}"[-600:].replace("\n", " ")}
     row["shared"] = made.metadata.shared
@@ -227,13 +139,7 @@ def inspect(target_name: str, launch: Launch) -> dict[str, Any]:
 
 
 def _read_cuda(made: Any, target: Target) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
+    usage, sass = disassembled(made)
 
     def count(pattern: str) -> int:
         return len(re.findall(rf"\b{pattern}\b", sass))

@@ -379,9 +379,9 @@ def test_a_label_s_column_stays_and_so_does_one_that_is_no_number(broken):
     stats = token_stats(z, weight, labels, outputs=("dropped_mass",), gradient_filter=2**-8, impl="triton")
     of_each = [torch.autograd.grad(s.sum(), weight, retain_graph=True)[0] for s in stats.log_probs.split(64)]
     first, second = (grad.ne(0).any(1).nonzero()[:, 0].tolist() for grad in of_each)
-    if broken:  # its row has no entry of that part that is known to be small
-        assert set(second) > {0, V - 1, *labels[64:].tolist()}
-        assert stats.dropped_mass[100].isnan()
+    if broken:  # by whose product all logits of the row are no numbers
+        assert len(second) == V
+        assert stats.dropped_mass[100] == 0
     else:
         assert first == [0, *labels[:64].tolist()]
         assert second == [0, *labels[64:].tolist()]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 from helpers import assert_close, check_against_reference, loss_of, make_head, slow
 
+from benchmarks.predict import scheduled
 from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_probs, reference, token_stats
 from dpo_kernels.backends import triton as triton_backend
 from dpo_kernels.backends import triton_tiles
@@ -20,7 +19,6 @@ from dpo_kernels.kernels import configs, launch
 from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.kernels.finish import log1p
 from dpo_kernels.kernels.softmax_state import expm1, tanh
-from dpo_kernels.splits import PROGRAM
 from dpo_kernels.statistics import OPTIONAL_OUTPUTS, Finished, finish
 
 MIB = 2**20
@@ -210,18 +208,6 @@ def test_a_descriptor_names_rows_apart_from_one_another():
     assert not launch.describable(rows[:1].expand(4, 64))
     assert not launch.describable(rows.view(-1).as_strided((4, 64), (32, 1)))
     assert not launch.describable(rows[:, 1:])
-
-
-def scheduled(splits, tokens, vocab, width):
-    """Until the last program is done: each takes the first multiprocessor that is free, in the order of the grid."""
-    blocks, group = -(-tokens // splits.rows), 16
-    free = [0.0] * splits.at_once
-    for first in range(0, blocks, group):
-        for start in range(0, vocab, width):
-            columns = -(-min(width, vocab - start) // splits.columns)
-            for _ in range(min(group, blocks - first)):
-                heapq.heapreplace(free, free[0] + columns + PROGRAM)
-    return max(free)
 
 
 class TestConfigs:
