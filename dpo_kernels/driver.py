@@ -38,7 +38,8 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
     if plan.sparse:
         keeper = sparse.Keeper(call, plan, ops, exps, maxima, operands.label_logits)
     elif plan.marks:
-        keeper = gathering.Marker(call, plan, ops, wide)
+        whole = saved_tile(exps, maxima, plan, slice(0, plan.kept_tokens), slice(0, plan.vocab_size))
+        keeper = gathering.Marker(call, plan, ops, whole, wide, operands.label_logits)
     if not plan.sparse and plan.kept_tokens and plan.saved_columns > plan.vocab_size:
         by_token(exps, plan)[:, plan.vocab_size :].zero_()  # no vocabulary entry's, but an output of the operator
     for columns in plan.forward_spans:

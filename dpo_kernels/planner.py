@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from math import lcm
 from types import MappingProxyType
 
 import torch
 
 from dpo_kernels.call import Grads
+from dpo_kernels.splits import parts
 from dpo_kernels.workload import Sweep, Workload, aligned
 
 MIB = 2**20
@@ -31,7 +32,8 @@ class Plan:
     kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
     arena_rows: of a sparse plan instead: what forward keeps, column by column, has the room of so many tokens.
     group: of a plan that gathers: tokens that share the columns which backward computes.
-    first_part: of such a plan: vocabulary entries that forward takes first; then as many as it has taken, each time.
+    first_part: of such a plan, where not all tokens are kept: vocabulary entries that forward takes first; then as many
+        as it has taken, each time.
     gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together; with a
         filter forward's alone, since nobody knows yet what is kept.
     rank: of the low-rank adapter of the weight, 0 without one.
@@ -115,11 +117,10 @@ class Plan:
     def forward_spans(self) -> list[slice]:
         """The columns that forward takes at once."""
         whole = self.one_pass and self.tokens and self.vocab_size
-        if self.marks:
-            most, starts = self.vocab_size if whole else self.tile_vocab, [0]
-            while starts[-1] < self.vocab_size:
-                starts.append(min(starts[-1] + min(max(starts[-1], self.first_part), most), self.vocab_size))
-            return [slice(*pair) for pair in pairwise(starts)]
+        if self.first_part:
+            return [
+                slice(*part) for part in parts(self.vocab_size, self.first_part, None if whole else self.tile_vocab)
+            ]
         return [slice(0, self.vocab_size)] if whole else self.vocab_spans
 
     @property
@@ -143,7 +144,8 @@ class Plan:
         if self.sparse:
             lines.append(f"  kept    what passes the filter, in the room of {self.arena_rows:,} tokens")
         elif self.marks:
-            lines.append(f"  kept    columns that pass the filter, of every {self.group:,} tokens")
+            lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
+            lines.append(f"  filter  leaves columns that pass it, of every {self.group:,} tokens")
         elif self.mode in ("keep", "mixed", "recompute"):
             lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
         for sweep in self.sweeps:
@@ -252,7 +254,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     left -= at_hand * hold
     kept = arena = 0
     marks = bool(sweeps) and s.marks(n)
-    if sweeps and not s.entropy and s.saves_beside(marks):
+    if sweeps and not s.entropy:
         kept = s.tokens
         unused = s.unused_beside_saved(n, v)
         if s.sparse:
@@ -262,7 +264,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
         else:
             # A gradient that one product makes is made of two where some tokens are kept.
             more = s.accumulators(n, v, sweeps, single=False) - memory["gradient accumulators"]
-            step = s.capabilities.saved_multiple or n
+            step = lcm(s.capabilities.saved_multiple or n, s.capabilities.group if marks else 1)
             kept = max(left - more, 0) // s.saved_row(v) // step * step
             memory["gradient accumulators"] += more if kept else 0
         memory["kept probabilities"] = s.arena(arena, n, v) if arena else kept * s.saved_row(v)
@@ -281,7 +283,8 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     return Plan(
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
         s.capabilities.saved_by_vocab, s.one_pass(sweeps), sweeps, gemms, budget, tuple(memory.items()), s.rank,
-        s.ranks, arena, s.capabilities.group if marks else 0, s.first_part(v) if marks else 0, s.exchanges(),
+        s.ranks, arena, s.capabilities.group if marks else 0,
+        s.first_part(n, v) if marks and kept < s.tokens else 0, s.exchanges(),
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from dpo_kernels.call import Grads, accumulate_dtype
 from dpo_kernels.capabilities import DEFAULT_BUDGET, Capabilities
 from dpo_kernels.layout import CAST
 
-FIRST_PART = 8  # of a tile's vocabulary entries; most tokenizers have the likeliest first
+LABELS = 1024  # tokens whose labels' logits are made at once
+MARKED = 2048  # columns of saved exponentials that a program marks
 GROUP = 128  # tokens that share a list of columns that are kept (csrc/select.h)
 LARGEST_SHARE = 3  # a tile with more than a third to keep is kept whole: gathering would cost what it saves
 THIN_COLUMNS = 1024  # of which are multiplied at once
@@ -199,32 +200,24 @@ class Workload:
         whole = self.filter == "gather" and (n % self.capabilities.group == 0 or n >= self.tokens)
         return whole and self.tokens > 0 and not self.entropy
 
-    def saves_beside(self, marks: bool) -> bool:
-        """Whether forward can save exponentials: beside marks not with a cap, whose kernels would spill."""
-        multiple = self.capabilities.saved_multiple
-        return not marks or (not self.softcap and multiple is not None and multiple % self.capabilities.group == 0)
-
-    def first_part(self, v: int) -> int:
-        """Vocabulary entries that forward takes first where it marks columns: few, and whole programs of any kernel."""
-        width = max((s.width(self.tokens, self.vocab_size, v) for s in self.capabilities.splits), default=1)
-        return -(-(v // FIRST_PART) // width) * width or width
+    def first_part(self, n: int, v: int) -> int:
+        """Vocabulary entries that forward takes first where it marks columns: whole programs of any kernel that it may
+        take, and few, where that leaves little of the device idle."""
+        found, widest = [], 1
+        for splits in self.capabilities.splits:
+            width = splits.width(self.tokens, self.vocab_size, v)
+            found.append(splits.first_part(min(n, self.tokens), self.vocab_size, width))
+            widest = max(widest, width)
+        return -(-max(found, default=self.vocab_size) // widest) * widest
 
     @property
     def sparse(self) -> bool:  # forward keeps columns, backward multiplies them
         return self.filter == "keep"
 
     def left_out(self, n: int, v: int) -> int:
-        """Beside an arena: bounds and sums of what is left out; what a part of a tile's columns is multiplied with. Or
-        columns that are marked, lists of them, and what they are sorted by."""
+        """Beside an arena: bounds and sums of what is left out; what a part of a tile's columns is multiplied with."""
         if self.filter == "gather":
-            group = self.capabilities.group
-            of_tile, whole = -(-n // group), -(-self.tokens // group)
-            flags = whole * aligned(self.vocab_size) + self.tokens * (32 + 4 * self.wide)
-            beyond = self.product * (of_tile * group - n) * aligned(v)
-            lists = 4 * (2 * of_tile + 1) * (v + 1) + 64 * (v + 1)
-            found = 16 * (self.vocab_size + v)  # of each column, how many groups keep it
-            mean_row = self.wide * min(self.vocab_size, THIN_COLUMNS) * self.columns
-            return flags + beyond + max(lists, found) + mean_row
+            return self._gathered(n, v)
         if not self.sparse:
             return 0
         chosen = 3 * self.wide * GROUP * v + n * self.columns * (2 * self.wide + self.product)
@@ -232,6 +225,20 @@ class Workload:
             self.columns * (self.wide + 2 * self.product) + GROUP * 3 * (self.wide + self.product)
         )
         return self.tokens * (16 + 2 * self.wide) + max(chosen, multiplied)
+
+    def _gathered(self, n: int, v: int) -> int:
+        """Flags of columns and what rows know; the padding of groups; labels' logits while they are made; how much rows
+        leave out of parts of the vocabulary; lists of a tile's columns and groups, and what they are sorted by (keys,
+        their sorted copy and its indices, twice); the weight's mean row."""
+        group, whole = self.capabilities.group, aligned(self.tokens)
+        of_tile, groups = -(-n // group), -(-self.tokens // group)
+        marks = 2 * groups * aligned(self.vocab_size) + self.tokens * 48 + 5 * self.wide * whole
+        beyond = self.product * (of_tile * group - n) * aligned(v)
+        labels = min(self.tokens, LABELS) * (self.columns * (3 * self.wide + 2 * self.product) + 8)
+        drops = self.wide * self.tokens * (-(-self.vocab_size // MARKED) + 1)
+        lists = 4 * (2 * of_tile + 1) * (v + 1) + 64 * (v + 1) + 8 * groups * (-(-self.vocab_size // v) + 1)
+        mean_row = self.wide * min(self.vocab_size, THIN_COLUMNS) * self.columns
+        return marks + beyond + max(labels, drops, lists + mean_row)
 
     def arena(self, rows: int, n: int, v: int) -> int:
         """Of so many rows, with the numbers of columns that are kept: one a group of tokens, twice for a moment."""

@@ -416,16 +416,39 @@ def test_a_tile_of_which_most_stays_is_computed_whole(monkeypatch):
     assert not out[:, :200].any()
 
 
-def test_columns_are_taken_in_parts_that_grow():
-    """Each knows what came before it; whatever the parts, log-probs are those of a call without a filter."""
+@pytest.mark.parametrize("vocab", [10_000, 9_999])
+def test_columns_are_taken_in_parts_that_grow(vocab):
+    """Where exponentials are not saved: each part knows what came before it."""
     pytest.importorskip("triton")
-    with override(capabilities={"tiles": ((128, 512),)}):
-        made = plan(300, 64, 10_000, torch.float32, impl="triton", gradient_filter=FILTER)
-    widths = [part.stop - part.start for part in made.forward_spans]
-    assert (made.mode, made.group, made.tile_vocab) == ("gather", 64, 512)
-    assert widths[:2] == [made.first_part] * 2
-    assert widths[2:4] == [2 * made.first_part, 4 * made.first_part]
-    assert sum(widths) == 10_000
-    if made.one_pass:
-        assert widths[4] == 8 * made.first_part
-    assert f"columns that pass the filter, of every {made.group} tokens" in str(made)
+    with override(capabilities={"tiles": ((128, 512),), "scratch": 0}):
+        options = {"impl": "triton", "gradient_filter": FILTER, "memory_budget": 2**21}
+        made = plan(300, 64, vocab, torch.float32, **options)
+    starts = [part.start for part in made.forward_spans]
+    assert (made.mode, made.group, made.kept_tokens) == ("gather", 64, 0)
+    assert made.one_pass
+    first = made.first_part
+    assert 0 < first < vocab / 2
+    assert starts[:4] == [0, first, 2 * first, 4 * first]
+    assert made.forward_spans[-1].stop == vocab
+    assert f"leaves columns that pass it, of every {made.group} tokens" in str(made)
+    assert plan(300, 64, vocab, torch.float32, impl="triton", gradient_filter=FILTER).first_part == 0, "all are saved"
+
+
+@pytest.mark.parametrize("room", ["none", "some", "all"])
+def test_sure_rows_leave_out_what_they_do_not_hold(room):
+    """One of a group would keep all columns if the sum that its shares are of did not know its label."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    z, labels = torch.randn(192, V), torch.randint(V, (192,))
+    z[torch.arange(192), labels] = 25.0
+    budget = {"none": 3 * 2**20, "some": 4_000_000, "all": None}[room]
+    with override(capabilities={"tiles": TILES, "scratch": 0}):
+        made = plan(192, V, V, torch.float32, impl="triton", gradient_filter=FILTER, memory_budget=budget)
+        stats, upstream, hidden, *_ = run(z, labels, torch.float32, impl="triton", memory_budget=budget)
+    assert made.mode == "gather"
+    assert (made.kept_tokens > 0, made.kept_tokens == 192) == (room != "none", room == "all")
+    p = (hidden.detach().double() + torch.linspace(-1, 1, V)).softmax(1)
+    given_back = (-stats.dropped_mass * upstream / V)[:, None]
+    out = (hidden.grad - given_back).abs() <= 1e-4 * given_back.abs()
+    assert out.double().mean() > 0.9
+    torch.testing.assert_close(stats.dropped_mass.double(), torch.where(out, p, 0.0).sum(1), rtol=1e-4, atol=1e-12)

@@ -16,6 +16,7 @@ from dpo_kernels.gathering import Marks
 from dpo_kernels.kernels import configs, launch
 from dpo_kernels.layout import rows_of
 from dpo_kernels.planner import Plan
+from dpo_kernels.workload import MARKED
 
 COLUMNS = 1024  # flags that a program looks at together
 PICKED = 32  # columns of a list that a program takes from saved exponentials
@@ -42,19 +43,43 @@ class FusedTileOps(TritonTileOps):
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
         self._forward(state, tile, saved)
 
-    def accumulate_marked(
-        self, state: TritonState, tile: Tile, saved: SavedTile | None, marks: Marks, bound: float
-    ) -> None:
-        n, m = len(tile.hidden), state.tensor.shape[1]
-        drops = state.tensor.new_empty((-(-len(tile.weight) // self._split), n))
-        given = {"flags": marks.flags, "flags_stride": marks.flags.stride(0), "known": marks.known, "drops": drops}
-        partials = self._forward(state, tile, saved, bound=bound, MARK=True, **given)
+    def accumulate_marked(self, state: TritonState, tile: Tile, marks: Marks, bound: float) -> None:
+        n, split = len(tile.hidden), self._split
+        drops = state.tensor.new_empty((-(-len(tile.weight) // split), n))
+        partials = self._forward(
+            state, tile, None, flags=marks.flags, flags_stride=marks.flags.stride(0), known_maxima=marks.maxima,
+            known_totals=marks.totals, drops=drops, bound=bound, MARK=True,
+        )  # fmt: skip
         block = 128
         launch.run(
             "columns", "known_kernel", -(-n // block), 4,
-            partials=partials, drops=drops, states=state.tensor[:, tile.rows], known=marks.known, bases=marks.bases,
-            dropped=marks.dropped, n=n, M=m, splits=len(drops), first=tile.columns.start, BLOCK_M=block,
+            partials=partials, drops=drops, states=state.tensor[:, tile.rows], label_logits=marks.label_logits,
+            known_maxima=marks.maxima, known_totals=marks.totals, dropped=marks.dropped, n=n, M=state.tensor.shape[1],
+            splits=len(drops), BLOCK_M=block,
         )  # fmt: skip
+
+    def mark_saved(
+        self, saved: SavedTile, flags: Tensor, maximum: Tensor, log_sum: Tensor, bound: float
+    ) -> Tensor:  # fmt: skip
+        (n, v), groups = saved.exps.shape, len(flags)
+        drops = maximum.new_empty((-(-v // MARKED), n))
+        launch.run(
+            "columns", "mark_kernel", groups * len(drops), 8,
+            exps=saved.exps, block_maxima=saved.maxima, maxima=maximum, log_sums=log_sum, flags=flags, drops=drops, n=n,
+            V=v, stride=saved.exps.stride(0), maxima_stride=saved.maxima.stride(0), flags_stride=flags.stride(0),
+            bound=bound, **self._maxima(), WIDTH=MARKED, BLOCK_M=self.plan.group,
+            BLOCK_N=min(64, self._maxima_columns()),
+        )  # fmt: skip
+        return drops.sum(0)
+
+    def count(self, flags: Tensor, tile: int) -> Tensor:
+        groups, v = flags.shape
+        counts = flags.new_empty((groups, -(-v // tile)), dtype=torch.int32)
+        launch.run(
+            "columns", "count_kernel", counts.numel(), 4,
+            flags=flags, counts=counts, groups=groups, V=v, stride=flags.stride(0), tile=tile, WIDTH=COLUMNS,
+        )  # fmt: skip
+        return counts
 
     def _forward(self, state: TritonState, tile: Tile, saved: SavedTile | None, **marks: Any) -> Tensor:
         """marks: what forward_kernel takes to mark columns. Returns the states of the splits, (splits, FIELDS, n)."""
@@ -72,14 +97,15 @@ class FusedTileOps(TritonTileOps):
             exps_stride, maxima_stride = exps.stride(0), maxima.stride(0)
         if saved is not None and arguments["DESCRIPTORS"]:
             exps = launch.descriptor(exps, product.block_m, product.block_n)
-        unmarked = {"flags": labels, "flags_stride": 0, "known": partials, "drops": partials, "bound": 0.0}
+        unmarked = {"flags": labels, "flags_stride": 0, "known_maxima": partials, "known_totals": partials}
+        unmarked |= {"drops": partials, "bound": 0.0, "MARK": False}
         launch.run(
             "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split,
             exps_stride=exps_stride, maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs),
             SAVE=saved is not None, PLAIN=self._is_plain(arguments, state.outputs),
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
-            MAXIMA_COLUMNS=self.plan.maxima_columns, **{"MARK": False, **unmarked, **marks}, **arguments,
+            MAXIMA_COLUMNS=self.plan.maxima_columns, **{**unmarked, **marks}, **arguments,
         )  # fmt: skip
         state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
         return partials
@@ -151,24 +177,22 @@ class FusedTileOps(TritonTileOps):
         out = self._dz(v, groups * self.plan.group)
         if clear:
             out.zero_()
-        vectors = launch.vectors(grads)
-        for unused in ("entropies", "grad_entropies"):
-            del vectors[unused]
+        vectors = launch.vectors(grads, entropies=False)
         given = {"out": out, "out_stride": out.stride(0), "lists": of.lists, "counts": of.counts, **vectors}
         if saved is not None:
             launch.run(
                 "columns", "pick_kernel", groups * -(-v // PICKED), 8,
                 exps=saved.exps, block_maxima=saved.maxima, n=n, V=v, first=tile.columns.start,
                 stride=saved.exps.stride(0), maxima_stride=saved.maxima.stride(0), **self._maxima(),
-                slope=slope, BLOCK_M=self.plan.group, BLOCK_N=PICKED, **given,
+                slope=slope, CAPPED=self.call.transform.softcap is not None, BLOCK_M=self.plan.group, BLOCK_N=PICKED,
+                **given,
             )  # fmt: skip
             return out
         arguments, product = self._product_arguments(tile, descriptors=False)
-        for unused in ("DESCRIPTORS", "GROUP"):
-            del arguments[unused]
+        del arguments["DESCRIPTORS"]
         launch.run(
             "columns", "gather_kernel", groups * -(-v // product.block_n), product.warps, product.stages,
-            slope=slope, GROUP=product.group, **arguments, **given,
+            slope=slope, **arguments, **given,
         )  # fmt: skip
         return out
 

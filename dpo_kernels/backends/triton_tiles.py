@@ -116,9 +116,7 @@ class TritonTileOps:
         """flags: of the groups' columns, where all others are 0."""
         n, v = saved.exps.shape
         block, out = self.config.rows, self._dz(n, v)
-        vectors = launch.vectors(grads)
-        for unused in ("entropies", "grad_entropies"):
-            del vectors[unused]
+        vectors = launch.vectors(grads, entropies=False)
         launch.run(
             "logits", "saved_kernel", -(-n // block.block_m) * -(-v // block.block_n), block.warps,
             exps=saved.exps, block_maxima=saved.maxima, out=out, out_stride=out.stride(0), **vectors, n=n, V=v,

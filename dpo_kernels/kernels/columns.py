@@ -1,6 +1,8 @@
 """Kernels of columns that stay: gradients without what the softmax hardly holds (`dpo_kernels.gathering`).
 
     known_kernel     what rows know of their sums after a part of the vocabulary, and what they have left out so far
+    mark_kernel      columns that stay, of saved exponentials
+    count_kernel     how many do, of each group and tile
     key_kernel       by what a tile's columns are sorted, so that groups that keep them lie together
     list_kernel      the columns of a group that stay, or the groups of a block of columns
     gather_kernel    d loss / d a of the columns that stay, from logits made again
@@ -16,38 +18,105 @@ import triton.language as tl
 
 from dpo_kernels.kernels.fused import add_bias, multiply_rows
 from dpo_kernels.kernels.logits import load_row_grads, row_gradient, saved_row_gradient
-from dpo_kernels.kernels.softmax_state import FIELDS, LOWEST, TINY, rescaled, transform
+from dpo_kernels.kernels.softmax_state import FIELDS, LOWEST, rescaled, transform
 
 
-@triton.jit(do_not_specialize=["n", "M", "splits", "first"])
+@triton.jit(do_not_specialize=["n", "M", "splits"])
 def known_kernel(
     partials,  # (splits, FIELDS, n) float32: as forward_kernel left them
     drops,  # (splits, n) float32: what it left out, relative to the maximum of the same split
     states,  # (FIELDS, n) float32, M apart: with those splits merged
-    known,  # (n,) float32, written: the logarithm of each row's sum so far
-    bases,  # (n,) float32, like dropped read and written: what dropped is relative to
-    dropped,  # (n,) float32
+    label_logits,  # (n,) float32, which no state has in its sum
+    known_maxima,  # (n,) float32, like the next two read and written: each row's maximum so far
+    known_totals,  # (n,) float32: its sum of exponentials, relative to that
+    dropped,  # (n,) float32: what it has left out, relative to that
     n,
     M,
     splits,
-    first,  # the part's first vocabulary entry; where it is 0, known, bases and dropped are of nothing yet
     BLOCK_M: tl.constexpr,
 ):
-    """Traffic: 8 bytes a row and split, 28 a row: on an H200 (4.3 TB/s) 3 us of 8,192 rows x 149 splits."""
+    """Traffic: 8 bytes a row and split, 32 a row: on an H200 (4.3 TB/s) 3 us of 8,192 rows x 149 splits."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
     maximum = tl.load(states + rows, mask=inside, other=0.0)
-    total = tl.load(states + tl.cast(M, tl.int64) + rows, mask=inside, other=1.0)
-    base = tl.maximum(maximum, LOWEST)
-    before = inside & (first > 0)
-    left = tl.load(dropped + rows, mask=before, other=0.0)
-    left = rescaled(left, tl.load(bases + rows, mask=before, other=0.0) - base)
+    total = tl.load(states + tl.cast(M, tl.int64) + rows, mask=inside, other=0.0)
+    label_logit = tl.load(label_logits + rows, mask=inside, other=0.0)
+    known = tl.maximum(tl.maximum(maximum, label_logit), LOWEST)
+    left = tl.load(dropped + rows, mask=inside, other=0.0)
+    left = rescaled(left, tl.load(known_maxima + rows, mask=inside, other=0.0) - known)
     for i in tl.range(0, splits, num_stages=4):
         of_split = tl.load(partials + tl.cast(i, tl.int64) * FIELDS * n + rows, mask=inside, other=0.0)
-        left += rescaled(tl.load(drops + tl.cast(i, tl.int64) * n + rows, mask=inside, other=0.0), of_split - base)
-    tl.store(known + rows, base + tl.log(tl.maximum(total, TINY)), mask=inside)
-    tl.store(bases + rows, base, mask=inside)
+        left += rescaled(tl.load(drops + tl.cast(i, tl.int64) * n + rows, mask=inside, other=0.0), of_split - known)
+    tl.store(known_maxima + rows, known, mask=inside)
+    tl.store(known_totals + rows, rescaled(total, maximum - known) + tl.exp(label_logit - known), mask=inside)
     tl.store(dropped + rows, left, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def mark_kernel(
+    exps,  # (n, V) as forward_kernel wrote it
+    block_maxima,  # (n, slots) float32
+    maxima,  # (n,) float32, like log_sums: of the whole row
+    log_sums,
+    flags,  # (groups, V) int8, read and written: those that are 1 stay so, as labels' do
+    drops,  # (chunks, n) float32, written: what rows have in a chunk's columns that do not stay, as a share of the row
+    n,
+    V,
+    stride,
+    maxima_stride,
+    flags_stride,
+    bound,
+    MAXIMA_COLUMNS: tl.constexpr,  # that share a base
+    SLOTS: tl.constexpr,  # of block_maxima for as many columns, the first of which holds it
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Flags 1 where a token of the group has a share of at least the bound in a column, or is no number: exactly, since
+    the rows' sums are known.
+
+    Traffic: n V numbers read in the compute dtype. On an H200 (4.3 TB/s): 0.6 ms of (8192, 151936).
+    """
+    chunks = tl.cdiv(V, WIDTH)
+    group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    rows = group * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < n
+    place = rows.to(tl.int64)
+    log_sum = tl.load(maxima + rows, mask=inside, other=0.0) + tl.load(log_sums + rows, mask=inside, other=0.0)
+    of_group = flags + tl.cast(group, tl.int64) * flags_stride
+    left = tl.zeros((BLOCK_M,), tl.float32)
+    for start in tl.range(chunk * WIDTH, tl.minimum((chunk + 1) * WIDTH, V), BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        mask = inside[:, None] & (columns < V)[None, :]
+        slot = start // MAXIMA_COLUMNS * SLOTS
+        base = tl.load(block_maxima + place * maxima_stride + slot, mask=inside, other=0.0)
+        e = tl.load(exps + (place * stride)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        p = e * tl.exp(base - log_sum)[:, None]
+        stays = tl.max((mask & ~(p < bound)).to(tl.int32), 0)
+        stays |= tl.load(of_group + columns, mask=columns < V, other=1).to(tl.int32)
+        tl.store(of_group + columns, stays.to(tl.int8), mask=columns < V)
+        left += tl.sum(tl.where((stays != 0)[None, :], 0.0, p), 1)
+    tl.store(drops + tl.cast(chunk, tl.int64) * n + rows, left, mask=inside)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def count_kernel(
+    flags,  # (groups, V) int8
+    counts,  # (groups, tiles) int32, written: how many columns of each tile stay
+    groups,
+    V,
+    stride,
+    tile,  # columns of a tile
+    WIDTH: tl.constexpr,
+):
+    tiles = tl.cdiv(V, tile)
+    group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * tile
+    end = tl.minimum(first + tile, V)
+    found = tl.zeros((WIDTH,), tl.int32)
+    for start in tl.range(first, end, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        found += tl.load(flags + tl.cast(group, tl.int64) * stride + at, mask=at < end, other=0).to(tl.int32)
+    tl.store(counts + tl.program_id(0), tl.sum(found, 0))
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -185,7 +254,7 @@ def gather_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def pick_kernel(
-    exps,  # (n, V) as forward_kernel wrote it, of logits without a cap
+    exps,  # (n, V) as forward_kernel wrote it
     block_maxima,  # (n, slots) float32
     out,  # (V, n and up), as gather_kernel writes it
     lists,  # (groups, V) int32: the columns of each group that stay come first
@@ -202,12 +271,13 @@ def pick_kernel(
     maxima_stride,
     out_stride,
     slope,
+    CAPPED: tl.constexpr,
     MAXIMA_COLUMNS: tl.constexpr,  # that share a base
     SLOTS: tl.constexpr,  # of block_maxima for as many columns, the first of which holds it
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """As gather_kernel, from exponentials that forward saved beside its marks; those stay as they are.
+    """As gather_kernel, from exponentials that forward saved; those stay as they are.
 
     Traffic: the columns that stay read and written; where a few of 16 do, all are read. On an H200 (4.3 TB/s): less
     than 0.7 ms of (8192, 151936) where a fifth stays.
@@ -230,7 +300,7 @@ def pick_kernel(
     slot = (columns // MAXIMA_COLUMNS * SLOTS)[None, :]
     base = tl.load(block_maxima + place * maxima_stride + slot, mask=mask, other=0.0)
     e = tl.load(exps + place * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    dz = saved_row_gradient(e, base, columns, local, log_prob, maximum, log_sum, grad, slope, False)
+    dz = saved_row_gradient(e, base, columns, local, log_prob, maximum, log_sum, grad, slope, CAPPED)
     dz = tl.where(inside[:, None], dz, 0.0).to(out.dtype.element_ty)
     tl.store(out + columns[:, None] * out_stride + rows[None, :], dz.T, mask=(at < count)[:, None])
 

@@ -15,7 +15,6 @@ from dpo_kernels.kernels.softmax_state import (
     FIELDS,
     LOG_ZERO,  # noqa: F401  (read by the functions that are inlined here)
     LOWEST,
-    TINY,
     block_state,
     empty_state,
     merge,
@@ -116,24 +115,22 @@ def either(a, b):
 
 @triton.jit
 def mark_columns(
-    flags, known, exps, share, base, old, new, dropped, bound, column, end, inside,
+    flags, known_maximum, known_total, exps, share, base, old, new, dropped, bound, column, end, inside,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of a block (BLOCK_M, BLOCK_N) the columns in which some row has a share of at least the bound of its sum so far,
     or is no number: their flags become 1. Those that were 1 stay, as labels' do.
 
-    flags: pointer to the group's. known (M,): logarithms of sums before this program. exps (M, N) relative to base
-    (M,); share: the same, times the cap's derivative; old, new: states before and after the block. Returns `dropped`
-    (M,), what the program left out, relative to the new state's maximum.
+    flags: pointer to the group's. known_maximum, known_total (M,): of the rows before this program, labels included.
+    exps (M, N) relative to base (M,); share: the same, times the cap's derivative; old, new: the program's states
+    before and after the block. Returns `dropped` (M,), what the program left out, relative to the new one's maximum.
 
     A bit a column: 32 of them go from thread to thread as one number, and are no flag each in every thread's registers.
     """
-    maximum, total = new[0], new[1]
-    finite = tl.maximum(maximum, LOWEST)
-    sure = tl.maximum(known, finite)
+    finite = tl.maximum(new[0], LOWEST)
     # Sums only grow: a share of what is known so far is no smaller than of the whole.
-    sure += tl.log(tl.maximum(tl.exp(known - sure) + total * tl.exp(finite - sure), TINY))
-    limit = tl.where(inside, bound * tl.exp(sure - base), float("inf"))
+    so_far = known_total * tl.exp(known_maximum - base) + new[1] * tl.exp(finite - base)
+    limit = tl.where(inside, bound * so_far, float("inf"))
     words: tl.constexpr = BLOCK_N // 32
     bit = tl.arange(0, 32)
     passes = tl.reshape(~(exps < limit[:, None]), (BLOCK_M, words, 32))
@@ -149,10 +146,11 @@ def mark_columns(
 
 @triton.jit
 def accumulate_block(
-    state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, known, V, first, exps_stride,
-    maxima_stride, flags_stride, inner, outer, bound, BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr,
-    OUTPUTS: tl.constexpr, SAVE: tl.constexpr, MARK: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, known_maximum, known_total, V,
+    first, exps_stride, maxima_stride, flags_stride, inner, outer, bound,
+    BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, OUTPUTS: tl.constexpr, SAVE: tl.constexpr,
+    MARK: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The state after the products a (R, BLOCK_N) from `column` on, and what was left out if MARK, which writes flags;
     writes their exponentials if SAVE."""
@@ -179,7 +177,8 @@ def accumulate_block(
         of_group = flags + tl.cast(row // BLOCK_M, tl.int64) * flags_stride
         merged = merge(state, block, OUTPUTS)
         dropped = mark_columns(
-            of_group, known, e, share, base, state, merged, dropped, bound, column, end, inside, BLOCK_M, BLOCK_N
+            of_group, known_maximum, known_total, e, share, base, state, merged, dropped, bound, column, end, inside,
+            BLOCK_M, BLOCK_N,
         )  # fmt: skip
         return merged, dropped
     else:  # noqa: RET505  (the compiler wants one of two)
@@ -211,7 +210,9 @@ def forward_kernel(
     inner,
     outer,
     flags,  # (groups of BLOCK_M tokens, V) int8, written if MARK: 1 where a column stays; those that are 1 already do
-    known,  # (n,) float32, read if MARK: the logarithm of each row's sum before this part of the vocabulary
+    known_maxima,  # (n,) float32, like known_totals read if MARK: each row's maximum, and sum of exponentials relative
+    #     to it, before this part of the vocabulary, its label's included
+    known_totals,
     drops,  # (splits, n) float32, written if MARK: what rows have in columns that do not stay, relative to the split's
     #     maximum, times the cap's derivative
     flags_stride,
@@ -256,18 +257,20 @@ def forward_kernel(
     end = tl.minimum(start + split, V)
     state = empty_state(BLOCK_M)
     dropped = tl.zeros((BLOCK_M,), tl.float32)
-    log_sum = dropped
+    known_maximum, known_total = dropped, dropped
+    tl.static_assert(not (SAVE and MARK), "saved exponentials are marked when all sums are known")
     if MARK:
-        log_sum = tl.load(known + rows, mask=inside, other=0.0)
+        known_maximum = tl.load(known_maxima + rows, mask=inside, other=0.0)
+        known_total = tl.load(known_totals + rows, mask=inside, other=0.0)
     for column in tl.range(start, end, BLOCK_N):
         a = multiply(
             hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
             DESCRIPTORS, WIDEN, PRECISION, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         state, dropped = accumulate_block(
-            state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, log_sum, V, first,
-            exps_stride, maxima_stride, flags_stride, inner, outer, bound, BIASED, CAPPED, PLAIN, OUTPUTS, SAVE, MARK,
-            MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
+            state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, known_maximum,
+            known_total, V, first, exps_stride, maxima_stride, flags_stride, inner, outer, bound, BIASED, CAPPED, PLAIN,
+            OUTPUTS, SAVE, MARK, MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if MARK:
         tl.store(drops + tl.cast(part, tl.int64) * n + rows, dropped, mask=inside)

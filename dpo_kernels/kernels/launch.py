@@ -101,16 +101,18 @@ def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
 
 
-def vectors(grads: TokenGrads) -> dict[str, Tensor]:
-    """One number a token each; kernels read them without a stride."""
+def vectors(grads: TokenGrads, entropies: bool = True) -> dict[str, Tensor]:
+    """One number a token each; kernels read them without a stride. entropies: with them and their gradients."""
     grad = grads.grad_log_probs.contiguous()
     entropy, grad_entropy = grads.entropy, grads.grad_entropy
-    return {
+    found = {
         "labels": grads.labels.contiguous(), "log_probs": grads.log_probs.contiguous(),
         "maxima": grads.maximum.contiguous(), "log_sums": grads.log_sum.contiguous(), "grads": grad,
-        "entropies": grad if entropy is None else entropy.contiguous(),
-        "grad_entropies": grad if grad_entropy is None else grad_entropy.contiguous(),
     }  # fmt: skip
+    if entropies:
+        found["entropies"] = grad if entropy is None else entropy.contiguous()
+        found["grad_entropies"] = grad if grad_entropy is None else grad_entropy.contiguous()
+    return found
 
 
 def gradient_bits(grads: TokenGrads) -> int:

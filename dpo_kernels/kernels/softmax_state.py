@@ -24,7 +24,6 @@ _MAXIMUM, _TOTAL, _LABEL_LOGIT, _SHIFTED, _SQUARES, _LOGITS, _ARGMAX = (
 )
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands for -inf where it is subtracted: -inf - -inf never arises
-TINY = tl.constexpr(1e-37)  # stands for 0 where a logarithm is taken
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG_ZERO = tl.constexpr(-1e4)  # exp of anything below is 0; keeps 0 * log 0 out of the entropy
 
