@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels import TokenStats, plan, token_stats
-from dpo_kernels.kernels.configs import Arch
-from dpo_kernels.overrides import override
+from dpo_kernels import TokenStats, token_stats
+from dpo_kernels.kernels.configs import PRODUCTS, Arch, resolve
+from dpo_kernels.splits import parts
 
 FILTERS = (2**-30, 2**-24, 2**-20, 2**-16, 2**-14, 2**-12, 2**-10, 2**-8)
 
@@ -101,41 +101,46 @@ def of_model(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def on_a_gpu(inputs: tuple[Tensor, ...]) -> None:
-    """What backward gathers on a Hopper, without one: of columns those that pass for any of a group's tokens, and those
-    that forward marks, which knows no more than what it has met; of blocks of the sorted columns those that the
-    weight's gradient multiplies; and the products of a step with room for exponentials, and without, of which an exact
-    one has 3 and 4. Beside it, blocks that have an entry that passes, in the order of how many of these very tokens one
+    """What backward multiplies on a Hopper, without one: of columns those that pass for any of a group's tokens, and of
+    blocks of the sorted columns those that the weight's gradient multiplies; then those that forward marks without room
+    for exponentials, when it knows no more than what it has met. Products of a step both ways, of which an exact one
+    has 3 and 4. Beside them, blocks that have an entry that passes, in the order of how many of these very tokens one
     passes for: 2 products and 2 of those, Cut Cross-Entropy's way."""
     hidden, weight, labels = (t.float() if t.is_floating_point() else t for t in inputs)
     z = (hidden @ weight.T).log_softmax(1)
-    print("\n| filter | entries | columns of 128 | marked | sorted blocks | products | without room | blocks | |")
-    print("|---" + "|---:" * 8 + "|")
+    print("\n| filter | entries | columns of 128 | sorted blocks | products | marked | sorted | products | blocks | |")
+    print("|---" + "|---:" * 9 + "|")
     for share in FILTERS:
         passes = (z >= log(share)).scatter(1, labels[:, None], True)
-        marked = _marked(z, share, (len(z), hidden.shape[1], len(weight))).scatter(1, labels[:, None], True)
-        of_groups = [torch.stack([rows.any(0) for rows in each.split(128)]) for each in (passes, marked)]
-        by_frequency = of_groups[0][:, passes.sum(0).argsort(descending=True)]
-        columns, some, blocks = (float(t.float().mean()) for t in (*of_groups, _by_block(by_frequency)))
-        sorted_blocks = float(_by_block(_sorted(of_groups[1])).float().mean())
-        shares = float(passes.float().mean()), columns, some, sorted_blocks
-        products = 1 + some + sorted_blocks, 1 + 2 * some + sorted_blocks
-        cells = *(f"{s:.1%}" for s in shares), *(f"{p:.2f}" for p in products), f"{blocks:.1%}", f"{2 + 2 * blocks:.2f}"
-        print(f"| {share:.1e} | {' | '.join(cells)} |")
+        cells = [f"{passes.float().mean():.1%}"]
+        for again, each in ((1, passes), (2, _marked(z, labels, share, hidden.shape[1]))):
+            of_groups = torch.stack([rows.any(0) for rows in each.split(128)])
+            columns, blocks = (float(t.float().mean()) for t in (of_groups, _by_block(_sorted(of_groups))))
+            cells += f"{columns:.1%}", f"{blocks:.1%}", f"{1 + again * columns + blocks:.2f}"
+        by_frequency = torch.stack([rows.any(0) for rows in passes.split(128)])[
+            :, passes.sum(0).argsort(descending=True)
+        ]
+        blocks = float(_by_block(by_frequency).float().mean())
+        print(f"| {share:.1e} | {' | '.join(cells)} | {blocks:.1%} | {2 + 2 * blocks:.2f} |")
 
 
-def _marked(log_probs: Tensor, share: float, sizes: tuple[int, int, int]) -> Tensor:
-    """As mark_columns of kernels/fused.py, over the parts of the plan and the blocks of a program."""
-    with override(arch=Arch("cuda", 9)):
-        made = plan(*sizes, torch.bfloat16, impl="triton", gradient_filter=share)
-    known, found = torch.full((len(log_probs),), -torch.inf), []
-    for part in made.forward_spans:
+def _marked(log_probs: Tensor, labels: Tensor, share: float, features: int) -> Tensor:
+    """As mark_columns of kernels/fused.py: what programs know of a row is its label, the parts before, and what they
+    have walked themselves."""
+    (n, v), block = log_probs.shape, 256
+    splits = resolve(Arch("cuda", 9), features, torch.bfloat16, False).splits(PRODUCTS[Arch("cuda", 9), 2, "plain"])
+    width = splits.width(n, v, 8192)
+    known, found = log_probs.gather(1, labels[:, None])[:, 0], []
+    others = log_probs.scatter(1, labels[:, None], -torch.inf)
+    for start, end in parts(v, splits.first_part(n, v, width)):
         so_far = known
-        for i, block in enumerate(log_probs[:, part].split(256, 1)):
-            so_far = known if 256 * i % made.first_part == 0 else so_far
-            so_far = torch.logaddexp(so_far, block.logsumexp(1))
-            found.append(block >= so_far[:, None] + log(share))
-        known = torch.logaddexp(known, log_probs[:, part].logsumexp(1))
-    return torch.cat(found, 1)
+        for column in range(start, end, block):
+            so_far = known if (column - start) % width == 0 else so_far
+            of_block = others[:, column : min(column + block, end)]
+            so_far = torch.logaddexp(so_far, of_block.logsumexp(1))
+            found.append(of_block >= so_far[:, None] + log(share))
+        known = torch.logaddexp(known, others[:, start:end].logsumexp(1))
+    return torch.cat(found, 1).scatter(1, labels[:, None], True)
 
 
 def _sorted(of_groups: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from benchmarks.cases import GPU, Case
-from benchmarks.compiled import TARGETS, Launch, compile_for, disassembled, specialise
+from benchmarks.compiled import TARGETS, Launch, compile_for, disassembled, specialise, stand_in
 from benchmarks.machine_code import Tile, tile_of
 from benchmarks.peers import CONFIGURED
 from benchmarks.results import markdown_table
@@ -98,10 +98,7 @@ def compiled(target_name: str) -> list[Compiled]:
     def record(module: str, name: str, _: int, warps: int, stages: int | None, arguments: dict[str, Any]) -> None:
         if name in ("forward_kernel", "recompute_kernel", "gather_kernel"):
             found[specialise(module, name, warps, stages, arguments)] = None
-        if name == "forward_kernel" and arguments["MARK"]:
-            arguments["flags"].zero_()
-        if name == "known_kernel":
-            arguments["dropped"].fill_(0.1)
+        stand_in(name, arguments, share=0.0)
 
     multiply = "dpo_kernels.backends.triton_tiles.library_multiply"
     with override(arch=target.arch, launch=record, capabilities={"scratch": 0}), mock.patch(multiply, nothing):

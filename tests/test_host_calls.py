@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from dpo_kernels.overrides import override
 TOKENS, FEATURES, VOCAB = 512, 1024, 32_000  # whose kernels take some 50 us on an H100, by their products
 # Before, with all tokens counted: 46, 136 and 131 operations, and 2, 16 and 14 kernels of ours and products.
 LIMITS = {(): (23, 3), ("hidden",): (35, 6), ("hidden", "weight"): (35, 6)}
+FILTERED = 94  # operations with a filter
 WITH_INDEX = 8  # operations more where some labels do not count
 WAITS = ("aten.nonzero", "aten._local_scalar_dense", "aten.item", "aten.is_nonzero")
 
@@ -58,3 +60,35 @@ def test_a_small_step_asks_little_of_the_host(grads, ignored):
     assert len(counted.operations) <= operations + (WITH_INDEX if ignored else 0), counted.operations
     assert len(launches) <= kernels, [what[1] for what in launches]
     assert sum(name.startswith(WAITS) for name in counted.operations) == 1  # to find the labels that count; in forward
+
+
+@pytest.mark.parametrize("share", [None, 2**-12])
+def test_a_filter_asks_a_little_more_and_waits_once_more(share):
+    """In backward, for how many columns of each tile stay; of tiles by the number of tokens, nothing."""
+    hidden, weight = torch.zeros(TOKENS, FEATURES).bfloat16(), torch.zeros(VOCAB, FEATURES).bfloat16()
+    labels = torch.zeros(TOKENS, dtype=torch.int64)
+    options = Options(grads=Grads.of(("hidden", "weight")), compute_dtype=torch.bfloat16, impl="triton")
+    encoded = replace(options, gradient_filter=share or 0.0).encode()
+    head = (hidden, weight, None, None, None, labels)
+    launches = []
+
+    def launch(module, name, programs, warps, stages, arguments):
+        launches.append(name)
+        if name == "count_kernel":
+            arguments["counts"].zero_()
+
+    with (
+        override(launch=launch, arch=Arch("cuda", 9), kernels={"strategy": "fused"}),
+        mock.patch("dpo_kernels.backends.triton_tiles.library_multiply", lambda *_: launches.append("multiply")),
+        mock.patch("dpo_kernels.checks.labels_in_range"),
+        mock.patch("dpo_kernels.sparse.mean_row", lambda matrix, dtype: matrix[0].to(dtype)),  # on a GPU one operation
+        Counted() as counted,
+    ):
+        made = ops.token_stats_op._init_fn(*head, *encoded)
+        counted.operations.pop()
+        wanted = [True, True, False, False, False]
+        ops.token_stats_backward_op._init_fn([labels.float(), None], list(made[ops.STATS :]), wanted, *head, *encoded)
+    operations, kernels, waits = (35, 6, 1) if share is None else (FILTERED, 11, 2)
+    assert len(counted.operations) <= operations, counted.operations
+    assert len(launches) <= kernels, launches
+    assert sum(name.startswith(WAITS) for name in counted.operations) <= waits

@@ -80,7 +80,7 @@ class KernelConfig:
 # By device class, bytes of an operand, and kind of call: "plain" (log-probs alone), "options" (a bias, a cap or
 # statistics, which take registers; "plain" serves where there is none). The last row of a kind of device serves its
 # later ones. Three products of TF32 parts ("tf32x3") come near float32 and run on tensor cores. All of them compile
-# without spills by triton 3.6 and 3.7, which larger blocks do not.
+# without spills by triton 3.6 and 3.7, which larger blocks do not (but for a filter's marks on gfx942: tests/aot.py).
 PRODUCTS = {
     (Arch("cuda", 8), 2, "plain"): ProductBlocks(128, 128, 64, 16, 8, 3),
     (Arch("cuda", 8), 2, "options"): ProductBlocks(128, 64, 64, 16, 8, 3),
@@ -102,7 +102,7 @@ PRODUCTS = {
     (Arch("interpreted", 0), 4, "options"): ProductBlocks(64, 64, 32, 2, 4, 1),
 }
 
-# Of `blocks.sum_kernel`, by device class and bytes of an operand (waits for a measurement).
+# Of `columns.sum_kernel`, by device class and bytes of an operand (waits for a measurement).
 SUMS = {
     (Arch("cuda", 8), 2): ProductBlocks(128, 64, 64, 1, 8, 3),
     (Arch("cuda", 8), 4): ProductBlocks(64, 64, 32, 1, 4, 3, precision="tf32x3"),
@@ -163,7 +163,7 @@ def multiprocessors(arch: Arch) -> int:
 
 
 def sum_blocks(arch: Arch, operand: torch.dtype) -> ProductBlocks:
-    """How products of blocks that stay are multiplied."""
+    """How products of columns that stay are multiplied."""
     known = [a for a, size in SUMS if (a.kind, size) == (arch.kind, operand.itemsize) and a.major <= arch.major]
     return SUMS[max(known), operand.itemsize]
 
