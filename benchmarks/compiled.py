@@ -67,7 +67,7 @@ class Launch(NamedTuple):
         known = dict(self.constants)
         flags = [
             k.lower()
-            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "MASK", "BY_VOCAB", "INDEXED", "DESCRIPTORS")
+            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "MASK", "BY_VOCAB", "INDEXED", "DESCRIPTORS", "SPECIALIZED")
             if known.get(k)
         ]
         flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]

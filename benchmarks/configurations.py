@@ -68,10 +68,11 @@ TABLES: dict[str, dict[str, Configuration]] = {
     "products": _products(
         "fused", {}, {"group": 8}, {"group": 32}, {"stages": 2}, {"stages": 4}, {"block_k": 128, "stages": 2},
         {"block_n": 128}, {"block_n": 128, "stages": 4}, {"block_n": 128, "warps": 4}, {"block_n": 64},
-        {"block_n": 128, "descriptors": False},
+        {"block_n": 128, "descriptors": False}, {"block_n": 128, "specialized": True},
     ),
     # Of a full step: writing what it keeps takes registers and shared memory.
-    "products that keep": _products("fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4}),
+    "products that keep": _products("fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4},
+                                   {"block_n": 128, "specialized": True}),
     "tiles": _tiles(
         (4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048)
     ),

@@ -75,8 +75,9 @@ def parse(code: str) -> list[Instruction]:
     return found
 
 
-def tile_of(code: str) -> Tile:
-    """
+def tile_of(code: str, specialized: bool = False) -> Tile:
+    """specialized: warps of their own multiply; what is done once a tile is a loop of the others, all branches in it.
+
     Raises:
         ValueError: the code has no product on tensor cores in a loop.
     """
@@ -88,6 +89,9 @@ def tile_of(code: str) -> Tile:
         raise ValueError("the code has no product on tensor cores in a loop")
     step = min(inner, key=lambda loop: loop[1] - loop[0])
     around = [loop for loop in inner if loop[0] < step[0] and step[1] < loop[1]]
+    if specialized:
+        lengths = [loop for loop in loops if not any(_within(a, loop) for a in products)]
+        around = [max(lengths, key=lambda loop: loop[1] - loop[0])]
     last = max(i.address for i in instructions if i.name == "EXIT")
     tile = min(around, key=lambda loop: loop[1] - loop[0]) if around else (0, last)
     jumps = [(i.address, i.target) for i in instructions if i.guarded and i.target and i.target > i.address]
@@ -95,6 +99,7 @@ def tile_of(code: str) -> Tile:
         (start, end - 1)
         for start, end in jumps
         if _within(start, tile) and _within(end, tile) and end - start > 16 * RARE and not start < step[0] < end
+        if not specialized
     ]
     once, few, each, barriers = Counter[str](), Counter[str](), Counter[str](), 0
     for i in instructions:

@@ -4,8 +4,9 @@
 
 A tile of a product costs the cycles that its tensor-core products take, then those of what is done once a tile, since
 nothing of the next tile is under way meanwhile: instructions by unit (machine_code.py), barriers, and until the first
-operands are there. Programs take the first multiprocessor that is free. Products of the library run at what cuBLAS
-sustains, bytes at what a copy does.
+operands are there. Where warps are specialised (`ProductBlocks.specialized`), it is the longer of the two, at most.
+Programs take the first multiprocessor that is free. Products of the library run at what cuBLAS sustains, bytes at what
+a copy does.
 
 A run on a GPU compares: the time of score at 1,024, 2,048 and 4,096 features with `share` (FILL and BARRIER are
 assumptions that those three decide), frozen, keep and recompute with the table of times, a filter's marks with their
@@ -73,12 +74,14 @@ class Compiled(NamedTuple):
     tile: Tile
     registers: int
     spills: int
+    specialized: bool = False
 
     def cycles(self, chip: Chip, features: int) -> tuple[float, float]:
         """Of a multiprocessor and tile: all of them, and those of its tensor cores."""
         m, n, k = self.blocks[:3]
         product = 2 * m * n * k / chip.flops * -(-features // k)
-        return product + self.tile.cycles(self.blocks.warps) + FILL + BARRIER * self.tile.barriers, product
+        beside = self.tile.cycles(self.blocks.warps) + BARRIER * self.tile.barriers
+        return (max(product, beside) if self.specialized else product + beside + FILL), product
 
     def share(self, chip: Chip, features: int) -> float:
         """Of the tensor cores' peak, while no multiprocessor is idle."""
@@ -90,8 +93,8 @@ def nothing(*_: object) -> None:
     """A mock would remember what it is given."""
 
 
-def compiled(target_name: str) -> list[Compiled]:
-    """Kernels of a plain call in bfloat16, as each mode launches them."""
+def compiled(target_name: str, specialized: bool = False) -> list[Compiled]:
+    """Kernels of a plain call in bfloat16, as each mode launches them; or those that have specialised warps."""
     target = TARGETS[target_name]
     found: dict[Launch, None] = {}
 
@@ -101,7 +104,11 @@ def compiled(target_name: str) -> list[Compiled]:
         stand_in(name, arguments, share=0.0)
 
     multiply = "dpo_kernels.backends.triton_tiles.library_multiply"
-    with override(arch=target.arch, launch=record, capabilities={"scratch": 0}), mock.patch(multiply, nothing):
+    changes = {"product": {"specialized": specialized}}
+    with (
+        override(arch=target.arch, launch=record, kernels=changes, capabilities={"scratch": 0}),
+        mock.patch(multiply, nothing),
+    ):
         for grads, budget, share in itertools.product((False, True), (None, 2**24), (None, 2**-8)):
             hidden, weight = (torch.ones(n, 256, dtype=torch.bfloat16) for n in (256, 65_536))
             hidden.requires_grad_(grads)
@@ -113,7 +120,8 @@ def compiled(target_name: str) -> list[Compiled]:
             if grads:
                 made.log_probs.sum().backward()
     blocks = configs.product_blocks(target.arch, torch.bfloat16, options=False)
-    return [_compiled(target_name, launch, blocks) for launch in found]
+    every = [_compiled(target_name, launch, blocks) for launch in found]
+    return [kernel for kernel in every if kernel.specialized == specialized]
 
 
 def _compiled(target_name: str, launch: Launch, blocks: configs.ProductBlocks) -> Compiled:
@@ -126,7 +134,9 @@ def _compiled(target_name: str, launch: Launch, blocks: configs.ProductBlocks) -
         "recompute_kernel": "logits again, masked" if known.get("MASK") else "logits again",
         "gather_kernel": "columns that stay, logits again",
     }.get(launch.kernel) or SAVED[bool(known["SAVE"])] + ", marked" * bool(known["MARK"])
-    return Compiled(launch.kernel, purpose, blocks, tile_of(code), int(registers[1]), spills)
+    specialized = bool(known.get("SPECIALIZED"))
+    tile = tile_of(code, specialized)
+    return Compiled(launch.kernel, purpose, blocks, tile, int(registers[1]), spills, specialized)
 
 
 def kernels_table(target_name: str, kernels: list[Compiled]) -> str:
@@ -275,6 +285,8 @@ def main() -> None:
     for name, kernels in of_chips.items():
         print(f"{name} ({CHIPS[name].name}); shares of the tensor cores' peak at so many features:\n")
         print(kernels_table(name, kernels) + "\n")
+    print("sm_100, warps specialised:\n")
+    print(kernels_table("sm_100", compiled("sm_100", specialized=True)) + "\n")
     print(idle_table() + "\n")
     named = {kernel.purpose: kernel for kernel in of_chips["sm_90"]}
     print(times_table(named) + "\n")

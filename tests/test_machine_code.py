@@ -56,6 +56,18 @@ def test_a_kernel_of_one_tile_has_no_loop_around_its_products():
     assert tile_of(code).once == Counter({"alu": 1, "fma": 1, "other": 1})
 
 
+def test_warps_that_specialise_have_a_loop_of_their_own():
+    """The products' loop (1 to 2) is another warp's; what is done once a tile is the longest of the others (4 to 8)."""
+    code = assembled(
+        "MOV R1, R2", "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8]", "@P0 BRA 0x10", "EXIT", "LDTM.x32 R4, tmem[UR4]",
+        "@P1 BRA 0x80", "FADD R4, R4, R5", "MUFU.EX2 R5, R5", "@P0 BRA 0x40", "EXIT",
+    )  # fmt: skip
+    tile = tile_of(code, specialized=True)
+    assert (tile.products, tile.step.total()) == (1, 2)
+    assert tile.once == Counter({"memory": 1, "other": 2, "fma": 1, "mufu": 1})
+    assert not tile.rare
+
+
 def test_code_without_products_is_an_error():
     with pytest.raises(ValueError, match="no product on tensor cores in a loop"):
         tile_of(assembled("MOV R1, R2", "EXIT"))

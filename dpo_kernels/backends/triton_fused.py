@@ -105,7 +105,8 @@ class FusedTileOps(TritonTileOps):
             exps_stride=exps_stride, maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs),
             SAVE=saved is not None, PLAIN=self._is_plain(arguments, state.outputs),
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
-            MAXIMA_COLUMNS=self.plan.maxima_columns, **{**unmarked, **marks}, **arguments,
+            SPECIALIZED=self._specializes(product, state.outputs), MAXIMA_COLUMNS=self.plan.maxima_columns,
+            **{**unmarked, **marks}, **arguments,
         )  # fmt: skip
         state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
         return partials
@@ -115,6 +116,10 @@ class FusedTileOps(TritonTileOps):
         takes advantage of it spills."""
         more = arguments["BIASED"] or outputs or self.call.compute_dtype == torch.float32
         return not more and launch.scales_last(arguments)
+
+    def _specializes(self, product: configs.ProductBlocks, outputs: tuple[str, ...]) -> bool:
+        """What the compiler's specialised warps (triton 3.7) hold: half precision, no statistics."""
+        return product.specialized and product.descriptors and not outputs and self.operand.itemsize == 2
 
     def accumulate_jacobian(self, state: TritonState, tile: Tile, total: Tensor) -> None:
         n, v, shared = len(tile.hidden), len(tile.weight), self.plan.maxima_columns

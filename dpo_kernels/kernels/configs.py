@@ -29,7 +29,11 @@ class Arch(NamedTuple):
 
 
 class ProductBlocks(NamedTuple):
-    """How a kernel of fused.py multiplies: a block is (BLOCK_M, BLOCK_K) x (BLOCK_N, BLOCK_K)."""
+    """How a kernel of fused.py multiplies: a block is (BLOCK_M, BLOCK_K) x (BLOCK_N, BLOCK_K).
+
+    specialized: forward has warps of their own load and multiply the next block while the others accumulate the last,
+    from compute capability 10 on. No row says so: it waits for a measurement (`benchmarks/gpu.sh` takes one).
+    """
 
     block_m: int
     block_n: int
@@ -39,6 +43,7 @@ class ProductBlocks(NamedTuple):
     stages: int
     descriptors: bool = False
     precision: str = "ieee"  # of float32 operands
+    specialized: bool = False
 
 
 class RowBlocks(NamedTuple):

@@ -226,6 +226,7 @@ def forward_kernel(
     MAXIMA_COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
@@ -262,7 +263,7 @@ def forward_kernel(
     if MARK:
         known_maximum = tl.load(known_maxima + rows, mask=inside, other=0.0)
         known_total = tl.load(known_totals + rows, mask=inside, other=0.0)
-    for column in tl.range(start, end, BLOCK_N):
+    for column in tl.range(start, end, BLOCK_N, warp_specialize=SPECIALIZED):
         a = multiply(
             hidden, weight, row, column, n, V, D, hidden_stride, hidden_step, weight_stride, weight_step,
             DESCRIPTORS, WIDEN, PRECISION, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,

@@ -99,6 +99,18 @@ def test_a_loop_without_stages_is_found(tmp_path):
     assert "no product runs while the next operands come" in printed
 
 
+@pytest.mark.slow
+def test_specialised_warps_compile(tmp_path):
+    """A plain forward on Blackwell whose products have warps of their own; float32 and statistics do without."""
+    options = ("--targets", "sm_100", "--kernels", "forward_kernel", "--replace", "specialized=1")
+    code, rows, printed = compile_ahead(tmp_path, *options)
+    assert code == 0, printed
+    specialised = {row["variant"] for row in rows if "specialized" in row["variant"]}
+    assert len(specialised) >= 8
+    assert not any("outputs" in variant or "fp32[" in variant for variant in specialised)
+    assert min(row["products"] for row in rows) > 0
+
+
 @pytest.mark.aot
 def test_every_kernel_of_every_chip(tmp_path, capsys):
     code, rows, printed = compile_ahead(tmp_path)

@@ -13,6 +13,7 @@ from dpo_kernels import available_impls, hidden_to_log_probs, logits_to_log_prob
 from dpo_kernels.backends import triton as triton_backend
 from dpo_kernels.backends import triton_tiles
 from dpo_kernels.backends.pytorch import PyTorchBackend
+from dpo_kernels.backends.triton_fused import FusedTileOps
 from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.dispatch import BACKENDS
 from dpo_kernels.kernels import configs, launch
@@ -208,6 +209,37 @@ def test_a_descriptor_names_rows_apart_from_one_another():
     assert not launch.describable(rows[:1].expand(4, 64))
     assert not launch.describable(rows.view(-1).as_strided((4, 64), (32, 1)))
     assert not launch.describable(rows[:, 1:])
+
+
+def test_specialised_warps_change_no_bit(override, monkeypatch):
+    """The kernel is the same, by the interpreter; on a GPU it is the compiler that tells warps apart."""
+    head = make_head(70, 32, 300)
+    found, launched = [], []
+
+    def launch_of(*what):
+        launched.append(what[-1].get("SPECIALIZED"))
+        launch.run_kernel(*what)
+
+    override(launch=launch_of)
+    for specialized in (False, True):
+        monkeypatch.setattr(FusedTileOps, "_specializes", lambda *_, chosen=specialized: chosen)
+        with torch.no_grad():
+            found.append(hidden_to_log_probs(head.hidden, head.weight, head.labels, impl="triton"))
+    assert torch.equal(*found)
+    assert {False, True} <= set(launched)
+
+
+@pytest.mark.parametrize(
+    ("operand", "outputs", "expected"),
+    [(torch.bfloat16, (), True), (torch.bfloat16, ("entropy",), False), (torch.float32, (), False)],
+)
+def test_what_specialised_warps_hold(operand, outputs, expected):
+    ops = FusedTileOps.__new__(FusedTileOps)
+    ops.operand = operand
+    blocks = configs.ProductBlocks(128, 128, 64, 16, 8, 3, descriptors=True, specialized=True)
+    assert ops._specializes(blocks, outputs) is expected
+    assert not ops._specializes(blocks._replace(descriptors=False), outputs)
+    assert not ops._specializes(blocks._replace(specialized=False), outputs)
 
 
 class TestConfigs:
