@@ -117,6 +117,10 @@ def too_sparing(self, state, tile, marks, bound, own=triton_fused.FusedTileOps.a
     own(self, state, tile, marks, 3 * bound)
 
 
+def saved_too_sparing(self, saved, flags, maximum, log_sum, bound, own=triton_fused.FusedTileOps.mark_saved):
+    return own(self, saved, flags, maximum, log_sum, 3 * bound)
+
+
 def other_lists(self, flags, order=None, own=triton_fused.FusedTileOps._lists):
     made = own(self, flags, order)
     return made._replace(
@@ -138,11 +142,12 @@ def every_other_column(self, product, left, flags, of, n, own=triton_fused.Fused
     [
         slow(gathering.Marker, "finish", columns_twice, "dropped_mass at"),
         slow(triton_fused.FusedTileOps, "accumulate_marked", too_sparing, "is left out; the filter is"),
+        slow(triton_fused.FusedTileOps, "mark_saved", saved_too_sparing, "is left out; the filter is"),
         (triton_fused.FusedTileOps, "_lists", other_lists, "gradient of"),
         slow(triton_fused.FusedTileOps, "_lists", half_as_many, "gradient of"),
         (triton_fused.FusedTileOps, "_sum", every_other_column, "gradient of"),
     ],
-    ids=["mass", "bound", "lists", "counts", "order"],
+    ids=["mass", "bound", "bound of saved", "lists", "counts", "order"],
 )
 def test_a_fault_planted_in_gathered_columns_is_found(monkeypatch, override, where, name, fault, words):
     override(capabilities=TRITON)
