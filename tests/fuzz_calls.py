@@ -136,7 +136,8 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
     vocab = r.choice([made.vocab, sizes[2] // r.randint(1, 3)])
     return replace(
         made, outputs=outputs, filter=share, features=features, magnitude=magnitude, vocab=vocab,
-        trend=r.random() < 0.7, grads=made.grads or ("hidden", "weight"), budget=r.choice([made.budget, None]),
+        trend=r.random() < 0.7, grads=made.grads or ("hidden", "weight"),
+        budget=r.choice([made.budget, None, r.random(), r.random()]),
     )  # fmt: skip
 
 
@@ -266,20 +267,23 @@ def budget_of(spec: CallSpec, inputs: Inputs, impl: str) -> int | None:
     assert inputs.weight is not None
     counted = inputs.labels.numel() if spec.ignore_index is None else int((inputs.labels != spec.ignore_index).sum())
 
-    def of(budget: int) -> int:
+    def of(budget: int) -> dpo_kernels.Plan:
         return dpo_kernels.plan(
             counted, spec.features, spec.vocab, spec.dtype, grads=wanted(spec, inputs), outputs=spec.outputs,
             softcap=spec.softcap, compute_dtype=torch.bfloat16 if spec.autocast else None, memory_budget=budget,
             impl=impl, labels=inputs.labels.numel(), rank=spec.rank, gradient_filter=usable(spec, impl),
-        ).bytes  # fmt: skip
+        )  # fmt: skip
 
-    most = of(2**50)
+    planned = of(2**50)
+    most, share = planned.bytes, spec.budget
     try:
         of(1)
         least = 1
     except ValueError as error:
         least = int(str(error).split("at least ")[1].split(" ")[0].replace(",", ""))
-    return max(least, round(least + spec.budget * (most - least)))
+    if planned.marks and share < 0.8:  # from room for marks alone on: forward marks what it multiplies
+        least, share = most - planned.memory["kept probabilities"], max(0.0, (share - 0.2) / 0.6)
+    return max(least, round(least + share * (most - least)))
 
 
 @contextlib.contextmanager
