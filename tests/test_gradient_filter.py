@@ -109,6 +109,7 @@ def test_what_is_left_out_is_small_told_and_nothing_else(impl, dtype, options):
     out = (got - given_back).abs() <= relative * given_back.abs() + step
     if dtype == torch.float16:  # rounds small numbers so: of columns that all tokens of a group left out
         alike, sizes = out | (one == 1), [128, 64, 128, 64, len(got) - 384]
+        sizes = [64] * 6 + sizes[4:] if impl == "triton" else sizes
         out = torch.cat([group.all(0).expand_as(group) for group in alike.split(sizes)]) & (one == 0)
     if not options:
         assert got.sum(1).abs().max() < (2e-2 if in_16_bits else 1e-6)
