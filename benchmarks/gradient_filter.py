@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="preference pairs")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
+    if options.model is not None:
+        if not (options.model / "config.json").is_file():
+            parser.error(f"--model {options.model} is no model's folder (it has no config.json)")
+        if options.data is None or not options.data.is_file():
+            parser.error(f"--data is {options.data}; --model takes tokens of a file of preference pairs (JSON lines)")
     dtype = getattr(torch, options.dtype)
 
     def placed(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

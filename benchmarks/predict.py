@@ -15,10 +15,12 @@ row of the first table.
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -279,7 +281,8 @@ def published_table(kernels: dict[str, Compiled]) -> str:
     return markdown_table(names, lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "0"
     of_chips = {name: compiled(name) for name in CHIPS}
     for name, kernels in of_chips.items():

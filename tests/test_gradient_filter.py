@@ -31,8 +31,8 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 
 def peaked(n: int, v: int, impl: str = "torch") -> tuple[Tensor, Tensor]:
-    """Logits whose softmax lies on few entries of a tenth of the vocabulary, and labels. Where whole blocks are left
-    out, they are its first entries."""
+    """Logits whose softmax lies on few entries of a tenth of the vocabulary, and labels. Where forward may mark before
+    it knows all sums, they are its first entries."""
     made, largest = torch.Generator().manual_seed(1), 14.0
     z = torch.randn(n, v, generator=made, dtype=torch.float64)
     some = torch.randperm(v, generator=made)[: v // 10]

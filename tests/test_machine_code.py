@@ -112,3 +112,31 @@ def test_the_model_charges_what_is_done_once_a_tile_to_each_tile():
     splits = Splits(128, 256, 4, 8192)
     assert scheduled(splits, 256, 1024, 512) == pytest.approx(2.05)  # four programs of two blocks
     assert idle(splits, 256, 1024, 512) == pytest.approx(1 - 2 / 2.05)
+
+
+def test_predict_says_what_it_takes(capsys):
+    pytest.importorskip("triton")
+    from benchmarks import predict
+
+    for given, status in ((["--help"], 0), (["--features", "12"], 2)):
+        with pytest.raises(SystemExit) as left:
+            predict.main(given)
+        assert left.value.code == status
+    assert "predictions, not measurements" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--model", "nowhere"], "nowhere is no model's folder"),
+        (["--model", "."], "--data is None; --model takes tokens"),
+    ],
+)
+def test_what_the_filter_s_benchmark_refuses(tmp_path, monkeypatch, capsys, given, words):
+    from benchmarks import gradient_filter
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        gradient_filter.main(given)
+    assert words in capsys.readouterr().err

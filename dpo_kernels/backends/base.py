@@ -51,7 +51,8 @@ class Saved(NamedTuple):
     """What forward leaves, of the M tokens that count: statistics, max z, log sum exp(z - max z) and the label's
     logit, (M,) each, and what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks),
     jacobian (M, D). Where the plan saves by vocabulary, the memory of exps and maxima is transposed. Where it is
-    sparse, they are arenas, and table is what `sparse.Keeper` says of them; else it is empty.
+    sparse, they are arenas, and table is what `sparse.Keeper` says of them; where it gathers, table is what
+    `gathering.Marker` found of columns; else it is empty.
     """
 
     stats: TokenStats
