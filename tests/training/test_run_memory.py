@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import mmap
 import subprocess
 import sys
+import time
 import types
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -348,12 +351,20 @@ def test_sizes_in_words():
 # What there is
 
 
+@contextmanager
+def fresh_pages(size):
+    """Holds `size` bytes that were not this process's before: malloc may have as much free, and resident, already."""
+    with mmap.mmap(-1, size) as pages:
+        for page in range(0, size, mmap.PAGESIZE):
+            pages[page] = 1
+        yield
+
+
 def test_what_a_process_holds_and_may_hold():
     device = torch.device("cpu")
     before = device_memory.held(device)
-    with device_memory.peak_within(device) as most:
-        big = torch.ones(64 * MIB // 4)
-        del big
+    with device_memory.peak_within(device) as most, fresh_pages(64 * MIB):
+        pass
     assert most[0] >= before + 60 * MIB
     assert device_memory.limit_of(device).bytes > before
 
@@ -362,12 +373,8 @@ def test_the_most_is_watched_where_the_system_does_not_remember_it(monkeypatch):
     monkeypatch.setattr(device_memory, "_forgets_its_peak", lambda: False)
     with device_memory.peak_within(torch.device("cpu")) as most:
         before = device_memory.held(torch.device("cpu"))
-        big = torch.ones(128 * MIB // 4)
-        big.sum()
-        import time
-
-        time.sleep(0.05)
-        del big
+        with fresh_pages(128 * MIB):
+            time.sleep(0.05)
     assert most[0] >= before + 120 * MIB
 
 
