@@ -20,6 +20,7 @@ from dpo_kernels.vocab_shard import VocabShard
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NOWHERE = -1  # a label that is no token: its row becomes NaN, and so does every gradient that it is in
 # What may want a gradient, in the order of `Grads`.
 INPUTS = ("hidden", "weight", "bias", "low_rank")
 
@@ -89,6 +90,7 @@ class Options:
     """Everything that a call is told beside its tensors. All of it was checked (`dpo_kernels.checks`).
 
     ignore_index: None where every label counts.
+    tokens: how many labels count, as the caller says; None: it is counted.
     compute_dtype: what the operands of every product are rounded to (autocast's dtype, else the inputs' own);
         products, statistics and sums are float32, or float64 for float64.
     shard: the part of the vocabulary that this rank holds; None: it holds all of it.
@@ -102,6 +104,7 @@ class Options:
     grads: Grads = field(default_factory=Grads)
     compute_dtype: torch.dtype = torch.float32
     memory_budget: int | None = None
+    tokens: int | None = None
     impl: str | None = None
     inplace_backward: bool = False
     shard: VocabShard | None = None
@@ -112,7 +115,7 @@ class Options:
         t = self.transform
         numbers = [self.gradient_filter, t.temperature, t.logit_scale] + ([] if t.softcap is None else [t.softcap])
         # Always both, with a stand-in for None: autograd of torch.library takes an empty list for a list of tensors.
-        limits = {"ignore_index": self.ignore_index, "memory_budget": self.memory_budget}
+        limits = {"ignore_index": self.ignore_index, "memory_budget": self.memory_budget, "tokens": self.tokens}
         given = [name for name, value in limits.items() if value is not None]
         flags = "inplace_backward" if self.inplace_backward else ""
         values = [0 if value is None else value for value in limits.values()]
@@ -126,11 +129,12 @@ class Options:
     def decode(numbers: Sequence[float], limits: Sequence[int], wants_grad: Sequence[bool], spec: str) -> Options:
         known, given, group = _decode(spec)
         gradient_filter, *of_transform = numbers
-        ignore_index, memory_budget, *where = limits
+        ignore_index, memory_budget, tokens, *where = limits
         return replace(
             known, transform=Transform(*of_transform), gradient_filter=gradient_filter, grads=Grads(*wants_grad),
             ignore_index=ignore_index if "ignore_index" in given else None,
             memory_budget=memory_budget if "memory_budget" in given else None,
+            tokens=tokens if "tokens" in given else None,
             shard=VocabShard.decode(where, group) if where else None,
         )  # fmt: skip
 
@@ -161,16 +165,26 @@ class Tokens:
     masked: bool = False
 
     @staticmethod
-    def of(labels: Tensor, ignore_index: int | None) -> Tokens:
+    def of(labels: Tensor, ignore_index: int | None, count: int | None = None) -> Tokens:
         """Finds them. On a GPU this is the one point of a call at which the host waits for the device; it does not
-        where `ignore_index` is None."""
+        where `ignore_index` is None, or it is told how many they are."""
         if ignore_index is None:
             return Tokens(in_one_dimension(labels).long().contiguous(), None)
+        if count:  # where none counts, none could show that it is not so
+            return Tokens._as_many(flat_labels(labels), ignore_index, count)
         if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return Tokens.all_masked(labels, ignore_index)
         flat = flat_labels(labels)
         index = (flat != ignore_index).nonzero().squeeze(1)
         return Tokens.found(flat, None if len(index) == len(flat) else index)
+
+    @staticmethod
+    def _as_many(labels: Tensor, ignore_index: int, count: int) -> Tokens:
+        """`count` of labels in one dimension. Where another number counts, the device knows: no label is in range."""
+        counts = labels != ignore_index
+        index = None if count == len(labels) else torch.nonzero_static(counts, size=count, fill_value=0).squeeze(1)
+        found = labels if index is None else labels.index_select(0, index)
+        return Tokens(found.long().masked_fill(counts.count_nonzero() != count, NOWHERE), index)
 
     @staticmethod
     def all_masked(labels: Tensor, ignore_index: int | None) -> Tokens:

@@ -84,6 +84,22 @@ def dtypes(**given: object) -> None:
             raise TypeError(f"{name} is {dtype!r}; expected one of {', '.join(map(str, FLOATS))}")
 
 
+def tokens(value: int | None, labels: Tensor, ignore_index: int | None) -> int | None:
+    """What a caller says of how many labels count, as far as it can be seen without a look at them.
+
+    Raises:
+        TypeError, ValueError: no whole number, negative, more than there are labels, or not all where all count.
+    """
+    if value is None:
+        return None
+    # While torch.compile traces, a number may stand for any: as an index it would become this one.
+    count, every = value if torch.compiler.is_compiling() else whole("tokens", value, 0), labels.numel()
+    if count > every or (ignore_index is None and count != every):
+        why = "" if ignore_index is not None else ", and every one counts (ignore_index is None)"
+        raise ValueError(f"tokens is {count}, but there are {every} labels{why}; give how many of them count")
+    return count
+
+
 def memory_budget(value: int | None) -> int | None:
     return None if value is None else whole("memory_budget", value, 1)
 
@@ -267,6 +283,22 @@ def labels_in_range(labels: Tensor, ignore_index: int | None, vocab_size: int) -
         raise IndexError(
             f"labels{position or ''} is {int(values[first])}; expected a token in [0, {vocab_size}) "
             + ("" if ignore_index is None else f"or ignore_index {ignore_index}")
+        )
+
+
+def counted_labels(labels: Tensor, ignore_index: int | None, tokens: int | None) -> None:
+    """That so many labels count: on the CPU, and on any device under DPO_KERNELS_VALIDATE=1; else all becomes NaN.
+
+    Raises:
+        ValueError: it is another number.
+    """
+    if tokens is None or (labels.device.type != "cpu" and os.environ.get("DPO_KERNELS_VALIDATE") != "1"):
+        return
+    found = labels.numel() - int(ignored(flat_labels(labels), ignore_index).count_nonzero())
+    if found != tokens:
+        raise ValueError(
+            f"tokens is {tokens}, but {found} of {labels.numel()} labels count (are not ignore_index {ignore_index}); "
+            "give their number, or leave tokens out"
         )
 
 

@@ -28,6 +28,7 @@ def logits_to_log_probs(
     labels: Tensor,  # (...)
     *,
     ignore_index: int | None = -100,
+    tokens: int | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -42,8 +43,10 @@ def logits_to_log_probs(
     Args:
         logits: (..., V), float16, bfloat16, float32 or float64, any strides.
         labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
-        ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
-            need not wait for the device to find those that do.
+        ignore_index: rows with this label are 0 and have no gradient. None: every label counts.
+        tokens: how many labels count, where you know: then on a GPU the host need not wait for the device to find them,
+            a captured CUDA graph computes them alone, and torch.compile knows all sizes. It is checked where labels
+            are; else, on a GPU, another number makes all results and gradients NaN. None: they are counted.
         temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
@@ -64,6 +67,7 @@ def logits_to_log_probs(
     checks.logits_and_labels(logits, labels)
     options = Options(
         ignore_index=ignore_index,
+        tokens=checks.tokens(tokens, labels, ignore_index),
         transform=checks.transform(temperature, logit_scale, softcap),
         grads=Grads(),  # written out: torch.compile cannot take a default that is an object
         impl=impl,
@@ -82,6 +86,7 @@ def hidden_to_log_probs(
     bias: Tensor | None = None,  # (V,)
     *,
     ignore_index: int | None = -100,
+    tokens: int | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -104,8 +109,10 @@ def hidden_to_log_probs(
         bias: (V,), or None.
         low_rank: `LowRank(a, b, scale)`, of a LoRA on the head: the weight is W + scale * b a, which is never held, and
             neither is its gradient; None without.
-        ignore_index: rows with this label are 0 and have no gradient. None: every label counts, and on a GPU the host
-            need not wait for the device to find those that do.
+        ignore_index: rows with this label are 0 and have no gradient. None: every label counts.
+        tokens: how many labels count, where you know: then on a GPU the host need not wait for the device to find them,
+            a captured CUDA graph computes them alone, and torch.compile knows all sizes. It is checked where labels
+            are; else, on a GPU, another number makes all results and gradients NaN. None: they are counted.
         temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
@@ -136,7 +143,7 @@ def hidden_to_log_probs(
             for it, as in any collective).
     """
     return token_stats(
-        hidden, weight, labels, bias, outputs=(), ignore_index=ignore_index, temperature=temperature,
+        hidden, weight, labels, bias, outputs=(), ignore_index=ignore_index, tokens=tokens, temperature=temperature,
         logit_scale=logit_scale, softcap=softcap, low_rank=low_rank, gradient_filter=gradient_filter,
         memory_budget=memory_budget, impl=impl, shard=shard,
     ).log_probs  # fmt: skip
@@ -150,6 +157,7 @@ def token_stats(
     *,
     outputs: Sequence[str] = ("entropy",),
     ignore_index: int | None = -100,
+    tokens: int | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -183,6 +191,7 @@ def token_stats(
     tracked = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, a, b)]
     options = Options(
         ignore_index=ignore_index,
+        tokens=checks.tokens(tokens, labels, ignore_index),
         transform=checks.transform(temperature, logit_scale, softcap),
         outputs=names,
         grads=Grads(tracked[0], tracked[1], tracked[2], tracked[3] or tracked[4]),

@@ -78,7 +78,8 @@ def token_stats_op(
 
     def find() -> Tokens:
         checks.labels_in_range(labels, options.ignore_index, weight.shape[0] if shard is None else shard.vocab_size)
-        return Tokens.of(labels, options.ignore_index)
+        checks.counted_labels(labels, options.ignore_index, options.tokens)
+        return Tokens.of(labels, options.ignore_index, options.tokens)
 
     tokens = collectives.agree(shard, labels, find).seen_from(shard)
     call = _call((hidden, weight, bias, _low_rank(low_rank_a, low_rank_b)), labels, tokens, options)
@@ -113,9 +114,8 @@ def _(
         hidden.new_empty(labels.shape if name in ("log_probs", *outputs) else (0,), dtype=dtype)
         for name, dtype in zip(TokenStats._fields, _dtypes(wide), strict=True)
     ]
-    # How many labels count, and what is saved of them, are sizes that only a run can tell.
+    counted, index = _counted(labels, options)
     every = labels.numel()
-    counted, index = _size(every), _size(every)
     frozen = grads == Grads(hidden=True) and "entropy" not in outputs and low_rank_a is None
     rows = _size(every) if frozen else 0
     kept, blocks = (_size(0), _size(0)) if grads and "entropy" not in outputs else (0, 0)
@@ -230,7 +230,8 @@ def logits_log_probs_op(logits: Tensor, labels: Tensor, *encoded: Any) -> tuple[
     """log_probs, of the labels' shape; then `SAVED_OF_LOGITS`."""
     options = Options.decode(*encoded)
     checks.labels_in_range(labels, options.ignore_index, logits.shape[-1])
-    tokens = Tokens.of(labels, options.ignore_index)
+    checks.counted_labels(labels, options.ignore_index, options.tokens)
+    tokens = Tokens.of(labels, options.ignore_index, options.tokens)
     execution, (log_probs, *vectors) = dispatch.logits_forward(logits, tokens, options)
     spread = tokens.spread(log_probs, labels, options.ignore_index)
     return spread, _index(tokens, labels), log_probs, *vectors, _pack(execution)
@@ -239,7 +240,7 @@ def logits_log_probs_op(logits: Tensor, labels: Tensor, *encoded: Any) -> tuple[
 @logits_log_probs_op.register_fake
 def _(logits: Tensor, labels: Tensor, *encoded: Any) -> tuple[Tensor, ...]:
     wide = accumulate_dtype(logits.dtype)
-    counted, index = _size(labels.numel()), _size(labels.numel())
+    counted, index = _counted(labels, Options.decode(*encoded))
     return (
         logits.new_empty(labels.shape, dtype=wide),
         labels.new_empty((index,), dtype=torch.int64),
@@ -346,6 +347,13 @@ token_stats_op.register_autograd(_token_stats_backward, setup_context=_setup_tok
 logits_log_probs_op.register_autograd(_logits_backward, setup_context=_setup_logits)
 for op in (token_stats_backward_op, logits_log_probs_backward_op):
     op.register_autograd(_no_double_backward)
+
+
+def _counted(labels: Tensor, options: Options) -> tuple[Any, Any]:
+    """How many labels count and how long their index is: only a run can tell, unless the caller has."""
+    every = labels.numel()
+    known = every if options.ignore_index is None else options.tokens or None
+    return (_size(every), _size(every)) if known is None else (known, 0 if known == every else known)
 
 
 def _size(otherwise: Any) -> Any:

@@ -66,6 +66,7 @@ class CallSpec:
     crowded: bool = False  # which threads the C++ kernels take
     rank: int = 0  # of a low-rank adapter of the weight
     adapter_dtype: torch.dtype = torch.float32
+    counted: bool = False  # the caller says how many labels count
     filter: float | None = None
     trend: bool = False  # the first entries of the vocabulary are the likely ones
 
@@ -124,6 +125,7 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         crowded=r.random() < 0.5,
         rank=size(20) if level in ("hidden", "stats") and r.random() < 0.25 else 0,
         adapter_dtype=r.choice([torch.float32, dtype]),
+        counted=r.random() < 0.2,
     )
     if level == "logits" or r.random() < 0.6:
         return made
@@ -380,6 +382,10 @@ def call_of(spec: CallSpec, inputs: Inputs, impl: str) -> Callable[..., dict[str
     labels = inputs.labels
     options: dict[str, Any] = {**spec.options, "ignore_index": spec.ignore_index, "impl": impl}
     del options["temperature"]
+    every = labels.numel()
+    known = every if spec.ignore_index is None else every - int((labels == spec.ignore_index).sum())
+    if spec.counted and spec.level != "losses":
+        options["tokens"] = known
     if spec.level == "logits":
         options["inplace_backward"] = spec.inplace
 

@@ -20,7 +20,8 @@ TOKENS, FEATURES, VOCAB = 512, 1024, 32_000  # whose kernels take some 50 us on 
 LIMITS = {(): (23, 3), ("hidden",): (35, 6), ("hidden", "weight"): (35, 6)}
 FILTERED = 97  # operations with a filter
 WITH_INDEX = 8  # operations more where some labels do not count
-WAITS = ("aten.nonzero", "aten._local_scalar_dense", "aten.item", "aten.is_nonzero")
+WHERE_TOLD = 3  # more, which check on the device that as many count
+WAITS = ("aten.nonzero.", "aten._local_scalar_dense", "aten.item", "aten.is_nonzero")
 
 
 class Counted(TorchDispatchMode):
@@ -33,20 +34,23 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["counted", "told"])
 @pytest.mark.parametrize("ignored", [0, 212])
 @pytest.mark.parametrize("grads", LIMITS)
-def test_a_small_step_asks_little_of_the_host(grads, ignored):
+def test_a_small_step_asks_little_of_the_host(grads, ignored, known):
     """Operators' own code on CPU tensors, with the launches left out; what only a CPU does, looking at labels, too."""
     hidden, weight = torch.zeros(TOKENS, FEATURES).bfloat16(), torch.zeros(VOCAB, FEATURES).bfloat16()
     labels = torch.zeros(TOKENS, dtype=torch.int64)
     labels[TOKENS - ignored :] = -100
-    encoded = Options(grads=Grads.of(grads), compute_dtype=torch.bfloat16, impl="triton").encode()
+    options = Options(grads=Grads.of(grads), compute_dtype=torch.bfloat16, impl="triton")
+    encoded = replace(options, tokens=TOKENS - ignored if known else None).encode()
     head = (hidden, weight, None, None, None, labels)
     launches = []
     with (
         override(launch=lambda *what: launches.append(what), arch=Arch("cuda", 9), kernels={"strategy": "fused"}),
         mock.patch("dpo_kernels.backends.triton_tiles.library_multiply", lambda *what: launches.append(what)),
         mock.patch("dpo_kernels.checks.labels_in_range"),
+        mock.patch("dpo_kernels.checks.counted_labels"),
         Counted() as counted,
     ):
         made = ops.token_stats_op._init_fn(*head, *encoded)
@@ -57,9 +61,11 @@ def test_a_small_step_asks_little_of_the_host(grads, ignored):
             saved = list(made[ops.STATS :])
             ops.token_stats_backward_op._init_fn([upstream, None], saved, wanted, *head, *encoded)
     operations, kernels = LIMITS[grads]
-    assert len(counted.operations) <= operations + (WITH_INDEX if ignored else 0), counted.operations
+    operations += (WITH_INDEX if ignored else 0) + (WHERE_TOLD if known else 0)
+    assert len(counted.operations) <= operations, counted.operations
     assert len(launches) <= kernels, [what[1] for what in launches]
-    assert sum(name.startswith(WAITS) for name in counted.operations) == 1  # to find the labels that count; in forward
+    waits = sum(name.startswith(WAITS) for name in counted.operations)
+    assert waits == (0 if known else 1)  # to find the labels that count; in forward
 
 
 @pytest.mark.parametrize("share", [None, 2**-12])

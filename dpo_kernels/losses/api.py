@@ -219,12 +219,14 @@ class FusedLinearDPOLoss(nn.Module):
         ref_hidden: Tensor | None = None,  # (2B, S, D')
         ref_weight: Tensor | None = None,  # (V, D')
         ref_bias: Tensor | None = None,  # (V,)
+        tokens: int | None = None,
         shard: VocabShard | None = None,
     ) -> DPOLoss:
         """The reference is given either as its log-probs, or as its hidden states and weight (and bias).
 
-        shard: as in `hidden_to_log_probs`; of the reference's weight too. Without it either may be a DTensor. The loss
-        is the same on every rank.
+        tokens: how many of all labels count, as in `hidden_to_log_probs`.
+        shard: as there; of the reference's weight too. Without it either may be a DTensor. The loss is the same on
+        every rank.
 
         Raises:
             ValueError: none of the two, both, or one where there is to be none; and as `hidden_to_log_probs` and
@@ -241,11 +243,13 @@ class FusedLinearDPOLoss(nn.Module):
         if ref_hidden is not None and ref_weight is not None:
             with torch.no_grad():
                 ref_log_probs = hidden_to_log_probs(
-                    ref_hidden, ref_weight, labels, ref_bias, shard=shard, **self.head_options
+                    ref_hidden, ref_weight, labels, ref_bias, tokens=tokens, shard=shard, **self.head_options
                 )
         labels = dtensors.whole_value(labels)
         outputs = ("log_sum_sq_probs",) if self.options.use_weighting else ()
-        stats = token_stats(hidden, weight, labels, bias, outputs=outputs, shard=shard, **self.head_options)
+        stats = token_stats(
+            hidden, weight, labels, bias, outputs=outputs, tokens=tokens, shard=shard, **self.head_options
+        )
         mask = labels != self.ignore_index
         pairs = make_pairs(ref_log_probs, stats.log_probs, mask, self.options, stats.log_sum_sq_probs)
         return _dpo_loss(pairs, self.options)

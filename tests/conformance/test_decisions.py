@@ -20,15 +20,16 @@ def waits_in(profile) -> Counter[str]:
     return Counter(event.name for event in profile.events() if event.name in WAITS)
 
 
-def waits_of(level, ignore_index, target):
+def waits_of(level, ignore_index, target, known=False):
     """Of forward and of backward. The profiler sees what a dispatch mode does not: calls inside our operators."""
     labels = target.labels(60, (20,), ignored=0.3 if ignore_index == -100 else 0.0)
+    given = {"ignore_index": ignore_index, "tokens": int((labels != -100).sum()) if known else None}
     if level == "hidden":
         head = target.head(20, 16, 60, ignored=0)
-        leaves, call = head[:2], lambda: hidden_to_log_probs(*head[:2], labels, ignore_index=ignore_index)
+        leaves, call = head[:2], lambda: hidden_to_log_probs(*head[:2], labels, **given)
     else:
         logits = target.randn(20, 60, grad=True)
-        leaves, call = (logits,), lambda: logits_to_log_probs(logits, labels, ignore_index=ignore_index)
+        leaves, call = (logits,), lambda: logits_to_log_probs(logits, labels, **given)
     with profile(activities=[ProfilerActivity.CPU]) as forward:
         log_probs = call()
     cotangent = torch.ones_like(log_probs)
@@ -47,6 +48,14 @@ def test_the_host_waits_once_for_the_labels_that_count(target, level):
 @pytest.mark.parametrize("level", ["hidden", "logits"])
 def test_the_host_never_waits_where_every_label_counts(target, level):
     forward, backward = waits_of(level, None, target)
+    assert forward == out_of_reach(target)
+    assert backward == Counter()
+
+
+@pytest.mark.parametrize("level", ["hidden", "logits"])
+def test_the_host_never_waits_where_it_is_told_how_many_count(target, monkeypatch, level):
+    monkeypatch.setattr("dpo_kernels.checks.counted_labels", lambda *what: None)  # made on CPUs alone
+    forward, backward = waits_of(level, -100, target, known=True)
     assert forward == out_of_reach(target)
     assert backward == Counter()
 

@@ -241,7 +241,7 @@ class TestCapture:
         of = Tokens.of
         monkeypatch.setattr(
             Tokens, "of",
-            staticmethod(lambda labels, ignore: (Tokens.all_masked if self.now else of)(labels, ignore)),
+            staticmethod(lambda labels, ignore, count: (Tokens.all_masked if self.now else of)(labels, ignore)),
         )  # fmt: skip
 
     @pytest.mark.parametrize("grads", ["hidden", "hidden,weight,bias"])

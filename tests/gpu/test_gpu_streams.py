@@ -61,6 +61,30 @@ def test_a_captured_graph_follows_its_inputs(cuda, strategy, mode, warm):
                 assert got[head.labels == -100].eq(0).all()
 
 
+@pytest.mark.parametrize("mode", ["score", "frozen", "keep", "recompute"])
+def test_a_captured_graph_of_as_many_tokens_as_are_told(cuda, strategy, mode):
+    """It follows which labels count, computes those alone, and is NaN where they are more or fewer."""
+    head = head_on(cuda, *SHAPE, torch.bfloat16, grads=MODES[mode], ignored=0.0)
+    tokens = 3 * SHAPE[0] // 4
+    head.labels[tokens:] = -100
+    budget, cotangent = planned(head, mode).bytes + 2**24, torch.randn(SHAPE[0]).to(cuda)
+    graph, out = captured(lambda: step(head, cotangent, budget, tokens=tokens))
+    for count in (tokens, tokens - 1, tokens + 1):
+        head.labels.copy_(torch.randint(SHAPE[2], (SHAPE[0],)))
+        head.labels[torch.randperm(SHAPE[0])[count:].to(cuda)] = -100
+        graph.replay()
+        torch.cuda.synchronize()
+        if count == tokens:
+            eager = step(head, cotangent, budget)
+            for got, expected in zip(out.grads, eager.grads, strict=True):
+                eps = torch.finfo(expected.dtype).eps
+                assert_close(got, expected, 2 * eps * expected.abs().max().item())
+            assert_close(out.log_probs, eager.log_probs, 1e-5)
+        else:
+            assert out.log_probs.isnan().sum() == min(count, tokens)
+            assert all(gradient.isnan().any() for gradient in out.grads)
+
+
 def test_a_captured_graph_at_the_logits_level(cuda):
     rows, vocab = 256, 9000
     logits = torch.randn(rows, vocab, device=cuda, requires_grad=True)
