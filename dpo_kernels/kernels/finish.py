@@ -15,8 +15,11 @@ from dpo_kernels.kernels.softmax_state import (
     LOGITS,
     LOWEST,
     SQUARES,
+    empty_state,
     expm1,
     load_state,
+    merge_splits,
+    store_state,
 )
 
 
@@ -29,9 +32,10 @@ def log1p(x):
     return 2.0 * s * (1.0 + q * (1.0 / 3.0 + q * (1.0 / 5.0 + q * (1.0 / 7.0 + q * tail))))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "splits"])
 def finish_kernel(
-    states,  # (FIELDS, n) float32: of the whole vocabulary
+    states,  # (FIELDS, n) float32: of the whole vocabulary; written if MERGE
+    partials,  # (splits, FIELDS, n) float32, read if MERGE: the states of the splits of the whole vocabulary
     labels,  # (n,) int64
     log_probs,  # (n,) float32, written, like all that follow
     maxima,
@@ -44,16 +48,27 @@ def finish_kernel(
     are_top1,  # (n,) bool
     n,
     V,
+    splits,
+    split,  # vocabulary entries of a split
+    MERGE: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Joins the label and makes the statistics.
+    """Joins the label and makes the statistics. If MERGE, of splits that it merges first, as merge_kernel does.
 
     Traffic: 32 bytes a row, more with statistics; on an H200 (4.3 TB/s) less than a launch takes.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
-    state = load_state(states + rows, tl.cast(n, tl.int64), inside, OUTPUTS)
+    if MERGE:
+        nowhere = tl.full((BLOCK_M,), float("nan"), tl.float32)
+        local = tl.load(labels + rows, mask=inside, other=-1)
+        state = merge_splits(
+            empty_state(BLOCK_M), nowhere, partials, rows, inside, local, n, splits, split, V, OUTPUTS
+        )  # fmt: skip
+        store_state(states + rows, tl.cast(n, tl.int64), inside, state, OUTPUTS)
+    else:
+        state = load_state(states + rows, tl.cast(n, tl.int64), inside, OUTPUTS)
     largest, sums, label_logit, shifted, squares, logits, argmax = state
     floor = tl.maximum(largest, LOWEST)
     maximum = tl.where(label_logit > floor, label_logit, floor)  # of NaN, the label of no vocabulary entry, the floor

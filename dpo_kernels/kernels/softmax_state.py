@@ -193,6 +193,20 @@ def store_state(pointer, stride, inside, state, OUTPUTS: tl.constexpr):
         tl.store(pointer + _ARGMAX * stride, argmax, mask=inside)
 
 
+@triton.jit
+def merge_splits(state, label_logit, partials, rows, inside, local, n, splits, split, width, OUTPUTS: tl.constexpr):
+    """The state of rows and, one after the other, of the splits behind it. The label's logit comes from the split that
+    has it, where it is within `width`; else it stays what it is."""
+    for i in tl.range(0, splits, num_stages=4):  # each split's numbers are on their way while the last are merged
+        pointer = partials + tl.cast(i, tl.int64) * FIELDS * n + rows
+        part = load_state(pointer, n, inside, OUTPUTS)
+        here = (local >= i * split) & (local < (i + 1) * split) & (local < width)
+        label_logit = tl.where(here, tl.load(pointer + _LABEL_LOGIT * n, mask=inside, other=0.0), label_logit)
+        state = merge(state, part, OUTPUTS)
+    maximum, total, _, shifted, squares, logits, argmax = state
+    return maximum, total, label_logit, shifted, squares, logits, argmax
+
+
 @triton.jit(do_not_specialize=["n", "M", "row", "splits", "first", "width"])
 def merge_kernel(
     partials,  # (splits, FIELDS, n) float32: the states of the splits of a tile
@@ -222,11 +236,5 @@ def merge_kernel(
     state = load_state(so_far, stride, before, OUTPUTS)
     label_logit = tl.load(so_far + _LABEL_LOGIT * stride, mask=before, other=float("nan"))  # where the label is nowhere
     local = tl.load(labels + rows, mask=inside, other=-1) - first
-    for i in tl.range(0, splits, num_stages=4):  # each split's numbers are on their way while the last are merged
-        pointer = partials + tl.cast(i, tl.int64) * FIELDS * n + rows
-        part = load_state(pointer, n, inside, OUTPUTS)
-        here = (local >= i * split) & (local < (i + 1) * split) & (local < width)
-        label_logit = tl.where(here, tl.load(pointer + _LABEL_LOGIT * n, mask=inside, other=0.0), label_logit)
-        state = merge(state, part, OUTPUTS)
-    maximum, total, _, shifted, squares, logits, argmax = state
-    store_state(so_far, stride, inside, (maximum, total, label_logit, shifted, squares, logits, argmax), OUTPUTS)
+    state = merge_splits(state, label_logit, partials, rows, inside, local, n, splits, split, width, OUTPUTS)
+    store_state(so_far, stride, inside, state, OUTPUTS)
