@@ -21,6 +21,9 @@ from dpo_kernels.kernels import configs
 from dpo_kernels.kernels.launch import kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+FLAGS = (
+    "BIASED", "CAPPED", "SAVE", "ONE_BASE", "MARK", "MASK", "BY_VOCAB", "INDEXED", "DESCRIPTORS", "SPECIALIZED",
+)  # fmt: skip
 ROWS = ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
 
 
@@ -65,11 +68,7 @@ class Launch(NamedTuple):
     def name(self) -> str:
         """What tells this launch from others of the kernel."""
         known = dict(self.constants)
-        flags = [
-            k.lower()
-            for k in ("BIASED", "CAPPED", "SAVE", "MARK", "MASK", "BY_VOCAB", "INDEXED", "DESCRIPTORS", "SPECIALIZED")
-            if known.get(k)
-        ]
+        flags = [k.lower() for k in FLAGS if known.get(k)]
         flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]
         flags += ["odd rows"] if self.kernel in ROWS and "stride" not in self.aligned else []
         types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]

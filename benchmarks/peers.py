@@ -88,8 +88,12 @@ class Peer:
             if case.mode != "full":
                 return under(None)
             most = under(UNLIMITED)
+            if self.configuration.keeps:
+                return under(most.bytes)
             kept = ("kept probabilities", "hidden states, gathered and converted once")
-            return under(most.bytes - (0 if self.configuration.keeps else sum(most.memory[name] for name in kept)))
+            # Where products read what is kept as it is, the gradient of a tile of logits has no room of its own there.
+            tile = most.one_base * most.tile_tokens * most.tile_vocab * case.torch_dtype.itemsize
+            return under(most.bytes - sum(most.memory[name] for name in kept) + tile)
 
 
 def default_impl(device: torch.device) -> str:

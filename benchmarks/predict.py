@@ -37,7 +37,7 @@ from dpo_kernels.overrides import override
 from dpo_kernels.planner import Plan
 from dpo_kernels.splits import PROGRAM, Splits
 
-SAVED = ("score", "frozen, keep")
+SAVED = ("score", "frozen", "keep")  # by how much forward saves: nothing, exponentials, those of one base a row
 FEATURES = (1024, 2048, 4096)
 FILL = 700  # cycles from a tile's first request to its first product: an assumption
 BARRIER = 30  # cycles of one for all warps of a program: an assumption
@@ -135,7 +135,7 @@ def _compiled(target_name: str, launch: Launch, blocks: configs.ProductBlocks) -
     purpose = {
         "recompute_kernel": "logits again, masked" if known.get("MASK") else "logits again",
         "gather_kernel": "columns that stay, logits again",
-    }.get(launch.kernel) or SAVED[bool(known["SAVE"])] + ", marked" * bool(known["MARK"])
+    }.get(launch.kernel) or SAVED[bool(known["SAVE"]) + bool(known["ONE_BASE"])] + ", marked" * bool(known["MARK"])
     specialized = bool(known.get("SPECIALIZED"))
     tile = tile_of(code, specialized)
     return Compiled(launch.kernel, purpose, blocks, tile, int(registers[1]), spills, specialized)
@@ -206,8 +206,9 @@ def traffic(case: Case, fused: bool, made: Plan) -> tuple[float, float]:
         tiles += (4 + 4 * fused) * logits
     if case.mode == "full":
         token_tiles = len(made.token_spans)
-        # dz: written, and read by two products; kept probabilities: written, read
-        tiles += 6 * logits + (4 * logits if made.mode == "keep" else tile)
+        # dz: written, and read by two products, or kept exponentials in its place; where they are no product's operand,
+        # written and read first
+        tiles += 6 * logits + (0 if made.one_base else 4 * logits if made.mode == "keep" else tile)
         sums += 6 * case.tokens * features
         if token_tiles > 1:
             sums += (8 * token_tiles + 6) * vocab * features
@@ -245,7 +246,7 @@ def times_table(kernels: dict[str, Compiled]) -> str:
         mode = plan.mode if case.mode == "full" else case.mode
         bare = plan.gemms * case.gemm_flop / chip.sustained
         sums, tiles = (size / chip.bytes for size in traffic(case, strategy == "fused", plan))
-        ours = [] if strategy == "tiles" else ["score"] if mode in ("score", "recompute") else ["frozen, keep"]
+        ours = [] if strategy == "tiles" else ["score"] if mode in ("score", "recompute") else [mode]
         ours += ["logits again"] * (mode == "recompute" and strategy == "fused")
         sizes = case.counted_tokens, case.hidden_size, case.vocab_size
         lost = sum(logits_time(kernels[name], chip, *sizes) - case.gemm_flop / chip.sustained for name in ours)
@@ -267,7 +268,7 @@ def published_table(kernels: dict[str, Compiled]) -> str:
     lines = []
     for gpu, (tokens, features, vocab), what, who, time in PUBLISHED:
         flop = 2.0 * tokens * features * vocab * (3 if "backward" in what else 1)
-        ours = logits_time(kernels["frozen, keep" if "backward" in what else "score"], chip, tokens, features, vocab)
+        ours = logits_time(kernels["keep" if "backward" in what else "score"], chip, tokens, features, vocab)
         ours += flop * 2 / 3 / chip.sustained if "backward" in what else 0
         predicted = f"{1e3 * ours:.1f}" if gpu == chip.name else ""
         lines.append((

@@ -34,6 +34,7 @@ class Capabilities:
     filters: how gradients can leave out what the softmax hardly holds: forward can "keep" columns
         (`dpo_kernels.sparse`), or backward "gather" them (`dpo_kernels.gathering`), or not at all.
     group: tokens that share the columns which backward gathers.
+    one_base: exponentials can be saved relative to one number a row, so that products read them as they are.
     default_budget: bytes of a memory budget where none is given, at the least.
     """
 
@@ -52,4 +53,5 @@ class Capabilities:
     widest_copy: int = 0
     filters: str = ""
     group: int = 0
+    one_base: bool = False
     default_budget: int = DEFAULT_BUDGET

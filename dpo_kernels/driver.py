@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels import gathering, sparse
+from dpo_kernels import gathering, settling, sparse
 from dpo_kernels.backends.base import Product, Saved, SavedTile, Tile, TileOps
 from dpo_kernels.call import Call, Grads, TokenGrads
-from dpo_kernels.layout import first_columns, rows_of, take_rows
+from dpo_kernels.layout import Slice, first_columns, rows_of, take_rows
 from dpo_kernels.planner import Plan
 from dpo_kernels.statistics import Finished
 from dpo_kernels.workload import Sweep
@@ -55,6 +55,8 @@ def forward(call: Call, plan: Plan, ops: TileOps, join: Callable[[Any], Finished
     if isinstance(keeper, sparse.Keeper):
         keeper.look_again(state)
     done = state.finish() if join is None else join(state)
+    if plan.one_base:
+        maxima = settling.settle(ops, state, done, exps, maxima)
     if plan.mode == "frozen":
         for rows in plan.token_spans:
             label_weight = partial(operands.label_weight, rows)
@@ -103,6 +105,10 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
         kept = sparse.Pieces(call, plan, ops, saved)
     elif plan.marks:
         kept = gathering.Gathered(plan, ops, saved)
+    if plan.one_base:
+        scales = settling.Scales(plan, ops, grads, saved)
+        if hidden is not None:
+            hidden.complete = scales.complete
     sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)
     if kept is not None and kept.dropped is not None:
         _give_back(call, sums, kept.dropped.to(wide.dtype) * grads.grad_log_probs * -call.transform.slope)
@@ -222,7 +228,7 @@ class _Operands:
         self.labels = call.tokens.labels
         # An adapter's own numbers are wider than the weight's: rounded to the operand's dtype alone. (D, r)
         self._a = None if call.low_rank is None else call.low_rank.a.to(self.dtype).T.contiguous()
-        self._weight, self._hidden = _Slice(), _Slice()
+        self._weight, self._hidden = Slice(), Slice()
         self._all = self._all_rows() if plan.hold_hidden else None
 
     def convert(self, source: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -256,7 +262,7 @@ class _Operands:
 
     def release(self) -> None:
         """Frees the slices that are held, which a loop of its own then makes anew."""
-        self._weight, self._hidden = _Slice(), _Slice()
+        self._weight, self._hidden = Slice(), Slice()
 
     def label_weight(self, rows: slice) -> Tensor:
         """W at the labels, (n, D); 0 where a label is not here: on another rank, or beyond the vocabulary, where its
@@ -309,29 +315,6 @@ class _Operands:
         made = self.wide.new_empty(shape, dtype=self.dtype) if out is None else out
         made[:, : self.plan.hidden_size] = source.to(self.call.compute_dtype)
         return made
-
-
-class _Slice:
-    """The last slice of an operand that was asked for, converted into one buffer that the next slice reuses."""
-
-    def __init__(self) -> None:
-        self.at: slice | None = None
-        self.value: Tensor | None = None
-        self.buffer: Tensor | None = None
-
-    def get(
-        self, at: slice, source: Callable[[], Tensor], convert: Callable[[Tensor, Tensor | None], Tensor]
-    ) -> Tensor:
-        if self.value is None or self.at != at:
-            self.value = None  # frees the last slice before the next is made
-            taken = source()
-            if self.buffer is not None and len(self.buffer) < len(taken):
-                self.buffer = None  # the first slice may be shorter than the next
-            self.value = convert(taken, None if self.buffer is None else self.buffer[: len(taken)])
-            if self.buffer is None and self.value is not taken:
-                self.buffer = self.value
-            self.at = at
-        return self.value
 
 
 class _LowRankGradient:
@@ -444,6 +427,8 @@ def saved_tile(exps: Tensor, maxima: Tensor, plan: Plan, rows: slice, columns: s
     """What is saved of a tile; None where it is computed again."""
     if rows.start >= plan.kept_tokens:
         return None
+    if plan.one_base and maxima.shape[1] == 1:  # settled
+        return SavedTile(by_token(exps, plan)[rows, columns], maxima[rows])
     first, last = columns.start // plan.maxima_columns, -(-columns.stop // plan.maxima_columns)
     return SavedTile(by_token(exps, plan)[rows, columns], by_token(maxima, plan)[rows, first:last])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,3 +122,26 @@ def overlaps(tensor: Tensor) -> bool:
             return True
         reach = max(reach, stride * (size - 1) + 1) if size > 1 else reach
     return False
+
+
+class Slice:
+    """The last slice of an operand that was asked for, converted into one buffer that the next slice reuses."""
+
+    def __init__(self) -> None:
+        self.at: slice | None = None
+        self.value: Tensor | None = None
+        self.buffer: Tensor | None = None
+
+    def get(
+        self, at: slice, source: Callable[[], Tensor], convert: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
+        if self.value is None or self.at != at:
+            self.value = None  # frees the last slice before the next is made
+            taken = source()
+            if self.buffer is not None and len(self.buffer) < len(taken):
+                self.buffer = None  # the first slice may be shorter than the next
+            self.value = convert(taken, None if self.buffer is None else self.buffer[: len(taken)])
+            if self.buffer is None and self.value is not taken:
+                self.buffer = self.value
+            self.at = at
+        return self.value

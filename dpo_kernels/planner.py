@@ -32,6 +32,7 @@ class Plan:
     kept_tokens: how many tokens keep their probabilities from forward to backward; the others compute logits again.
     arena_rows: of a sparse plan instead: what forward keeps, column by column, has the room of so many tokens.
     group: of a plan that gathers: tokens that share the columns which backward computes.
+    one_base: saved exponentials are relative to one number a row (of a plan that keeps any).
     first_part: of such a plan, where not all tokens are kept: vocabulary entries that forward takes first; then as many
         as it has taken, each time.
     gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together; with a
@@ -67,6 +68,7 @@ class Plan:
     arena_rows: int = 0
     group: int = 0
     first_part: int = 0
+    one_base: bool = False
     exchanges: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -263,7 +265,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
             memory["tile and operands"] -= unused
         else:
             # A gradient that one product makes is made of two where some tokens are kept.
-            more = s.accumulators(n, v, sweeps, single=False) - memory["gradient accumulators"]
+            more = s.accumulators(n, v, sweeps, single=False) - memory["gradient accumulators"] + s.scaled_rows(n)
             step = lcm(s.capabilities.saved_multiple or n, s.capabilities.group if marks else 1)
             kept = max(left - more, 0) // s.saved_row(v) // step * step
             memory["gradient accumulators"] += more if kept else 0
@@ -284,7 +286,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
         s.capabilities.saved_by_vocab, s.one_pass(sweeps), sweeps, gemms, budget, tuple(memory.items()), s.rank,
         s.ranks, arena, s.capabilities.group if marks else 0,
-        s.first_part(n, v) if marks and kept < s.tokens else 0, s.exchanges(),
+        s.first_part(n, v) if marks and kept < s.tokens else 0, s.one_base and kept > 0 and not marks, s.exchanges(),
     )  # fmt: skip
 
 

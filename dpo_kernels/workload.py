@@ -316,11 +316,26 @@ class Workload:
             aligned(self.vocab_size) * self.compute_dtype.itemsize
             + -(-self.vocab_size // (self.capabilities.maxima_columns or v)) * self.wide
             + -(-self.vocab_size // v) * self.wide * self.sparse
+            + 4 * self.wide * self.one_base
         )
+
+    @property
+    def one_base(self) -> bool:
+        """Whether exponentials are saved relative to one number a row: float16 holds too few powers for it, float32
+        would lose digits, what is summed beside the two gradients has no use for it, and forward with a cap too has no
+        registers left for it."""
+        more = self.grads.bias or self.rank or self.filter or self.softcap or self.compute_dtype != torch.bfloat16
+        return self.capabilities.one_base and not more
+
+    def scaled_rows(self, n: int) -> int:
+        """Hidden states times a number each, which stand in a product with such exponentials."""
+        return self.product * n * self.hidden_size * (self.one_base and self.grads.weight)
 
     def unused_beside_saved(self, n: int, v: int) -> int:
         """What a tile needs no room for if all tokens are kept: products multiply what is saved as it lies."""
         of_vocab = self.grads.weight or self.grads.low_rank
+        if self.one_base:
+            return self.product * n * aligned(v) * (not self.converts) - self.scaled_rows(n)
         return self.product * n * v * (self.capabilities.packs and of_vocab)
 
     def sweep_choices(self) -> list[tuple[Sweep, ...]]:

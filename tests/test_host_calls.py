@@ -17,7 +17,7 @@ from dpo_kernels.overrides import override
 
 TOKENS, FEATURES, VOCAB = 512, 1024, 32_000  # whose kernels take some 50 us on an H100, by their products
 # Before, with all tokens counted: 46, 136 and 131 operations, and 2, 16 and 14 kernels of ours and products.
-LIMITS = {(): (23, 2), ("hidden",): (35, 5), ("hidden", "weight"): (35, 5)}
+LIMITS = {(): (23, 2), ("hidden",): (35, 5), ("hidden", "weight"): (41, 7)}
 FILTERED = 97  # operations with a filter
 WITH_INDEX = 8  # operations more where some labels do not count
 WHERE_TOLD = 3  # more, which check on the device that as many count
@@ -94,7 +94,7 @@ def test_a_filter_asks_a_little_more_and_waits_once_more(share):
         counted.operations.pop()
         wanted = [True, True, False, False, False]
         ops.token_stats_backward_op._init_fn([labels.float(), None], list(made[ops.STATS :]), wanted, *head, *encoded)
-    operations, kernels, waits = (35, 5, 1) if share is None else (FILTERED, 10, 2)
+    operations, kernels, waits = (41, 7, 1) if share is None else (FILTERED, 10, 2)
     assert len(counted.operations) <= operations, counted.operations
     assert len(launches) <= kernels, launches
     assert sum(name.startswith(WAITS) for name in counted.operations) <= waits

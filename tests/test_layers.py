@@ -17,7 +17,7 @@ LAYERS = (
     ("workload",),
     ("overrides", "reference", "planner", "build", "collectives", "host_memory"),
     ("kernels", "backends.base"),
-    ("sparse", "gathering"),
+    ("sparse", "gathering", "settling"),
     ("driver", "backends.pytorch", "backends.triton_state"),
     ("backends.triton_tiles",),
     ("backends.triton_fused",),

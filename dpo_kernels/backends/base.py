@@ -30,8 +30,8 @@ class Tile(NamedTuple):
 
 class SavedTile(NamedTuple):
     """Of a tile: exp(z - m) (n, v), times the cap's derivative, and m (n, blocks): block maxima, or whatever the back
-    end has exponentials relative to. At the labels they are the back end's own: the gradient there is made of the
-    statistics."""
+    end has exponentials relative to; (n, 1) of a plan with one base a row. At the labels they are the back end's own:
+    the gradient there is made of the statistics."""
 
     exps: Tensor
     maxima: Tensor
@@ -49,9 +49,9 @@ class Product(NamedTuple):
 
 class Saved(NamedTuple):
     """What forward leaves, of the M tokens that count: statistics, max z, log sum exp(z - max z) and the label's
-    logit, (M,) each, and what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks),
-    jacobian (M, D). Where the plan saves by vocabulary, the memory of exps and maxima is transposed. Where it is
-    sparse, they are arenas, and table is what `sparse.Keeper` says of them; where it gathers, table is what
+    logit, (M,) each, and what the mode saves. exps (K, V and up) of K tokens, their block maxima (K, blocks) or bases
+    (K, 1), jacobian (M, D). Where the plan saves by vocabulary, the memory of exps and maxima is transposed. Where it
+    is sparse, they are arenas, and table is what `sparse.Keeper` says of them; where it gathers, table is what
     `gathering.Marker` found of columns; else it is empty.
     """
 

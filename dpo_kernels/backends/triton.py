@@ -100,7 +100,7 @@ class TritonBackend:
         return replace(
             known, maxima_columns=min(known.maxima_columns, configuration.product.block_n),
             splits=tuple(map(configuration.splits, dict.fromkeys(configuration.either))), filters="gather",
-            group=configuration.product.block_m,
+            group=configuration.product.block_m, one_base=arch.kind != "hip",  # whose compiler spills registers for it
         )  # fmt: skip
 
     def tile_ops(self, call: Call, plan: Plan, execution: Execution) -> TritonTileOps:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.backends.base import Execution, Product, SavedTile, Tile
+from dpo_kernels.backends.pytorch import multiply_each
 from dpo_kernels.backends.triton_state import TritonState
 from dpo_kernels.backends.triton_tiles import SHARE_TOLERANCE, TritonTileOps
 from dpo_kernels.call import Call, TokenGrads
 from dpo_kernels.gathering import Marks
 from dpo_kernels.kernels import configs, launch
-from dpo_kernels.layout import rows_of
+from dpo_kernels.layout import Slice, rows_of
 from dpo_kernels.planner import Plan
+from dpo_kernels.statistics import Finished
 from dpo_kernels.workload import MARKED
 
 COLUMNS = 1024  # flags that a program looks at together
 PICKED = 32  # columns of a list that a program takes from saved exponentials
 GROUPS = 32  # the like, of each column of a block
+ROWS = 128  # of a program that reads numbers of rows alone
+BASES = 16, 128  # rows of a program that makes their bases, and features that it reads at once
+SETTLED = 8192  # columns of saved exponentials that a program settles
 
 
 class Lists(NamedTuple):
@@ -39,9 +45,74 @@ class FusedTileOps(TritonTileOps):
         super().__init__(call, plan, execution)
         splits = self.config.splits(self.config.product)
         self._split = splits.width(plan.tokens, plan.vocab_size, plan.tile_vocab)  # columns that a program walks
+        self._scales = call.hidden  # of saved rows, once backward makes them
+        self._scaled = Slice()
 
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
-        self._forward(state, tile, saved)
+        if saved is None or not self.plan.one_base:
+            self._forward(state, tile, saved)
+            return
+        if tile.columns.start == 0:
+            self._begin_rows(state, tile)
+        bases, moved = rows_of(state.bases, tile.rows), rows_of(state.moved, tile.rows)
+        self._forward(state, tile, saved, bases=bases, moved=moved, ONE_BASE=True)
+
+    def _begin_rows(self, state: TritonState, tile: Tile) -> None:
+        if tile.rows.start == 0:
+            state.bases = state.tensor.new_empty(self.plan.kept_tokens)
+            state.moved = state.bases.new_empty(self.plan.kept_tokens, dtype=torch.int32)
+        (n, features), weight, bias = tile.hidden.shape, self.call.weight, self.call.bias
+        launch.run(
+            "keep", "base_kernel", -(-n // BASES[0]), 4,
+            hidden=tile.hidden, weight=weight, bias=weight if bias is None else bias.contiguous(),
+            labels=rows_of(state.labels, tile.rows), bases=rows_of(state.bases, tile.rows),
+            moved=rows_of(state.moved, tile.rows), n=n, V=len(weight), D=features, hidden_stride=tile.hidden.stride(0),
+            hidden_step=tile.hidden.stride(1), weight_stride=weight.stride(0), weight_step=weight.stride(1),
+            outer=self.call.transform.slope, BIASED=bias is not None, BLOCK_M=BASES[0], BLOCK_K=BASES[1],
+        )  # fmt: skip
+
+    def settle(self, state: TritonState, done: Finished, exps: Tensor, maxima: Tensor) -> Tensor:
+        (n, _), v, block = exps.shape, self.plan.vocab_size, self.config.rows.block_m
+        settled = state.bases.new_empty((n, 1))
+        kept = done.rows(slice(0, n))
+        launch.run(
+            "keep", "settle_kernel", -(-n // block) * -(-v // SETTLED), 4,
+            exps=exps, block_maxima=maxima, bases=state.bases, moved=state.moved,
+            labels=rows_of(state.labels, slice(0, n)), log_probs=kept.stats.log_probs, maxima=kept.maximum,
+            log_sums=kept.log_sum, settled=settled, n=n, V=v, stride=exps.stride(0), maxima_stride=maxima.stride(0),
+            **self._maxima(), WIDTH=SETTLED, BLOCK_M=block, BLOCK_N=min(64, self._maxima_columns()),
+        )  # fmt: skip
+        return settled
+
+    def row_scales(self, grads: TokenGrads, bases: Tensor) -> Tensor:
+        self._scales, n = torch.empty_like(bases), len(bases)
+        vectors = launch.vectors(grads, entropies=False)
+        launch.run(
+            "keep", "scale_kernel", -(-n // ROWS), 4,
+            bases=bases, scales=self._scales, maxima=vectors["maxima"], log_sums=vectors["log_sums"],
+            grads=vectors["grads"], n=n, slope=self.call.transform.slope, BLOCK_M=ROWS,
+        )  # fmt: skip
+        return self._scales
+
+    def gradient_products(
+        self, grads: TokenGrads, tile: Tile, saved: SavedTile | None, products: Sequence[Product], bias: Tensor | None
+    ) -> None:
+        if saved is None or not self.plan.one_base:
+            super().gradient_products(grads, tile, saved, products, bias)
+            return
+        n, v = saved.exps.shape
+        exps = saved.exps if saved.exps.dtype == self.operand else self._dz(n, v).copy_(saved.exps)
+        scaled = [
+            p._replace(right=self._scaled.get(tile.rows, partial(getattr, p, "right"), partial(self._scale, tile.rows)))
+            if p.by_vocab
+            else p
+            for p in products
+        ]
+        multiply_each(self, exps, scaled)
+
+    def _scale(self, rows: slice, hidden: Tensor, out: Tensor | None) -> Tensor:
+        """A tile's hidden states (n, D) times their rows' scales."""
+        return torch.mul(hidden, rows_of(self._scales, rows), out=torch.empty_like(hidden) if out is None else out)
 
     def accumulate_marked(self, state: TritonState, tile: Tile, marks: Marks, bound: float) -> None:
         n, split = len(tile.hidden), self._split
@@ -98,7 +169,8 @@ class FusedTileOps(TritonTileOps):
         if saved is not None and arguments["DESCRIPTORS"]:
             exps = launch.descriptor(exps, product.block_m, product.block_n)
         unmarked = {"flags": labels, "flags_stride": 0, "known_maxima": partials, "known_totals": partials}
-        unmarked |= {"drops": partials, "bound": 0.0, "MARK": False}
+        unmarked |= {"drops": partials, "bound": 0.0, "MARK": False, "ONE_BASE": False}
+        unmarked |= {"bases": partials, "moved": partials}
         launch.run(
             "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split,

@@ -30,7 +30,8 @@ class TritonState:
 
     A tile that is the whole call waits to be merged, for `finish` to do it in the same kernel.
 
-    share_base (M,): what the shares of a frozen head's sum are relative to.
+    share_base (M,): what the shares of a frozen head's sum are relative to. bases, moved (K,): of exponentials that are
+    saved relative to one number a row, it, and whether some are not.
     """
 
     def __init__(self, labels: Tensor, vocab_size: int, outputs: tuple[str, ...]) -> None:
@@ -43,6 +44,7 @@ class TritonState:
             self.part().maximum.fill_(-torch.inf)
             self.part().label_logit.fill_(torch.nan)
         self._share_base: Tensor | None = None
+        self.bases = self.moved = self._tensor
 
     @property
     def tensor(self) -> Tensor:

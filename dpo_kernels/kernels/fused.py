@@ -10,6 +10,7 @@ operands are multiplied as `PRECISION` says.
 import triton
 import triton.language as tl
 
+from dpo_kernels.kernels.keep import FAR
 from dpo_kernels.kernels.logits import load_row_grads, plain_row_gradient, row_gradient
 from dpo_kernels.kernels.softmax_state import (
     FIELDS,
@@ -146,11 +147,11 @@ def mark_columns(
 
 @triton.jit
 def accumulate_block(
-    state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, known_maximum, known_total, V,
-    first, exps_stride, maxima_stride, flags_stride, inner, outer, bound,
+    state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, bases, moved, flags,
+    known_maximum, known_total, V, first, exps_stride, maxima_stride, flags_stride, inner, outer, bound,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, OUTPUTS: tl.constexpr, SAVE: tl.constexpr,
-    MARK: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE_BASE: tl.constexpr, MARK: tl.constexpr, MAXIMA_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The state after the products a (R, BLOCK_N) from `column` on, and what was left out if MARK, which writes flags;
     writes their exponentials if SAVE."""
@@ -161,6 +162,14 @@ def accumulate_block(
         z, derivative = transform(add_bias(a, bias, columns, V, BIASED), inner, outer, CAPPED)
         block, e, base = block_state(z, columns, local, end, first, OUTPUTS)
     if SAVE:
+        tl.static_assert(not (ONE_BASE and CAPPED), "a cap's exponentials are relative to each block's maximum")
+        if ONE_BASE:
+            rows = row + tl.arange(0, BLOCK_M)
+            of_row = tl.load(bases + rows, mask=inside, other=0.0)  # again: held, it would fill registers
+            near = base - of_row < FAR
+            e *= tl.exp(tl.where(near, base - of_row, 0.0))[:, None]
+            base = tl.where(near, of_row, base)
+            tl.store(moved + rows, 1, mask=inside & ~near)
         if CAPPED:
             e = tl.where(columns[None, :] == local[:, None], 1.0, e)
             if not WIDE:
@@ -195,7 +204,9 @@ def forward_kernel(
     exps,  # (n, V) in the compute dtype, written if SAVE: exp(z - base), 0 at the label; if CAPPED 1 at the
     #     label, all times the cap's derivative, which WIDE numbers hold to the last digit
     block_maxima,  # (n, slots) float32, written if SAVE: a row's maximum over a block of columns, in the first of the
-    #     block's slots of MAXIMA_COLUMNS columns
+    #     block's slots of MAXIMA_COLUMNS columns; if ONE_BASE, the row's base
+    bases,  # (n,) float32, read if ONE_BASE: what rows are relative to, but for blocks far above it
+    moved,  # (n,) int32, written if ONE_BASE: 1 where there is such a block
     n,
     V,
     D,
@@ -222,6 +233,7 @@ def forward_kernel(
     PLAIN: tl.constexpr,  # not BIASED, not CAPPED, no OUTPUTS, outer > 0, half precision
     OUTPUTS: tl.constexpr,
     SAVE: tl.constexpr,
+    ONE_BASE: tl.constexpr,
     MARK: tl.constexpr,
     MAXIMA_COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -269,9 +281,9 @@ def forward_kernel(
             DESCRIPTORS, WIDEN, PRECISION, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         state, dropped = accumulate_block(
-            state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, flags, known_maximum,
-            known_total, V, first, exps_stride, maxima_stride, flags_stride, inner, outer, bound, BIASED, CAPPED, PLAIN,
-            OUTPUTS, SAVE, MARK, MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
+            state, dropped, a, row, column, end, inside, local, bias, exps, block_maxima, bases, moved, flags,
+            known_maximum, known_total, V, first, exps_stride, maxima_stride, flags_stride, inner, outer, bound, BIASED,
+            CAPPED, PLAIN, OUTPUTS, SAVE, ONE_BASE, MARK, MAXIMA_COLUMNS, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if MARK:
         tl.store(drops + tl.cast(part, tl.int64) * n + rows, dropped, mask=inside)
