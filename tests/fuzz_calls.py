@@ -93,11 +93,12 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
     chosen = r.choice([(), ("hidden",), ("hidden", "weight"), tuple(n for n in inputs if r.random() < 0.5)])
     dtype = r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    features = size(sizes[1])
     made = CallSpec(
         seed=number,
         level=level,
         shape=shape,
-        features=size(sizes[1]),
+        features=features if r.random() < 0.5 else aligned(features),  # "triton" has kernels for multiples of 16
         vocab=size(sizes[2]),
         dtype=dtype,
         layout=r.choice(LAYOUTS[:4] if r.random() < 0.5 else LAYOUTS[:1]),
@@ -127,6 +128,13 @@ def draw(number: int, sizes: tuple[int, int, int]) -> CallSpec:
         adapter_dtype=r.choice([torch.float32, dtype]),
         counted=r.random() < 0.2,
     )
+    if level != "logits" and r.random() < 0.15:  # "triton" may keep exponentials that products read as they are
+        return replace(
+            made, dtype=torch.bfloat16, features=aligned(features), softcap=None, rank=0, autocast=False,
+            outputs=tuple(n for n in made.outputs if n != "entropy"), vocab=r.choice([made.vocab, sizes[2]]),
+            grads=r.choice([("hidden", "weight"), ("weight",)]), budget=r.choice([None, 1.0, r.random()]),
+            adapter_dtype=torch.float32,
+        )  # fmt: skip
     if level == "logits" or r.random() < 0.6:
         return made
     # An entropy's gradient does not go with it; what tells that it does its work is a softmax that has a tail.

@@ -108,6 +108,13 @@ def filtered(impl, calls):
     return [n for n, spec in known if impl != "triton" or (spec.features % 16 == 0 and spec.trend)]
 
 
+def of_one_base(impl, calls):
+    """The numbers of calls that may keep exponentials relative to one base a row."""
+    drawn = ((n, draw(n, SIZES[impl])) for n in range(calls))
+    drawn = [(n, s) for n, s in drawn if s.dtype == torch.bfloat16 and "weight" in s.grads and s.features % 16 == 0]
+    return [n for n, s in drawn if not (s.softcap or s.compiled or s.filter or s.rank or "bias" in s.grads)]
+
+
 def columns_twice(self, maximum, log_sum, own=gathering.Marker.finish):
     dropped, table = own(self, maximum, log_sum)
     return 2 * dropped, table
@@ -155,6 +162,29 @@ def test_a_fault_planted_in_gathered_columns_is_found(monkeypatch, override, whe
     found = fuzz("triton", filtered("triton", 2000), SIZES["triton"])
     assert found is not None
     assert words in found[2]
+
+
+def scales_off(self, grads, bases, own=triton_fused.FusedTileOps.row_scales):
+    return own(self, grads, bases).mul_(1.1)
+
+
+def labels_unsettled(self, state, done, exps, maxima, own=triton_fused.FusedTileOps.settle):
+    labels = state.labels[: len(exps), None].clamp(0, self.plan.vocab_size - 1)
+    before = exps.gather(1, labels)
+    bases = own(self, state, done, exps, maxima)
+    exps.scatter_(1, labels, before)
+    return bases
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("row_scales", scales_off), ("settle", labels_unsettled)], ids=["scales", "labels"]
+)
+def test_a_fault_planted_in_what_products_read_as_it_is_is_found(monkeypatch, override, name, fault):
+    override(capabilities=TRITON)
+    monkeypatch.setattr(triton_fused.FusedTileOps, name, fault)
+    found = fuzz("triton", of_one_base("triton", 2000), SIZES["triton"])
+    assert found is not None
+    assert "gradient of" in found[2]
 
 
 def cpp_other_sign(grads, own=cpp._vectors):
