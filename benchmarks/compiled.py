@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_kernels.kernels import configs
@@ -24,6 +26,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 FLAGS = (
     "BIASED", "CAPPED", "SAVE", "ONE_BASE", "MARK", "MASK", "BY_VOCAB", "INDEXED", "DESCRIPTORS", "SPECIALIZED",
 )  # fmt: skip
+GLUON = ("hopper",)  # modules
 ROWS = ("accumulate_kernel", "fold_kernel", "exps_kernel", "gradient_kernel", "saved_kernel", "rebase_kernel")
 
 
@@ -71,7 +74,7 @@ class Launch(NamedTuple):
         flags = [k.lower() for k in FLAGS if known.get(k)]
         flags += [f"{k.lower()}={known[k]}" for k in ("OUTPUTS", "SAVED") if known.get(k)]
         flags += ["odd rows"] if self.kernel in ROWS and "stride" not in self.aligned else []
-        types = [t for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
+        types = [t.split(",NVMMA")[0] for n, t in self.signature if n in ("hidden", "a", "exps", "out")]
         return ",".join([*dict.fromkeys(types), *flags])
 
 
@@ -87,6 +90,8 @@ def specialise(module: str, name: str, warps: int, stages: int | None, arguments
             kind = f"*{NAMES[value.dtype]}"
             if value.data_ptr() % 16 == 0:
                 aligned.append(parameter.name)
+        elif isinstance(value, GluonDescriptor):
+            kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, TensorDescriptor):
             kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
@@ -104,7 +109,9 @@ def compile_for(target: Target, launch: Launch) -> Any:
     names = [p.name for p in kernel.params]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     options = {"num_warps": launch.warps} | ({} if launch.stages is None else {"num_stages": launch.stages})
-    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    source = (GluonASTSource if launch.module in GLUON else ASTSource)(
+        kernel, dict(launch.signature), dict(launch.constants), attributes
+    )
     return triton.compile(source, target=target.gpu, options=options)
 
 

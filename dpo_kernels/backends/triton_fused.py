@@ -24,6 +24,7 @@ from dpo_kernels.workload import MARKED
 COLUMNS = 1024  # flags that a program looks at together
 PICKED = 32  # columns of a list that a program takes from saved exponentials
 GROUPS = 32  # the like, of each column of a block
+HOPPER, HOPPER_STAGES = configs.Arch("cuda", 9), 4  # buffers for slices, 48 KiB each
 ROWS = 128  # of a program that reads numbers of rows alone
 BASES = 16, 128  # rows of a program that makes their bases, and features that it reads at once
 SETTLED = 8192  # columns of saved exponentials that a program settles
@@ -166,6 +167,12 @@ class FusedTileOps(TritonTileOps):
         if saved is not None:
             exps, maxima = saved
             exps_stride, maxima_stride = exps.stride(0), maxima.stride(0)
+        plain = self._is_plain(arguments, state.outputs)
+        specialized = self._specializes(product, state.outputs)
+        if specialized and plain and self.config.arch == HOPPER and not marks.get("MARK"):
+            self._forward_on_hopper(tile, product, arguments, partials, labels, exps, maxima, saved is not None, marks)
+            state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
+            return partials
         if saved is not None and arguments["DESCRIPTORS"]:
             exps = launch.descriptor(exps, product.block_m, product.block_n)
         unmarked = {"flags": labels, "flags_stride": 0, "known_maxima": partials, "known_totals": partials}
@@ -175,13 +182,33 @@ class FusedTileOps(TritonTileOps):
             "fused", "forward_kernel", -(-n // product.block_m) * splits, product.warps, product.stages,
             labels=labels, partials=partials, exps=exps, block_maxima=maxima, split=split,
             exps_stride=exps_stride, maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs),
-            SAVE=saved is not None, PLAIN=self._is_plain(arguments, state.outputs),
+            SAVE=saved is not None, PLAIN=plain,
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
-            SPECIALIZED=self._specializes(product, state.outputs), MAXIMA_COLUMNS=self.plan.maxima_columns,
+            SPECIALIZED=specialized, MAXIMA_COLUMNS=self.plan.maxima_columns,
             **{**unmarked, **marks}, **arguments,
         )  # fmt: skip
         state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
         return partials
+
+    def _forward_on_hopper(
+        self, tile: Tile, product: configs.ProductBlocks, arguments: dict[str, Any], partials: Tensor, labels: Tensor,
+        exps: Tensor, maxima: Tensor, save: bool, more: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """A program on each multiprocessor walks as many blocks as it takes."""
+        (n, features), v = tile.hidden.shape, len(tile.weight)
+        programs = -(-n // product.block_m) * -(-v // self._split)
+        at_once = launch.multiprocessors(tile.hidden.device) or self.config.at_once
+        launch.run(
+            "hopper", "hopper_forward_kernel", min(programs, at_once), 4,
+            hidden=launch.shared_descriptor(tile.hidden, product.block_m, product.block_k),
+            weight=launch.shared_descriptor(tile.weight, product.block_n, product.block_k), labels=labels,
+            partials=partials, exps=exps, block_maxima=maxima, bases=more.get("bases", partials),
+            moved=more.get("moved", partials), n=n, V=v, D=features, first=tile.columns.start, split=self._split,
+            exps_stride=exps.stride(0) if save else 0, maxima_stride=maxima.stride(0) if save else 0,
+            outer=arguments["outer"], SAVE=save, ONE_BASE=bool(more.get("ONE_BASE")),
+            MAXIMA_COLUMNS=self.plan.maxima_columns, GROUP=product.group, STAGES=HOPPER_STAGES,
+            BLOCK_M=product.block_m, BLOCK_N=product.block_n, BLOCK_K=product.block_k,
+        )  # fmt: skip
 
     def _is_plain(self, arguments: dict[str, Any], outputs: tuple[str, ...]) -> bool:
         """Whether logits are products times a positive number, and nothing else is wanted. In float32 the kernel that

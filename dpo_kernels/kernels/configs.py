@@ -31,8 +31,9 @@ class Arch(NamedTuple):
 class ProductBlocks(NamedTuple):
     """How a kernel of fused.py multiplies: a block is (BLOCK_M, BLOCK_K) x (BLOCK_N, BLOCK_K).
 
-    specialized: forward has warps of their own load and multiply the next block while the others accumulate the last,
-    from compute capability 10 on. No row says so: it waits for a measurement (`benchmarks/gpu.sh` takes one).
+    specialized: forward has warps of their own load and multiply the next block while others accumulate the last: of
+    plain calls on compute capability 9 (kernels/hopper.py), and from 10 on. No row says so: it waits for a measurement
+    (`benchmarks/gpu.sh` takes one).
     """
 
     block_m: int

@@ -101,6 +101,21 @@ def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
 
 
+def shared_descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    """The like, of blocks that a Gluon kernel lays out in shared memory as tensor cores read them."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns], layout)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int | None:
+    """Of the device that is there; None of another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
 def vectors(grads: TokenGrads, entropies: bool = True) -> dict[str, Tensor]:
     """One number a token each; kernels read them without a stride. entropies: with them and their gradients."""
     grad = grads.grad_log_probs.contiguous()

@@ -100,6 +100,16 @@ def test_a_loop_without_stages_is_found(tmp_path):
 
 
 @pytest.mark.slow
+def test_specialised_warps_compile_for_hopper(tmp_path):
+    """In Gluon, plain calls alone: 64 x 256 of four warps each, by shared slices."""
+    options = ("--targets", "sm_90", "--dtypes", "bfloat16", "float16", "--kernels", "hopper_forward_kernel")
+    code, rows, printed = compile_ahead(tmp_path, *options, "--replace", "specialized=1")
+    assert code == 0, printed
+    assert len({row["variant"] for row in rows}) == 5  # score and save of both, and one base a row of bfloat16
+    assert {row["products"] for row in rows} == {8}
+
+
+@pytest.mark.slow
 def test_specialised_warps_compile(tmp_path):
     """A plain forward on Blackwell whose products have warps of their own; float32 and statistics do without."""
     options = ("--targets", "sm_100", "--kernels", "forward_kernel", "--replace", "specialized=1")
