@@ -25,6 +25,7 @@ class Configuration:
     keeps: False where a full step recomputes every logit.
     product, rows: fields of `ProductBlocks` and `RowBlocks` to replace.
     tile: the plan's first, (tokens, vocabulary).
+    one_base: False where what is kept is relative to blocks' maxima, and becomes a gradient before it is multiplied.
     """
 
     strategy: str | None = None
@@ -32,12 +33,15 @@ class Configuration:
     product: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     tile: tuple[int, int] | None = None
+    one_base: bool = True
 
     @contextlib.contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
         kernels = {"product": self.product, "rows": self.rows} | ({"strategy": self.strategy} if self.strategy else {})
-        tiles = {"tiles": (self.tile, *CAPABILITIES[arch_of(device).kind].tiles)} if self.tile else {}
-        with override(kernels=kernels, capabilities=tiles):
+        capabilities: dict[str, Any] = {} if self.one_base else {"one_base": False}
+        if self.tile:
+            capabilities["tiles"] = (self.tile, *CAPABILITIES[arch_of(device).kind].tiles)
+        with override(kernels=kernels, capabilities=capabilities):
             yield
 
 
@@ -57,6 +61,8 @@ def _tiles(*tiles: tuple[int, int]) -> dict[str, Configuration]:
     return {f"dpo_kernels tiles, {n:,} x {v:,}": Configuration("tiles", tile=(n, v)) for n, v in tiles}
 
 
+_BY_BLOCKS = {"dpo_kernels fused, keep by blocks": Configuration("fused", one_base=False)}
+
 # By what a case compares; each by the name of its row. Those for Triton's interpreter prove the code.
 TABLES: dict[str, dict[str, Configuration]] = {
     "triton": {"dpo_kernels triton": Configuration()},
@@ -68,17 +74,19 @@ TABLES: dict[str, dict[str, Configuration]] = {
     "products": _products(
         "fused", {}, {"group": 8}, {"group": 32}, {"stages": 2}, {"stages": 4}, {"block_k": 128, "stages": 2},
         {"block_n": 128}, {"block_n": 128, "stages": 4}, {"block_n": 128, "warps": 4}, {"block_n": 64},
-        {"block_n": 128, "descriptors": False}, {"block_n": 128, "specialized": True},
+        {"block_n": 128, "descriptors": False}, {"specialized": True}, {"block_n": 128, "specialized": True},
     ),
     # Of a full step: writing what it keeps takes registers and shared memory.
-    "products that keep": _products("fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4},
-                                   {"block_n": 128, "specialized": True}),
+    "products that keep": _products(
+        "fused, keep", {}, {"stages": 2}, {"block_n": 128}, {"block_n": 128, "stages": 4}, {"specialized": True},
+        {"block_n": 128, "specialized": True},
+    ) | _BY_BLOCKS,
     "tiles": _tiles(
         (4096, 4096), (8192, 4096), (4096, 8192), (8192, 8192), (2048, 4096), (4096, 2048), (2048, 2048)
     ),
     "rows": _rows({}, {"block_n": 2048, "warps": 4}, {"block_n": 8192}, {"block_n": 8192, "warps": 16}, {"warps": 4}),
     "tiny products": _products("fused", {}, {"group": 1}),
-    "tiny products that keep": _products("fused, keep", {}),
+    "tiny products that keep": _products("fused, keep", {}) | _BY_BLOCKS,
     "tiny tiles": _tiles((64, 64)),
     "tiny rows": _rows({"block_n": 64}),
 }  # fmt: skip

@@ -4,7 +4,8 @@
 
 A tile of a product costs the cycles that its tensor-core products take, then those of what is done once a tile, since
 nothing of the next tile is under way meanwhile: instructions by unit (machine_code.py), barriers, and until the first
-operands are there. Where warps are specialised (`ProductBlocks.specialized`), it is the longer of the two, at most.
+operands are there. Where warps are specialised (`ProductBlocks.specialized`), it is the longer of the two, at most; on
+sm_90, where two groups of warps take turns, a simulation of their slices, buffers and tensor cores tells.
 Programs take the first multiprocessor that is free. Products of the library run at what cuBLAS sustains, bytes at what
 a copy does.
 
@@ -20,6 +21,7 @@ import heapq
 import itertools
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,6 +34,7 @@ from benchmarks.machine_code import Tile, tile_of
 from benchmarks.peers import CONFIGURED
 from benchmarks.results import markdown_table
 from dpo_kernels import token_stats
+from dpo_kernels.backends.triton_fused import HOPPER_STAGES
 from dpo_kernels.kernels import configs
 from dpo_kernels.overrides import override
 from dpo_kernels.planner import Plan
@@ -39,6 +42,7 @@ from dpo_kernels.splits import PROGRAM, Splits
 
 SAVED = ("score", "frozen", "keep")  # by how much forward saves: nothing, exponentials, those of one base a row
 FEATURES = (1024, 2048, 4096)
+HOPPER_KERNEL, LEAD = "hopper_forward_kernel", 1  # kernels/hopper.py
 FILL = 700  # cycles from a tile's first request to its first product: an assumption
 BARRIER = 30  # cycles of one for all warps of a program: an assumption
 
@@ -67,6 +71,38 @@ PUBLISHED = (
 )
 
 
+def turns(slices: int, product: float, beside: float, stages: int = HOPPER_STAGES, lead: int = LEAD) -> float:
+    """Cycles of a block, of many, where two groups share each slice's tensor cores (kernels/hopper.py).
+
+    slices: of a block. product: cycles of a slice for both groups. beside: those that each group accumulates for, after
+    a block. A slice comes FILL cycles after both are done with the one that was in its buffer.
+    """
+    blocks, now = 24, 0.0
+    done, left, idle_until = [0, 0], [product / 2, product / 2], [0.0, 0.0]
+    comes: defaultdict[int, float] = defaultdict(lambda: float("inf"), dict.fromkeys(range(stages), float(FILL)))
+    ends = []
+    while min(done) < blocks * slices:
+        waits = [max(idle_until[g], comes[done[g]]) for g in (0, 1)]
+        if done[0] <= lead:
+            waits[1] = float("inf")
+        busy = [g for g in (0, 1) if waits[g] <= now and done[g] < blocks * slices]
+        next_one = min((at for at in waits if at > now), default=float("inf"))
+        step = min([left[g] * len(busy) for g in busy] + [next_one - now])
+        now += step
+        for g in busy:
+            left[g] -= step / len(busy)
+            if left[g] < 1e-6:
+                left[g] = product / 2
+                done[g] += 1
+                if done[g] % slices == 0:
+                    idle_until[g] = now + beside
+                if min(done) == done[g]:  # the other was done with it before
+                    comes[done[g] - 1 + stages] = now + FILL
+                    if done[g] % slices == 0:
+                        ends.append(now)
+    return (ends[-2] - ends[3]) / (len(ends) - 5)
+
+
 class Compiled(NamedTuple):
     """A product's kernel, what of its launches this is, its blocks, its tile's code and what it takes."""
 
@@ -78,11 +114,19 @@ class Compiled(NamedTuple):
     spills: int
     specialized: bool = False
 
+    @property
+    def accumulating(self) -> int:
+        """Warps that do at once what is done once a tile."""
+        return 4 if self.name == HOPPER_KERNEL else self.blocks.warps
+
     def cycles(self, chip: Chip, features: int) -> tuple[float, float]:
         """Of a multiprocessor and tile: all of them, and those of its tensor cores."""
         m, n, k = self.blocks[:3]
-        product = 2 * m * n * k / chip.flops * -(-features // k)
-        beside = self.tile.cycles(self.blocks.warps) + BARRIER * self.tile.barriers
+        slices = -(-features // k)
+        product = 2 * m * n * k / chip.flops * slices
+        beside = self.tile.cycles(self.accumulating) + BARRIER * self.tile.barriers
+        if self.name == HOPPER_KERNEL:
+            return turns(slices, product / slices, beside), product
         return (max(product, beside) if self.specialized else product + beside + FILL), product
 
     def share(self, chip: Chip, features: int) -> float:
@@ -101,7 +145,7 @@ def compiled(target_name: str, specialized: bool = False) -> list[Compiled]:
     found: dict[Launch, None] = {}
 
     def record(module: str, name: str, _: int, warps: int, stages: int | None, arguments: dict[str, Any]) -> None:
-        if name in ("forward_kernel", "recompute_kernel", "gather_kernel"):
+        if name in ("forward_kernel", HOPPER_KERNEL, "recompute_kernel", "gather_kernel"):
             found[specialise(module, name, warps, stages, arguments)] = None
         stand_in(name, arguments, share=0.0)
 
@@ -135,9 +179,10 @@ def _compiled(target_name: str, launch: Launch, blocks: configs.ProductBlocks) -
     purpose = {
         "recompute_kernel": "logits again, masked" if known.get("MASK") else "logits again",
         "gather_kernel": "columns that stay, logits again",
-    }.get(launch.kernel) or SAVED[bool(known["SAVE"]) + bool(known["ONE_BASE"])] + ", marked" * bool(known["MARK"])
-    specialized = bool(known.get("SPECIALIZED"))
-    tile = tile_of(code, specialized)
+    }.get(launch.kernel) or SAVED[bool(known["SAVE"]) + bool(known["ONE_BASE"])] + ", marked" * bool(known.get("MARK"))
+    taking_turns = launch.kernel == HOPPER_KERNEL
+    specialized = taking_turns or bool(known.get("SPECIALIZED"))
+    tile = tile_of(code, specialized and not taking_turns)
     return Compiled(launch.kernel, purpose, blocks, tile, int(registers[1]), spills, specialized)
 
 
@@ -155,7 +200,7 @@ def kernels_table(target_name: str, kernels: list[Compiled]) -> str:
             f"`{kernel.name}`, {kernel.purpose}", f"{tile.once.total():,}", *(f"{n:,}" for n in units),
             f"{tile.once.total() - sum(units):,}", f"{tile.rare.total():,}", f"{tile.step.total():,}",
             str(tile.barriers), str(kernel.registers), str(kernel.spills),
-            f"{tile.cycles(kernel.blocks.warps):,.0f}", *(f"{kernel.share(chip, d):.1%}" for d in FEATURES),
+            f"{tile.cycles(kernel.accumulating):,.0f}", *(f"{kernel.share(chip, d):.1%}" for d in FEATURES),
         ))  # fmt: skip
     return markdown_table(names, lines)
 
@@ -289,8 +334,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, kernels in of_chips.items():
         print(f"{name} ({CHIPS[name].name}); shares of the tensor cores' peak at so many features:\n")
         print(kernels_table(name, kernels) + "\n")
-    print("sm_100, warps specialised:\n")
-    print(kernels_table("sm_100", compiled("sm_100", specialized=True)) + "\n")
+    for name in CHIPS:
+        print(f"{name}, warps specialised:\n")
+        print(kernels_table(name, compiled(name, specialized=True)) + "\n")
     print(idle_table() + "\n")
     named = {kernel.purpose: kernel for kernel in of_chips["sm_90"]}
     print(times_table(named) + "\n")

@@ -173,12 +173,11 @@ def _read_hip(made: Any, target: Target) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Known, of forward kernels: marks of logits with a bias and a cap, where smaller blocks would cost all calls with a cap; a
-# register of 255, written and read once a tile; with warps of their own (kernels/hopper.py) scalars, outside of products.
+# Known, of forward kernels: marks of logits with a bias and a cap, where smaller blocks would cost all calls with a
+# cap; a register of 255, written and read once a tile; in kernels/hopper.py scalars, outside of products.
 SPILLS = {
     ("gfx942", "biased,capped,mark"): 1000, ("sm_80", "*bf16,save,one_base"): 2, ("sm_90", "*bf16,save,one_base"): 14,
 }  # fmt: skip
-
 
 
 def fault(row: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import predict
 from dpo_kernels.call import Grads, Options
 from dpo_kernels.kernels import hopper
 from dpo_kernels.kernels.configs import Arch
@@ -111,6 +112,16 @@ def test_groups_that_wait_for_each_other_are_found(monkeypatch):
     monkeypatch.setattr(hopper.LEAD, "value", BLOCKS["STAGES"])
     with pytest.raises(gluon_model.DeadlockError):
         run(monkeypatch, arguments_of(41, 64, 210, 64))
+
+
+def test_what_is_predicted_of_groups_that_take_turns():
+    """Nothing is lost where nothing is accumulated; all of what is, where both begin together and stay so."""
+    assert hopper.LEAD.value == predict.LEAD
+    assert predict.turns(16, 1024.0, 0.0) == pytest.approx(16 * 1024)
+    together = predict.turns(64, 1024.0, 3000.0, lead=-1)
+    apart = predict.turns(64, 1024.0, 3000.0)
+    assert 64 * 1024 < apart < together <= 64 * 1024 + 3000
+    assert predict.turns(64, 1024.0, 3000.0, stages=12, lead=6) < apart
 
 
 @pytest.mark.parametrize(
