@@ -83,7 +83,7 @@ def turns(slices: int, product: float, beside: float, stages: int = HOPPER_STAGE
     ends = []
     while min(done) < blocks * slices:
         waits = [max(idle_until[g], comes[done[g]]) for g in (0, 1)]
-        if done[0] <= lead:
+        if done[0] < lead:
             waits[1] = float("inf")
         busy = [g for g in (0, 1) if waits[g] <= now and done[g] < blocks * slices]
         next_one = min((at for at in waits if at > now), default=float("inf"))
@@ -249,6 +249,9 @@ def traffic(case: Case, fused: bool, made: Plan) -> tuple[float, float]:
         sums += 8 * case.tokens * features * made.vocab_tiles
     if case.mode == "frozen":  # the operand: written, read; again where forward kept it relative to other bases
         tiles += (4 + 4 * fused) * logits
+    if made.one_base:  # hidden states read for bases, and scaled: once, or for each tile of the vocabulary
+        times = 1 if made.hold_scaled or len(made.token_spans) == 1 else made.vocab_tiles
+        sums += (4 + 4 * times) * case.tokens * features
     if case.mode == "full":
         token_tiles = len(made.token_spans)
         # dz: written, and read by two products, or kept exponentials in its place; where they are no product's operand,

@@ -158,16 +158,18 @@ class Tokens:
         range where the label is elsewhere. index: (M,) their flat positions; None where all count.
     masked: sizes may not depend on data (a CUDA graph is captured). All tokens take part, ignored ones with a stand-in
         label, and their results and gradients are set to 0.
+    wrong: () bool, on the device: a caller has said another number of them; None where none has.
     """
 
     labels: Tensor
     index: Tensor | None
     masked: bool = False
+    wrong: Tensor | None = None
 
     @staticmethod
     def of(labels: Tensor, ignore_index: int | None, count: int | None = None) -> Tokens:
         """Finds them. On a GPU this is the one point of a call at which the host waits for the device; it does not
-        where `ignore_index` is None, or it is told how many they are."""
+        where `ignore_index` is None, or it is told how many they are, and that is not 0."""
         if ignore_index is None:
             return Tokens(in_one_dimension(labels).long().contiguous(), None)
         if count:  # where none counts, none could show that it is not so
@@ -184,7 +186,8 @@ class Tokens:
         counts = labels != ignore_index
         index = None if count == len(labels) else torch.nonzero_static(counts, size=count, fill_value=0).squeeze(1)
         found = labels if index is None else labels.index_select(0, index)
-        return Tokens(found.long().masked_fill(counts.count_nonzero() != count, NOWHERE), index)
+        wrong = counts.count_nonzero() != count
+        return Tokens(found.long().masked_fill(wrong, NOWHERE), index, wrong=wrong)
 
     @staticmethod
     def all_masked(labels: Tensor, ignore_index: int | None) -> Tokens:
@@ -211,10 +214,12 @@ class Tokens:
         return flat.contiguous() if self.index is None else flat.index_select(0, self.index)
 
     def spread(self, values: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        """Values (M,) -> the labels' shape, 0 elsewhere."""
+        """Values (M,) -> the labels' shape, 0 elsewhere; NaN there too where a caller was wrong."""
         # No view of anything: FSDP hangs hooks on what a module returns.
         if self.index is not None:
             out = values.new_zeros(labels.shape)
+            if self.wrong is not None and out.is_floating_point():
+                out.masked_fill_(self.wrong, float("nan"))
             out.view(-1).index_copy_(0, self.index, values)
         else:
             out = values.view(labels.shape).clone()

@@ -106,7 +106,7 @@ def backward(call: Call, wanted: Grads, plan: Plan, ops: TileOps, grads: TokenGr
     elif plan.marks:
         kept = gathering.Gathered(plan, ops, saved)
     if plan.one_base:
-        scales = settling.Scales(plan, ops, grads, saved)
+        scales = settling.RowScales(plan, ops, grads, saved)
         if hidden is not None:
             hidden.complete = scales.complete
     sums = _Sums(hidden, weight, wide.new_zeros(plan.vocab_size) if wanted.bias else None, low_rank)

@@ -44,9 +44,10 @@ def logits_to_log_probs(
         logits: (..., V), float16, bfloat16, float32 or float64, any strides.
         labels: (...), integer, already shifted: the label at a position is the token that this position predicts.
         ignore_index: rows with this label are 0 and have no gradient. None: every label counts.
-        tokens: how many labels count, where you know: then on a GPU the host need not wait for the device to find them,
-            a captured CUDA graph computes them alone, and torch.compile knows all sizes. It is checked where labels
-            are; else, on a GPU, another number makes all results and gradients NaN. None: they are counted.
+        tokens: how many labels count, where you know (a number of Python's; under torch.compile an argument of what is
+            compiled): then on a GPU the host need not wait for the device to find them, a captured CUDA graph computes
+            them alone, and torch.compile knows all sizes. It is checked where labels are; else, on a GPU, another
+            number makes every result NaN, and every gradient of what was computed. None, or 0: they are counted.
         temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.
@@ -110,9 +111,10 @@ def hidden_to_log_probs(
         low_rank: `LowRank(a, b, scale)`, of a LoRA on the head: the weight is W + scale * b a, which is never held, and
             neither is its gradient; None without.
         ignore_index: rows with this label are 0 and have no gradient. None: every label counts.
-        tokens: how many labels count, where you know: then on a GPU the host need not wait for the device to find them,
-            a captured CUDA graph computes them alone, and torch.compile knows all sizes. It is checked where labels
-            are; else, on a GPU, another number makes all results and gradients NaN. None: they are counted.
+        tokens: how many labels count, where you know (a number of Python's; under torch.compile an argument of what is
+            compiled): then on a GPU the host need not wait for the device to find them, a captured CUDA graph computes
+            them alone, and torch.compile knows all sizes. It is checked where labels are; else, on a GPU, another
+            number makes every result NaN, and every gradient of what was computed. None, or 0: they are counted.
         temperature: greater than 0.
         logit_scale: finite.
         softcap: None, or > 0.

@@ -21,8 +21,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Overrides:
     """backends: names of those that a call without `impl` may take, on any device, fastest first; None: as ever.
-    capabilities: fields of `Capabilities`. `tiles`, `scratch` and `widens` may be anything; the others say what
-        the kernels do.
+    capabilities: fields of `Capabilities`. `tiles`, `scratch` and `widens` may be anything, `one_base` may be turned
+        off; the others say what the kernels do.
     kernels: fields of `kernels.configs.KernelConfig`; of `product` and `rows` some fields, as a mapping.
     arch: what every device is taken for (`kernels.configs.Arch`); then Triton's kernels need not run here.
     launch: takes the place of every Triton launch: launch(module, kernel, programs, warps, stages, arguments).

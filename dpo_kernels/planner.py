@@ -33,6 +33,7 @@ class Plan:
     arena_rows: of a sparse plan instead: what forward keeps, column by column, has the room of so many tokens.
     group: of a plan that gathers: tokens that share the columns which backward computes.
     one_base: saved exponentials are relative to one number a row (of a plan that keeps any).
+    hold_scaled: of such a plan: the hidden states times their scales are made once, not tile by tile.
     first_part: of such a plan, where not all tokens are kept: vocabulary entries that forward takes first; then as many
         as it has taken, each time.
     gemms: products of 2 * tokens * hidden_size * vocab_size flop that forward and backward take together; with a
@@ -69,6 +70,7 @@ class Plan:
     group: int = 0
     first_part: int = 0
     one_base: bool = False
+    hold_scaled: bool = False
     exchanges: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -149,7 +151,8 @@ class Plan:
             lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
             lines.append(f"  filter  leaves columns that pass it, of every {self.group:,} tokens")
         elif self.mode in ("keep", "mixed", "recompute"):
-            lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens")
+            how = ", as products read them" if self.one_base else ""
+            lines.append(f"  kept    {self.kept_tokens:,} of {self.tokens:,} tokens{how}")
         for sweep in self.sweeps:
             parts = (("hidden", sweep.hidden), ("weight", sweep.weight), ("low rank", sweep.low_rank))
             wanted = " and ".join(n for n, on in parts if on) or "bias"
@@ -254,6 +257,9 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
     hold = (s.operand > 0 or s.gathers) and at_hand <= left // 4
     memory["hidden states, gathered and converted once"] = at_hand * hold
     left -= at_hand * hold
+    more_scaled = s.scaled_rows(s.tokens) - s.scaled_rows(n) if sweeps and not s.entropy else 0
+    hold_scaled = 0 < more_scaled <= left // 4
+    left -= more_scaled * hold_scaled
     kept = arena = 0
     marks = bool(sweeps) and s.marks(n)
     if sweeps and not s.entropy:
@@ -269,6 +275,7 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
             step = lcm(s.capabilities.saved_multiple or n, s.capabilities.group if marks else 1)
             kept = max(left - more, 0) // s.saved_row(v) // step * step
             memory["gradient accumulators"] += more if kept else 0
+        memory["hidden states times their scales"] = more_scaled * hold_scaled * (kept > 0)
         memory["kept probabilities"] = s.arena(arena, n, v) if arena else kept * s.saved_row(v)
     share = s.columns / s.hidden_size  # of a product
     if not s.grads:
@@ -286,7 +293,8 @@ def _spend(s: Workload, budget: int, tile: tuple[int, int], sweeps: tuple[Sweep,
         mode, s.tokens, s.hidden_size, s.vocab_size, s.dtype, n, v, kept, hold, s.capabilities.maxima_columns or v,
         s.capabilities.saved_by_vocab, s.one_pass(sweeps), sweeps, gemms, budget, tuple(memory.items()), s.rank,
         s.ranks, arena, s.capabilities.group if marks else 0,
-        s.first_part(n, v) if marks and kept < s.tokens else 0, s.one_base and kept > 0 and not marks, s.exchanges(),
+        s.first_part(n, v) if marks and kept < s.tokens else 0, s.one_base and kept > 0 and not marks,
+        hold_scaled and kept > 0, s.exchanges(),
     )  # fmt: skip
 
 

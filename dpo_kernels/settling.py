@@ -3,8 +3,8 @@
 Exponentials that forward saves relative to the maximum of each block of columns have to become d loss / d a before they
 are multiplied: a pass over all of them, 4 bytes a logit in half precision, which grows beside the products the fewer
 features there are. Relative to one base a row, with the label's entry in its place, they are d loss / d a but for one
-number a row. Which is multiplied into what stands on the other side: for the hidden states' gradient into the sum of
-e W, for the weight's into the hidden states. So backward is its two products.
+number a row. That number goes into the other side of each product: into the sum of e W for the hidden states'
+gradient, into the hidden states for the weight's. So backward is its two products.
 
 The base has to be known before any logit is. A row's label has a logit that is no larger than the logarithm of the sum,
 so nothing that counts becomes 0; and that it is far smaller is rare, so that exponentials seldom leave the range of
@@ -41,7 +41,7 @@ def settle(ops: TileOps, state: Any, done: Finished, exps: Tensor, maxima: Tenso
     return cast("SettlingOps", ops).settle(state, done, exps, maxima)
 
 
-class Scales:
+class RowScales:
     """The numbers of rows in one backward."""
 
     def __init__(self, plan: Plan, ops: TileOps, grads: TokenGrads, saved: Saved) -> None:

@@ -325,10 +325,10 @@ class Workload:
         would lose digits, what is summed beside the two gradients has no use for it, and forward with a cap too has no
         registers left for it."""
         more = self.grads.bias or self.rank or self.filter or self.softcap or self.compute_dtype != torch.bfloat16
-        return self.capabilities.one_base and not more
+        return self.capabilities.one_base and self.vocab_size > 0 and not more
 
     def scaled_rows(self, n: int) -> int:
-        """Hidden states times a number each, which stand in a product with such exponentials."""
+        """Hidden states of n tokens times a number each, which stand in a product with such exponentials."""
         return self.product * n * self.hidden_size * (self.one_base and self.grads.weight)
 
     def unused_beside_saved(self, n: int, v: int) -> int:

@@ -176,7 +176,8 @@ def _read_hip(made: Any, target: Target) -> dict[str, Any]:
 # Known, of forward kernels: marks of logits with a bias and a cap, where smaller blocks would cost all calls with a
 # cap; a register of 255, written and read once a tile; in kernels/hopper.py scalars, outside of products.
 SPILLS = {
-    ("gfx942", "biased,capped,mark"): 1000, ("sm_80", "*bf16,save,one_base"): 2, ("sm_90", "*bf16,save,one_base"): 14,
+    ("forward_kernel", "gfx942", "biased,capped,mark"): 141, ("forward_kernel", "sm_80", "*bf16,save,one_base"): 2,
+    ("hopper_forward_kernel", "sm_90", "*bf16,save,one_base"): 8,
 }  # fmt: skip
 
 
@@ -184,7 +185,8 @@ def fault(row: dict[str, Any]) -> str | None:
     """What is wrong with a compiled kernel, if anything."""
     if "error" in row:
         return row["error"]
-    known = [most for (target, what), most in SPILLS.items() if target == row["target"] and what in row["variant"]]
+    where = row["kernel"], row["target"]
+    known = [most for (*at, what), most in SPILLS.items() if tuple(at) == where and what in row["variant"]]
     if row["spills"] > max(known, default=0):
         return f"{row['spills']} spills"
     if row["shared"] > TARGETS[row["target"]].shared:

@@ -267,8 +267,18 @@ def products(machine: Machine, kept: int = 0) -> dict[str, Callable[..., Any]]:
     return {"warpgroup_mma": multiply, "warpgroup_mma_wait": wait, "warpgroup_mma_init": init}
 
 
-def run(monkeypatch: Any, module: Any, kernel: str, programs: int, arguments: dict[str, Any], seed: int, kept: int = 0):
-    """Runs a kernel of the module, its programs one after the other."""
+def run(
+    monkeypatch: Any,
+    module: Any,
+    kernel: str,
+    programs: int,
+    arguments: dict[str, Any],
+    seed: int,
+    kept: int = 0,
+    changes: dict[str, Callable[..., Any]] | None = None,
+):
+    """Runs a kernel of the module, its programs one after the other. changes: of mbarrier's functions, each from the
+    right one to another (a fault to be found)."""
     constants = {name: value.value for name, value in vars(module).items() if type(value).__name__ == "constexpr"}
     functions = {name: value.fn for name, value in vars(module).items() if hasattr(value, "fn")}
     place = functions["place"]
@@ -279,7 +289,10 @@ def run(monkeypatch: Any, module: Any, kernel: str, programs: int, arguments: di
         for program in range(programs):
             machine = Machine(seed + program)
             patched.setattr(module, "gl", language(machine, program, programs))
-            patched.setattr(module, "mbarrier", barriers(machine))
+            right = barriers(machine)
+            for name, change in (changes or {}).items():
+                setattr(right, name, change(getattr(right, name)))
+            patched.setattr(module, "mbarrier", right)
             patched.setattr(module, "tma", copies(machine))
             for name, value in products(machine, kept).items():
                 patched.setattr(module, name, value)

@@ -40,9 +40,9 @@ def arguments_of(tokens: int, features: int, vocab: int, split: int, first: int 
     }  # fmt: skip
 
 
-def run(monkeypatch, given: dict, programs: int = 3, seed: int = 0, kept: int = 0) -> None:
+def run(monkeypatch, given: dict, programs: int = 3, seed: int = 0, kept: int = 0, changes: dict | None = None) -> None:
     pointers = {n: gluon_model.Pointer(v) for n, v in given.items() if isinstance(v, Tensor)}
-    gluon_model.run(monkeypatch, hopper, "hopper_forward_kernel", programs, given | pointers, seed, kept)
+    gluon_model.run(monkeypatch, hopper, "hopper_forward_kernel", programs, given | pointers, seed, kept, changes)
 
 
 def check(given: dict) -> None:
@@ -107,6 +107,29 @@ def test_a_product_that_reads_a_buffer_after_it_was_given_back_is_found(monkeypa
         check(given)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("arrive", lambda own: lambda barrier, pred=True: own(barrier)),  # a slice before the first is given back
+        ("init", lambda own: lambda barrier, count: own(barrier, 1)),  # one group alone gives a buffer back
+        ("wait", lambda own: lambda barrier, parity: own(barrier, parity ^ 1)),
+        ("wait", lambda own: lambda barrier, parity: None),
+        ("expect", lambda own: lambda barrier, size: own(barrier, size // 2)),
+    ],
+    ids=["predicate", "count", "parity", "no wait", "bytes"],
+)
+def test_slips_with_barriers_are_found(monkeypatch, name, change):
+    torch.manual_seed(0)
+    given = arguments_of(41, 44, 210, 64)
+
+    def run_and_check():
+        run(monkeypatch, given, changes={name: change})
+        check(given)
+
+    with pytest.raises((AssertionError, gluon_model.DeadlockError)):
+        run_and_check()
+
+
 def test_groups_that_wait_for_each_other_are_found(monkeypatch):
     """No group can be as many slices ahead as there are buffers."""
     monkeypatch.setattr(hopper.LEAD, "value", BLOCKS["STAGES"])
@@ -118,7 +141,7 @@ def test_what_is_predicted_of_groups_that_take_turns():
     """Nothing is lost where nothing is accumulated; all of what is, where both begin together and stay so."""
     assert hopper.LEAD.value == predict.LEAD
     assert predict.turns(16, 1024.0, 0.0) == pytest.approx(16 * 1024)
-    together = predict.turns(64, 1024.0, 3000.0, lead=-1)
+    together = predict.turns(64, 1024.0, 3000.0, lead=0)
     apart = predict.turns(64, 1024.0, 3000.0)
     assert 64 * 1024 < apart < together <= 64 * 1024 + 3000
     assert predict.turns(64, 1024.0, 3000.0, stages=12, lead=6) < apart

@@ -68,6 +68,24 @@ def test_a_small_step_asks_little_of_the_host(grads, ignored, known):
     assert waits == (0 if known else 1)  # to find the labels that count; in forward
 
 
+@pytest.mark.parametrize(("labels", "merges"), [(8192, True), (10_000, False)])
+def test_how_many_labels_count_decides_no_kernel(labels, merges):
+    """Whether finish_kernel merges splits is compiled into it, and a captured CUDA graph computes every label."""
+    hidden, weight = torch.zeros(labels, 16).bfloat16(), torch.zeros(512, 16).bfloat16()
+    encoded, found = Options(compute_dtype=torch.bfloat16, impl="triton").encode(), []
+
+    def launch(module, name, programs, warps, stages, arguments):
+        if name == "finish_kernel":
+            found.append(arguments["MERGE"])
+
+    with override(launch=launch, arch=Arch("cuda", 9)), mock.patch("dpo_kernels.checks.labels_in_range"):
+        for counted in (1, 6000, labels):
+            given = torch.zeros(labels, dtype=torch.int64)
+            given[counted:] = -100
+            ops.token_stats_op._init_fn(hidden, weight, None, None, None, given, *encoded)
+    assert found == [merges] * 3
+
+
 @pytest.mark.parametrize("share", [None, 2**-12])
 def test_a_filter_asks_a_little_more_and_waits_once_more(share):
     """In backward, for how many columns of each tile stay; of tiles by the number of tokens, nothing."""

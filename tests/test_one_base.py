@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from helpers import assert_close, head_on, planned, step
 from torch import Tensor
 
-from dpo_kernels import hidden_to_log_probs, plan, reference
-from dpo_kernels.kernels import launch
+from dpo_kernels import hidden_to_log_probs, plan, planner, reference
+from dpo_kernels.backends.triton_fused import FusedTileOps
+from dpo_kernels.call import Grads
+from dpo_kernels.dispatch import BACKENDS
+from dpo_kernels.kernels import keep, launch
 from dpo_kernels.kernels.configs import Arch
 from dpo_kernels.overrides import override
+from dpo_kernels.workload import Workload
 
 TOKENS, FEATURES, VOCAB = 150, 32, 1100  # three tiles of vocabulary, a last block of 76 columns
 CPU = torch.device("cpu")
@@ -103,7 +109,7 @@ def test_rounding_does_not_grow(scale, likely):
     by_blocks = rounded(by_blocks.scatter(1, label, -grad * torch.expm1(log_prob)))
 
     base = z.gather(1, label)
-    base = torch.where(z.amax(1, keepdim=True) - base < 40, base, log_sum)
+    base = torch.where(z.amax(1, keepdim=True) - base < keep.FAR.value, base, log_sum)
     entry = torch.expm1(log_prob) * (log_sum - base).exp()
     e = rounded((z - base).exp().scatter(1, label, entry))
     given_back = torch.where(rounded(entry) != 0, entry / rounded(entry), 1)
@@ -148,7 +154,7 @@ def test_a_row_whose_sum_is_mostly_on_another_rank():
     """Nothing here is far above the base, but the sum is: relative to it, nothing overflows. The label is elsewhere."""
     rows, vocab, blocks = 3, 100, 4
     z = torch.randn(rows, vocab)
-    bases, log_sums = z[:, 0].clone(), torch.tensor([z[0].logsumexp(0), 50.0, 200.0])
+    bases, log_sums = z[:, 0].clone(), torch.tensor([z[0].logsumexp(0), 36.0, 200.0])
     exps = torch.zeros(rows, 112, dtype=torch.bfloat16)
     exps[:, :vocab] = (z - bases[:, None]).exp().bfloat16()
     before, settled = exps.clone(), torch.empty(rows)
@@ -157,18 +163,34 @@ def test_a_row_whose_sum_is_mostly_on_another_rank():
         exps=exps, block_maxima=bases[:, None].expand(rows, blocks).contiguous(), bases=bases,
         moved=torch.zeros(rows, dtype=torch.int32), labels=torch.tensor([-40, -1, 100]),
         log_probs=torch.full((rows,), -5.0), maxima=log_sums - 1, log_sums=torch.ones(rows), settled=settled,
-        n=rows, V=vocab, stride=112, maxima_stride=blocks, MAXIMA_COLUMNS=32, SLOTS=1, WIDTH=128, BLOCK_M=4, BLOCK_N=32,
+        n=rows, V=vocab, stride=112, maxima_stride=blocks, MAXIMA_COLUMNS=32, SLOTS=1, BLOCK_M=4, BLOCK_N=32,
     )  # fmt: skip
     assert torch.equal(exps[:2], before[:2])
     assert_close(settled, torch.stack([bases[0], bases[1], log_sums[2]]), 1e-5)
     assert_close(exps[2, :vocab].float(), (z[2] - 200).exp(), 1e-2 * float((z[2] - 200).exp().max()))
 
 
-def test_the_gradient_of_a_sure_and_of_an_unsure_label_is_exact():
-    """One tile has nearly all of a row's gradient in its label's entry; its rounding is given back by the scale."""
+def test_the_entry_of_a_label_is_exact():
+    """Nearly all of an unsure row's gradient is its label's entry: what rounding takes from it the scale gives back."""
     head = head_of(0.01, ignored=0)
     got, right = gradients(head)[0], exact(head)[0]
     assert off(got, right.bfloat16().double()) < 5e-4
+
+
+@pytest.mark.parametrize("size", [3.0, 12.0, 200.0])
+def test_sure_labels(size):
+    """1 - p from some thousandths down to 0: their entries are small, or nothing at all, beside likelier tokens'."""
+    head = head_of(ignored=0)
+    with torch.no_grad():
+        direction = head.weight.float() / head.weight.float().norm(dim=1, keepdim=True)
+        head.hidden.copy_(size * direction[head.labels])
+    results = []
+    for changes in ({}, WITHOUT):
+        with override(capabilities=changes):
+            results.append(gradients(head))
+    assert all(gradient.isfinite().all() for gradient in results[0])
+    for got, same, right in zip(*results, exact(head), strict=True):
+        assert (got.double() - right).norm() <= 1.5 * (same.double() - right).norm() + 4e-3 * right.norm()
 
 
 def test_a_row_that_is_no_number_stays_one():
@@ -247,3 +269,34 @@ def test_a_plan_that_keeps_all_has_no_gradient_of_logits():
     tile, scaled = 2 * made.tile_tokens * made.tile_vocab, 2 * made.tile_tokens * 64
     assert made.mode == before.mode == "keep"
     assert before.memory["tile and operands"] - made.memory["tile and operands"] == tile - scaled
+    assert not made.hold_scaled  # one tile has all tokens
+
+
+def test_hidden_states_are_scaled_once_where_there_is_room():
+    """Where several tiles of tokens come again for each of the vocabulary."""
+    head, scaled = head_of(ignored=0), []
+    own = FusedTileOps._scale
+    with override(capabilities={"tiles": ((64, 512), (64, 64))}):
+        made = plan(TOKENS, FEATURES, VOCAB, torch.bfloat16, impl="triton", memory_budget=2**30)
+        assert made.hold_scaled
+        assert made.one_base
+        assert made.memory["hidden states times their scales"] == 4 * FEATURES * (TOKENS - 64)
+        with mock.patch.object(FusedTileOps, "_scale", lambda *what: scaled.append(1) or own(*what)):
+            once = gradients(head, 2**30)
+            assert len(scaled) == len(made.token_spans) == 3
+            with mock.patch.object(planner.Workload, "scaled_rows", return_value=0):  # no room, by its own account
+                each = gradients(head, 2**30 - 1)
+    assert len(scaled) == 3 + 3 * made.vocab_tiles
+    assert all(map(torch.equal, once, each))
+
+
+def test_an_empty_part_of_a_vocabulary_has_no_scales():
+    backend = BACKENDS["triton"]
+    capable = backend.capabilities(CPU, backend.configure(CPU, FEATURES, torch.bfloat16, False))
+    made = [
+        planner.plan(Workload(
+            TOKENS, FEATURES, vocab, torch.bfloat16, torch.bfloat16, Grads(True, True), entropy=False, softcap=False,
+            labels=TOKENS, capabilities=capable, ranks=2,
+        )) for vocab in (0, 1)
+    ]  # fmt: skip
+    assert [each.one_base for each in made] == [False, True]

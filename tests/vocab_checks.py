@@ -92,6 +92,28 @@ def check_any_cut() -> None:
                     near(own[2].grad[here.part], exact[2].grad[here.part])
 
 
+def check_saved_exponentials_of_one_base() -> None:
+    """Triton: bases where the label is elsewhere, sums that are elsewhere too, and a rank without a row of W, whose
+    numbers may be anything: nothing of them is 0 times something that is none."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(150, 32), torch.randn(1100, 32), torch.randint(1100, (150,))
+    weight[:300] += 3 * hidden.mean(0)  # likelier ones
+    hidden[:40] *= 12  # labels far below them
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    reference.hidden_to_log_probs(exact[0], exact[1], labels).sum().backward()
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    for cut in (0, 40, 550, 1100):
+        part = (slice(0, cut), slice(cut, 1100))[dist.get_rank()]
+        for budget in (None, 2**24):
+            own = hidden.clone().requires_grad_(), weight[part].clone().requires_grad_()
+            shard = VocabShard(None, part.start, 1100)
+            hidden_to_log_probs(*own, labels, impl="triton", shard=shard, memory_budget=budget).sum().backward()
+            for got, right in zip(own, (exact[0].grad, exact[1].grad[part]), strict=True):
+                assert (got.grad.double() - right).norm() <= 6e-3 * right.norm(), (cut, budget)
+    torch.use_deterministic_algorithms(False)
+
+
 def check_any_order_of_ranks() -> None:
     here = Here()
     cut = 40

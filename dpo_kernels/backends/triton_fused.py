@@ -27,7 +27,7 @@ GROUPS = 32  # the like, of each column of a block
 HOPPER, HOPPER_STAGES = configs.Arch("cuda", 9), 4  # buffers for slices, 48 KiB each
 ROWS = 128  # of a program that reads numbers of rows alone
 BASES = 16, 128  # rows of a program that makes their bases, and features that it reads at once
-SETTLED = 8192  # columns of saved exponentials that a program settles
+SETTLED = 32  # rows of saved exponentials that a program settles
 
 
 class Lists(NamedTuple):
@@ -47,7 +47,7 @@ class FusedTileOps(TritonTileOps):
         splits = self.config.splits(self.config.product)
         self._split = splits.width(plan.tokens, plan.vocab_size, plan.tile_vocab)  # columns that a program walks
         self._scales = call.hidden  # of saved rows, once backward makes them
-        self._scaled = Slice()
+        self._scaled: dict[int, Slice] = {}
 
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
         if saved is None or not self.plan.one_base:
@@ -65,23 +65,24 @@ class FusedTileOps(TritonTileOps):
         (n, features), weight, bias = tile.hidden.shape, self.call.weight, self.call.bias
         launch.run(
             "keep", "base_kernel", -(-n // BASES[0]), 4,
-            hidden=tile.hidden, weight=weight, bias=weight if bias is None else bias.contiguous(),
+            hidden=tile.hidden, weight=weight, bias=weight if bias is None else bias,
             labels=rows_of(state.labels, tile.rows), bases=rows_of(state.bases, tile.rows),
             moved=rows_of(state.moved, tile.rows), n=n, V=len(weight), D=features, hidden_stride=tile.hidden.stride(0),
             hidden_step=tile.hidden.stride(1), weight_stride=weight.stride(0), weight_step=weight.stride(1),
-            outer=self.call.transform.slope, BIASED=bias is not None, BLOCK_M=BASES[0], BLOCK_K=BASES[1],
+            bias_step=0 if bias is None else bias.stride(0), outer=self.call.transform.slope, BIASED=bias is not None,
+            BLOCK_M=BASES[0], BLOCK_K=BASES[1],
         )  # fmt: skip
 
     def settle(self, state: TritonState, done: Finished, exps: Tensor, maxima: Tensor) -> Tensor:
-        (n, _), v, block = exps.shape, self.plan.vocab_size, self.config.rows.block_m
+        n, v = len(exps), self.plan.vocab_size
         settled = state.bases.new_empty((n, 1))
         kept = done.rows(slice(0, n))
         launch.run(
-            "keep", "settle_kernel", -(-n // block) * -(-v // SETTLED), 4,
+            "keep", "settle_kernel", -(-n // SETTLED), 4,
             exps=exps, block_maxima=maxima, bases=state.bases, moved=state.moved,
             labels=rows_of(state.labels, slice(0, n)), log_probs=kept.stats.log_probs, maxima=kept.maximum,
             log_sums=kept.log_sum, settled=settled, n=n, V=v, stride=exps.stride(0), maxima_stride=maxima.stride(0),
-            **self._maxima(), WIDTH=SETTLED, BLOCK_M=block, BLOCK_N=min(64, self._maxima_columns()),
+            **self._maxima(), BLOCK_M=SETTLED, BLOCK_N=min(64, self._maxima_columns()),
         )  # fmt: skip
         return settled
 
@@ -104,12 +105,13 @@ class FusedTileOps(TritonTileOps):
         n, v = saved.exps.shape
         exps = saved.exps if saved.exps.dtype == self.operand else self._dz(n, v).copy_(saved.exps)
         scaled = [
-            p._replace(right=self._scaled.get(tile.rows, partial(getattr, p, "right"), partial(self._scale, tile.rows)))
-            if p.by_vocab
-            else p
-            for p in products
-        ]
+            p._replace(right=self._scaled_hidden(tile.rows, p.right)) if p.by_vocab else p for p in products
+        ]  # fmt: skip
         multiply_each(self, exps, scaled)
+
+    def _scaled_hidden(self, rows: slice, hidden: Tensor) -> Tensor:
+        held = self._scaled.setdefault(rows.start if self.plan.hold_scaled else 0, Slice())
+        return held.get(rows, lambda: hidden, partial(self._scale, rows))
 
     def _scale(self, rows: slice, hidden: Tensor, out: Tensor | None) -> Tensor:
         """A tile's hidden states (n, D) times their rows' scales."""
@@ -169,7 +171,7 @@ class FusedTileOps(TritonTileOps):
             exps_stride, maxima_stride = exps.stride(0), maxima.stride(0)
         plain = self._is_plain(arguments, state.outputs)
         specialized = self._specializes(product, state.outputs)
-        if specialized and plain and self.config.arch == HOPPER and not marks.get("MARK"):
+        if specialized and plain and self._fits_hopper(product) and not marks.get("MARK"):
             self._forward_on_hopper(tile, product, arguments, partials, labels, exps, maxima, saved is not None, marks)
             state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
             return partials
@@ -184,11 +186,15 @@ class FusedTileOps(TritonTileOps):
             exps_stride=exps_stride, maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs),
             SAVE=saved is not None, PLAIN=plain,
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
-            SPECIALIZED=specialized, MAXIMA_COLUMNS=self.plan.maxima_columns,
+            SPECIALIZED=specialized and self.config.arch.major > HOPPER.major, MAXIMA_COLUMNS=self.plan.maxima_columns,
             **{**unmarked, **marks}, **arguments,
         )  # fmt: skip
         state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
         return partials
+
+    def _fits_hopper(self, product: configs.ProductBlocks) -> bool:
+        """Whether kernels/hopper.py is for these blocks: two products of 64 rows, slices of 128 bytes."""
+        return self.config.arch == HOPPER and (product.block_m, product.block_k) == (128, 64) and launch.has_gluon()
 
     def _forward_on_hopper(
         self, tile: Tile, product: configs.ProductBlocks, arguments: dict[str, Any], partials: Tensor, labels: Tensor,

@@ -28,14 +28,15 @@ class Splits(NamedTuple):
 class TritonState:
     """The state of M tokens as kernels/softmax_state.py holds it.
 
-    A tile that is the whole call waits to be merged, for `finish` to do it in the same kernel.
+    A tile that is the whole call waits to be merged, for `finish` to do it in the same kernel, if `waits`: a number of
+    labels decides, not of those that count, so that the capture of a CUDA graph compiles nothing.
 
     share_base (M,): what the shares of a frozen head's sum are relative to. bases, moved (K,): of exponentials that are
     saved relative to one number a row, it, and whether some are not.
     """
 
-    def __init__(self, labels: Tensor, vocab_size: int, outputs: tuple[str, ...]) -> None:
-        self.labels, self.vocab_size, self.outputs = labels, vocab_size, outputs
+    def __init__(self, labels: Tensor, vocab_size: int, outputs: tuple[str, ...], waits: bool = True) -> None:
+        self.labels, self.vocab_size, self.outputs, self.waits = labels, vocab_size, outputs, waits
         # The first tile of a row writes its state.
         self._tensor = torch.empty((len(SoftmaxState._fields), len(labels)), dtype=torch.float32, device=labels.device)
         self._waiting: Splits | None = None
@@ -86,7 +87,7 @@ class TritonState:
     def merge(self, rows: slice, partials: Tensor, labels: Tensor, split: int, first: int, width: int) -> None:
         """Merges a tile's `Splits` into its rows' states."""
         found = Splits(partials, labels, split, first, width)
-        if width == self.vocab_size and len(labels) == len(self.labels):
+        if self.waits and width == self.vocab_size and len(labels) == len(self.labels):
             self._waiting = found
         else:
             self._merge(rows.start, found)

@@ -29,7 +29,7 @@ class TritonTileOps:
     def __init__(self, call: Call, plan: Plan, execution: Execution) -> None:
         self.call, self.plan = call, plan
         self.config: KernelConfig = execution.configuration
-        self.rounds = execution.capabilities.rounds
+        self.rounds, self.tallest = execution.capabilities.rounds, execution.capabilities.tiles[0][0]
         self.operand = self.weight_dtype = execution.operand(call.compute_dtype)
         self._held: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int, int], Tensor] = {}
@@ -38,7 +38,8 @@ class TritonTileOps:
         return self.call.hidden.new_empty((rows, columns), dtype=dtype)
 
     def new_state(self, labels: Tensor) -> TritonState:
-        return TritonState(labels, self.call.vocab_size, self.call.outputs)
+        waits = self.call.label_count <= self.tallest
+        return TritonState(labels, self.call.vocab_size, self.call.outputs, waits)
 
     def accumulate(self, state: TritonState, tile: Tile, saved: SavedTile | None) -> None:
         raise NotImplementedError

@@ -86,7 +86,7 @@ class KernelConfig:
 # By device class, bytes of an operand, and kind of call: "plain" (log-probs alone), "options" (a bias, a cap or
 # statistics, which take registers; "plain" serves where there is none). The last row of a kind of device serves its
 # later ones. Three products of TF32 parts ("tf32x3") come near float32 and run on tensor cores. All of them compile
-# without spills by triton 3.6 and 3.7, which larger blocks do not (but for a filter's marks on gfx942: tests/aot.py).
+# without spills by triton 3.6 and 3.7, which larger blocks do not (but for what tests/aot.py knows).
 PRODUCTS = {
     (Arch("cuda", 8), 2, "plain"): ProductBlocks(128, 128, 64, 16, 8, 3),
     (Arch("cuda", 8), 2, "options"): ProductBlocks(128, 64, 64, 16, 8, 3),

@@ -13,16 +13,17 @@ import triton.language as tl
 
 from dpo_kernels.kernels.softmax_state import LOWEST, expm1
 
-# How far below a block's maximum a row's base may lie: exp of it, times a vocabulary, is far within bfloat16.
-FAR = tl.constexpr(40.0)
-FARTHEST = tl.constexpr(60.0)  # below the logarithm of the whole row's sum, of which other ranks may have the most
+# How far below a block's maximum a row's base may lie: exp of it, its inverse times small gradients, and sums over a
+# vocabulary are far within bfloat16.
+FAR = tl.constexpr(28.0)
+FARTHEST = tl.constexpr(42.0)  # below the logarithm of the whole row's sum, of which other ranks may have the most
 
 
 @triton.jit(do_not_specialize=["n", "V"])
 def base_kernel(
     hidden,  # (n, D)
     weight,  # (V, D), of any floating dtype
-    bias,  # (V,)
+    bias,  # (V,), any stride
     labels,  # (n,) int64
     bases,  # (n,) float32, written
     moved,  # (n,) int32, written: 0
@@ -33,6 +34,7 @@ def base_kernel(
     hidden_step,
     weight_stride,
     weight_step,
+    bias_step,
     outer,
     BIASED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,15 +56,22 @@ def base_kernel(
     for k in tl.range(0, D, BLOCK_K):
         at = k + depth
         mask = inside[:, None] & (at < D)[None, :]
-        h = tl.load(h_row + (at * hidden_step)[None, :], mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_row + (at.to(tl.int64) * hidden_step)[None, :], mask=mask, other=0.0).to(tl.float32)
         w = tl.load(w_row + (at.to(tl.int64) * weight_step)[None, :], mask=mask, other=0.0).to(tl.float32)
         total += h * w
     a = tl.sum(total, 1)
     if BIASED:
-        a += tl.load(bias + entry, mask=inside, other=0.0).to(tl.float32)
+        a += tl.load(bias + entry * bias_step, mask=inside, other=0.0).to(tl.float32)
     z = a * outer
     tl.store(bases + rows, tl.where(z < LOWEST, LOWEST, z), mask=inside)
     tl.store(moved + rows, tl.zeros((BLOCK_M,), tl.int32), mask=inside)
+
+
+@triton.jit
+def below_sum(bases, maxima, log_sums, rows, inside):
+    """How far a row's base lies below the logarithm of its sum, times -1: the same bits wherever it is asked for."""
+    below = tl.load(bases + rows, mask=inside, other=0.0) - tl.load(maxima + rows, mask=inside, other=0.0)
+    return below - tl.load(log_sums + rows, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["n", "V"])
@@ -82,7 +91,6 @@ def settle_kernel(
     maxima_stride,
     MAXIMA_COLUMNS: tl.constexpr,  # that share a block maximum
     SLOTS: tl.constexpr,  # of block_maxima for as many columns, the first of which holds it
-    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -90,29 +98,25 @@ def settle_kernel(
     makes its gradient by the same scale: -(1 - p) / exp(base - log sum exp z). What rounding takes from it the scale
     gives back.
 
-    Traffic: next to none; n V numbers read and written in the compute dtype if all rows are moved.
+    Traffic: a few numbers a row; V numbers of a row that is moved, read and written in the compute dtype.
     """
-    chunks = tl.cdiv(V, WIDTH)
-    chunk = tl.program_id(0) % chunks
-    rows = tl.program_id(0) // chunks * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
     place = rows.to(tl.int64) * stride
     label = tl.load(labels + rows, mask=inside, other=-1)
+    below = below_sum(bases, maxima, log_sums, rows, inside)
+    moves = inside & ((tl.load(moved + rows, mask=inside, other=0) != 0) | (below < -FARTHEST))
     log_sum = tl.load(maxima + rows, mask=inside, other=0.0) + tl.load(log_sums + rows, mask=inside, other=0.0)
-    base = tl.load(bases + rows, mask=inside, other=0.0)
-    moves = inside & ((tl.load(moved + rows, mask=inside, other=0) != 0) | (log_sum - base > FARTHEST))
-    base = tl.where(moves, log_sum, base)
-    if chunk == 0:
-        here = inside & (label >= 0) & (label < V)
-        entry = exps + place + label
-        value = expm1(tl.load(log_probs + rows, mask=inside, other=0.0)) * tl.exp(log_sum - base)
-        rounded = value.to(exps.dtype.element_ty)
-        tl.store(entry, rounded, mask=here)
-        back = rounded.to(tl.float32)
-        off = tl.where(here & (back != 0.0), value / back, 1.0)  # of a label that is sure, nothing is left
-        tl.store(settled + rows, base + tl.log(off), mask=inside)
+    base = tl.where(moves, log_sum, tl.load(bases + rows, mask=inside, other=0.0))
+    here = inside & (label >= 0) & (label < V)
+    value = expm1(tl.load(log_probs + rows, mask=inside, other=0.0)) * tl.exp(tl.where(moves, 0.0, -below))
+    rounded = value.to(exps.dtype.element_ty)
+    tl.store(exps + place + label, rounded, mask=here)
+    back = rounded.to(tl.float32)
+    off = tl.where(here & (back != 0.0), value / back, 1.0)  # of a label that is sure, nothing is left
+    tl.store(settled + rows, base + tl.log(off), mask=inside)
     if tl.max(moves.to(tl.int32), 0) > 0:
-        for start in tl.range(chunk * WIDTH, tl.minimum((chunk + 1) * WIDTH, V), BLOCK_N):
+        for start in tl.range(0, V, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             mask = moves[:, None] & (columns < V)[None, :] & (columns[None, :] != label[:, None])
             slot = start // MAXIMA_COLUMNS * SLOTS
@@ -135,6 +139,5 @@ def scale_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
-    below = tl.load(bases + rows, mask=inside, other=0.0) - tl.load(maxima + rows, mask=inside, other=0.0)
-    below -= tl.load(log_sums + rows, mask=inside, other=0.0)
+    below = below_sum(bases, maxima, log_sums, rows, inside)
     tl.store(scales + rows, tl.exp(below) * tl.load(grads + rows, mask=inside, other=0.0) * -slope, mask=inside)

@@ -111,6 +111,14 @@ def shared_descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
 
 
 @functools.cache
+def has_gluon() -> bool:
+    """As kernels/hopper.py takes it: of triton 3.6 and later."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int | None:
     """Of the device that is there; None of another."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None

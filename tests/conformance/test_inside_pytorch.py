@@ -239,10 +239,11 @@ class TestCapture:
     def capturing(self, monkeypatch):
         self.now = False
         of = Tokens.of
-        monkeypatch.setattr(
-            Tokens, "of",
-            staticmethod(lambda labels, ignore, count: (Tokens.all_masked if self.now else of)(labels, ignore)),
-        )  # fmt: skip
+
+        def found(labels, ignore_index, count):
+            return Tokens.all_masked(labels, ignore_index) if self.now else of(labels, ignore_index, count)
+
+        monkeypatch.setattr(Tokens, "of", staticmethod(found))
 
     @pytest.mark.parametrize("grads", ["hidden", "hidden,weight,bias"])
     @pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")], ids=["log_probs", "entropy"])

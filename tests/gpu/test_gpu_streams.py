@@ -81,7 +81,7 @@ def test_a_captured_graph_of_as_many_tokens_as_are_told(cuda, strategy, mode):
                 assert_close(got, expected, 2 * eps * expected.abs().max().item())
             assert_close(out.log_probs, eager.log_probs, 1e-5)
         else:
-            assert out.log_probs.isnan().sum() >= count - 1
+            assert out.log_probs.isnan().all()
             assert all(gradient.isnan().any() for gradient in out.grads)
 
 
