@@ -90,10 +90,13 @@ class Peer:
             most = under(UNLIMITED)
             if self.configuration.keeps:
                 return under(most.bytes)
-            kept = ("kept probabilities", "hidden states, gathered and converted once")
+            kept = (
+                "kept probabilities", "hidden states, gathered and converted once",
+                "hidden states times their scales",
+            )  # fmt: skip
             # Where products read what is kept as it is, the gradient of a tile of logits has no room of its own there.
             tile = most.one_base * most.tile_tokens * most.tile_vocab * case.torch_dtype.itemsize
-            return under(most.bytes - sum(most.memory[name] for name in kept) + tile)
+            return under(most.bytes - sum(most.memory.get(name, 0) for name in kept) + tile)
 
 
 def default_impl(device: torch.device) -> str:

@@ -42,7 +42,7 @@ from dpo_kernels.splits import PROGRAM, Splits
 
 SAVED = ("score", "frozen", "keep")  # by how much forward saves: nothing, exponentials, those of one base a row
 FEATURES = (1024, 2048, 4096)
-HOPPER_KERNEL, LEAD = "hopper_forward_kernel", 1  # kernels/hopper.py
+HOPPER_KERNEL, LEAD = "hopper_forward_kernel", 2  # kernels/hopper.py
 FILL = 700  # cycles from a tile's first request to its first product: an assumption
 BARRIER = 30  # cycles of one for all warps of a program: an assumption
 

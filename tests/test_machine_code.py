@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.machine_code import PRODUCT, cycles, parse, tile_of
+from benchmarks.machine_code import PRODUCT, Tile, cycles, parse, tile_of
 
 BRANCH = 70  # instructions that few tiles need
 
@@ -112,6 +112,22 @@ def test_the_model_charges_what_is_done_once_a_tile_to_each_tile():
     splits = Splits(128, 256, 4, 8192)
     assert scheduled(splits, 256, 1024, 512) == pytest.approx(2.05)  # four programs of two blocks
     assert idle(splits, 256, 1024, 512) == pytest.approx(1 - 2 / 2.05)
+
+
+def test_times_are_predicted_of_every_case():
+    """Of kernels that take no time beside their products: each case has the mode that its row says."""
+    from benchmarks.predict import Compiled, published_table, times_table
+    from dpo_kernels.kernels import configs
+
+    blocks = configs.PRODUCTS[configs.Arch("cuda", 9), 2, "plain"]
+    tile = Tile(Counter(), Counter(), Counter(), 4, 0)
+    kernels = {
+        purpose: Compiled("forward_kernel", purpose, blocks, tile, 255, 0)
+        for purpose in ("score", "frozen", "keep", "logits again")
+    }
+    lines = times_table(kernels).splitlines()[2:]
+    assert {line.split("|")[2].strip() for line in lines} == {"score", "frozen", "keep", "recompute"}
+    assert len(published_table(kernels).splitlines()) > 5
 
 
 def test_predict_says_what_it_takes(capsys):

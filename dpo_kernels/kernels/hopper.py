@@ -29,7 +29,7 @@ FIELDS, FAR = gl.constexpr(_FIELDS.value), gl.constexpr(_FAR.value)
 MAXIMUM, TOTAL, LABEL_LOGIT = (gl.constexpr(field.value) for field in (_OF_MAXIMUM, _OF_TOTAL, _OF_LABEL))
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 LOG2E = gl.constexpr(1.4426950408889634)
-LEAD = gl.constexpr(1)  # slices, fewer than STAGES: by the model of benchmarks.predict the best of any latency
+LEAD = gl.constexpr(2)  # slices, fewer than STAGES: by the model of benchmarks.predict the best of any latency
 
 
 @gluon.jit
