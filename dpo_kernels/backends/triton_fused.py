@@ -186,7 +186,7 @@ class FusedTileOps(TritonTileOps):
             exps_stride=exps_stride, maxima_stride=maxima_stride, OUTPUTS=launch.bits(state.outputs),
             SAVE=saved is not None, PLAIN=plain,
             WIDE=saved is not None and saved.exps.dtype == torch.float32,
-            SPECIALIZED=specialized and self.config.arch.major > HOPPER.major, MAXIMA_COLUMNS=self.plan.maxima_columns,
+            SPECIALIZED=specialized and self.config.arch != HOPPER, MAXIMA_COLUMNS=self.plan.maxima_columns,
             **{**unmarked, **marks}, **arguments,
         )  # fmt: skip
         state.merge(tile.rows, partials, labels, split, tile.columns.start, v)
