@@ -40,7 +40,8 @@ def test_every_kernel_of_one_chip(tmp_path):
     assert code == 0, printed
     kernels = {"forward_kernel", "recompute_kernel", "accumulate_kernel", "fold_kernel", "exps_kernel"}
     kernels |= {"gradient_kernel", "saved_kernel", "rebase_kernel", "sum_kernel", "mark_kernel", "count_kernel"}
-    kernels |= {"gather_kernel", "pick_kernel", "key_kernel", "list_kernel", "known_kernel"}
+    kernels |= {"gather_kernel", "pick_kernel", "key_kernel", "list_kernel", "known_kernel", "base_kernel"}
+    kernels |= {"settle_kernel", "scale_kernel"}
     assert {row["kernel"] for row in rows} == kernels | {"merge_kernel", "finish_kernel", "jacobian_kernel"}
     products = [row["products"] for row in rows if row["kernel"] in ("forward_kernel", "recompute_kernel")]
     assert min(products) > 0
