@@ -14,7 +14,7 @@ from dpo_kernels.statistics import Finished, SoftmaxState, TokenStats, finite
 BLOCK = 128  # rows of a program
 
 
-class Splits(NamedTuple):
+class Unmerged(NamedTuple):
     """What the programs of a tile left of its rows: (splits, FIELDS, n), of `split` vocabulary entries each, the tile's
     `width` from `first` on."""
 
@@ -39,7 +39,7 @@ class TritonState:
         self.labels, self.vocab_size, self.outputs, self.waits = labels, vocab_size, outputs, waits
         # The first tile of a row writes its state.
         self._tensor = torch.empty((len(SoftmaxState._fields), len(labels)), dtype=torch.float32, device=labels.device)
-        self._waiting: Splits | None = None
+        self._waiting: Unmerged | None = None
         if vocab_size == 0:  # no tile will come
             self.tensor.zero_()
             self.part().maximum.fill_(-torch.inf)
@@ -85,14 +85,14 @@ class TritonState:
         return Finished(TokenStats(log_probs, **stats), *others)
 
     def merge(self, rows: slice, partials: Tensor, labels: Tensor, split: int, first: int, width: int) -> None:
-        """Merges a tile's `Splits` into its rows' states."""
-        found = Splits(partials, labels, split, first, width)
+        """Merges what is `Unmerged` of a tile into its rows' states."""
+        found = Unmerged(partials, labels, split, first, width)
         if self.waits and width == self.vocab_size and len(labels) == len(self.labels):
             self._waiting = found
         else:
             self._merge(rows.start, found)
 
-    def _merge(self, row: int, of: Splits) -> None:
+    def _merge(self, row: int, of: Unmerged) -> None:
         n, (partials, labels, split, first, width) = len(of.labels), of
         launch.run(
             "softmax_state", "merge_kernel", -(-n // BLOCK), 4,
